@@ -1,1 +1,20 @@
-//! anchor
+//! The anchor model: a decoder whose FFNs widen by the memory it is given (arXiv 2510.02375 §3).
+//!
+//! It does not know where its memory came from: [`FetchedMemory`] is a set of unique blocks and, for each
+//! sequence of a batch, which of them it uses.
+//!
+//! Shapes: B batch, T sequence, D d_model, F FFN width, R memory width, V vocabulary, U unique blocks.
+
+mod cache;
+mod config;
+mod error;
+mod file;
+mod init;
+mod memory;
+mod model;
+
+pub use cache::KvCache;
+pub use config::AnchorConfig;
+pub use error::{Error, Result};
+pub use memory::{FetchedMemory, unique_ids};
+pub use model::{Anchor, Input, Targets};

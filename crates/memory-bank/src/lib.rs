@@ -1,1 +1,35 @@
-//! memory-bank
+//! The memory bank: blocks of parameters, one per cluster of a tree, with the optimizer beside them.
+//!
+//! [`BlockSpec`] says how large every block is; [`Shard`] owns blocks and updates them, as a plain
+//! value; [`LocalBank`] puts a shard behind the [`BlockStore`] trait that training and generation
+//! see, and writes and reads its files. This crate knows no tensors of a framework and no network.
+//!
+//! Shapes: L layers of the anchor, d its `d_model`, r the memory width of a level, k a branching.
+
+mod adamw;
+mod blocking;
+mod checkpoint;
+mod error;
+mod gradients;
+mod init;
+mod inspect;
+mod local;
+mod manifest;
+mod schedule;
+mod shard;
+mod spec;
+mod store;
+mod tensor_file;
+
+pub use adamw::AdamW;
+pub use blocking::Blocking;
+pub use error::{Error, Result};
+pub use gradients::{Gradients, MAX_GRADIENT};
+pub use init::init_block;
+pub use inspect::{Inspection, LevelInspection, inspect};
+pub use local::{BankOptions, LocalBank};
+pub use manifest::{FORMAT, FileRecord, Manifest, Verify, verify};
+pub use schedule::Schedule;
+pub use shard::{Shard, ShardOptions, Update};
+pub use spec::{BlockSpec, MemoryKind};
+pub use store::{Block, BlockStore, Step};

@@ -1,1 +1,20 @@
-//! train
+//! Training anchor and memory: fetch memory in, step, push gradients out, save, resume.
+//!
+//! The trainer sees the bank through `BlockStore` and data through `Corpus::sequence`, which is a pure
+//! function: all that resumes is [`TrainState`] and the files beside it in a checkpoint.
+
+mod checkpoint;
+mod config;
+mod error;
+mod loader;
+mod metrics;
+mod optimizer;
+mod tensorboard;
+mod trainer;
+
+pub use checkpoint::{Checkpoints, TrainState};
+pub use config::{Assign, Phase, TrainConfig};
+pub use error::{Error, Result};
+pub use metrics::{Metrics, StepMetrics, read_metrics};
+pub use optimizer::Optimizer;
+pub use trainer::{Parts, Trainer};

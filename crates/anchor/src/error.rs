@@ -1,0 +1,98 @@
+use std::path::PathBuf;
+
+use cluster_tree::ClusterId;
+
+/// What can go wrong in the anchor crate.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A size in the configuration that no model can have.
+    #[error("anchor.{key}: {found} {problem}")]
+    Config {
+        /// The configuration key.
+        key: &'static str,
+        /// Its value.
+        found: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A checkpoint made for another configuration.
+    #[error("{}: tensor {tensor}: expected shape {expected:?}, found {found:?}", path.display())]
+    Shape {
+        /// The checkpoint file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The shape that the configuration asks for.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        found: Vec<usize>,
+    },
+    /// A checkpoint that lacks a tensor, or has one too many.
+    #[error("{}: tensor {tensor} is {problem}", path.display())]
+    Tensor {
+        /// The checkpoint file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// "missing" or "not part of this anchor".
+        problem: &'static str,
+    },
+    /// A file that is not a readable anchor checkpoint.
+    #[error("{}: {problem}", path.display())]
+    File {
+        /// The checkpoint file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A block that does not fit the specification.
+    #[error("memory block {id:?}: expected {expected} values, found {found}")]
+    BlockLength {
+        /// The block.
+        id: ClusterId,
+        /// Values a block of its level has.
+        expected: usize,
+        /// Values given.
+        found: usize,
+    },
+    /// A sequence's path leads to a block that was not given.
+    #[error("memory block {id:?} of sequence {sequence} is not among the {n_blocks} fetched blocks")]
+    BlockNotFetched {
+        /// The block.
+        id: ClusterId,
+        /// Index of the sequence in the batch.
+        sequence: usize,
+        /// Blocks given.
+        n_blocks: usize,
+    },
+    /// Memory made for an anchor of another shape.
+    #[error("memory of {found_layers} layers and d_model {found_width} for an anchor of {layers} and {width}")]
+    MemoryShape {
+        /// Layers of the memory.
+        found_layers: usize,
+        /// d_model of the memory.
+        found_width: usize,
+        /// Layers of the anchor.
+        layers: usize,
+        /// d_model of the anchor.
+        width: usize,
+    },
+    /// A batch whose parts disagree.
+    #[error("batch of {batch} x {len} tokens: {what} has {found} entries")]
+    Batch {
+        /// Sequences.
+        batch: usize,
+        /// Positions per sequence.
+        len: usize,
+        /// The part that disagrees.
+        what: &'static str,
+        /// Its length.
+        found: usize,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

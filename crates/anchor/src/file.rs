@@ -1,0 +1,94 @@
+//! anchor.safetensors: every parameter under its name, the configuration in the metadata.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::{Anchor, AnchorConfig, Error, Result};
+
+/// Value of the metadata key `format`.
+const FORMAT: &str = "anchorage.anchor.v1";
+
+impl Anchor {
+    /// Writes all parameters as f32 to `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let file_error = |problem: String| Error::File { path: path.into(), problem };
+        let mut values: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
+        for (name, var) in self.variables() {
+            let flat = var.as_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+            let bytes = flat.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect();
+            values.push((name.clone(), var.dims().to_vec(), bytes));
+        }
+        let views = values
+            .iter()
+            .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+            .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+            .map_err(|e| file_error(e.to_string()))?;
+        let config = serde_json::to_string(self.config()).map_err(|e| file_error(e.to_string()))?;
+        let metadata = HashMap::from([("format".into(), FORMAT.into()), ("config".into(), config)]);
+        let bytes =
+            safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))?;
+        write_whole(path, &bytes).map_err(|e| file_error(e.to_string()))
+    }
+
+    /// Reads what [`Anchor::save`] wrote.
+    ///
+    /// # Errors
+    /// When the file is not a whole anchor checkpoint; names the tensor that is missing or has another
+    /// shape than the configuration asks for.
+    pub fn load(path: &Path, (device, dtype): (&Device, DType)) -> Result<Self> {
+        let file_error = |problem: String| Error::File { path: path.into(), problem };
+        let bytes = fs::read(path).map_err(|e| file_error(e.to_string()))?;
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| file_error(e.to_string()))?;
+        let metadata = metadata.metadata().clone().unwrap_or_default();
+        let format = metadata.get("format").map_or("none", String::as_str);
+        if format != FORMAT {
+            return Err(file_error(format!("expected format {FORMAT}, found {format}")));
+        }
+        let config = metadata.get("config").ok_or_else(|| file_error("metadata has no config".into()))?;
+        let config: AnchorConfig =
+            serde_json::from_str(config).map_err(|e| file_error(format!("metadata config: {e}")))?;
+        config.check()?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| file_error(e.to_string()))?;
+        let mut variables = BTreeMap::new();
+        for (name, shape) in config.parameters() {
+            let Ok(view) = tensors.tensor(&name) else {
+                return Err(Error::Tensor { path: path.into(), tensor: name, problem: "missing" });
+            };
+            if view.shape() != shape || view.dtype() != Dtype::F32 {
+                let found = view.shape().to_vec();
+                return Err(Error::Shape { path: path.into(), tensor: name, expected: shape, found });
+            }
+            let (values, _) = view.data().as_chunks::<4>();
+            let values: Vec<f32> = values.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            let tensor = Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?;
+            variables.insert(name, Var::from_tensor(&tensor)?);
+        }
+        if let Some(extra) = tensors.names().into_iter().find(|name| !variables.contains_key(*name)) {
+            let tensor = extra.to_string();
+            return Err(Error::Tensor { path: path.into(), tensor, problem: "not part of this anchor" });
+        }
+        Ok(Self::from_variables(config, variables))
+    }
+}
+
+fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let temporary = path.with_extension("safetensors.tmp");
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().inspect_err(|_| {
+        // The error that matters is the first; a temporary file that cannot be removed is overwritten later.
+        let _ = fs::remove_file(&temporary);
+    })
+}

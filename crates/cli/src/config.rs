@@ -1,0 +1,459 @@
+//! One TOML is one run: a section a crate, every key known, checked once.
+
+use std::path::{Path, PathBuf};
+
+use anchor::AnchorConfig;
+use anyhow::{Context, Result, bail};
+use corpus::{Format, SourceOptions, TxtSplit};
+use serde::{Deserialize, Serialize};
+use train::TrainConfig;
+
+/// The whole configuration of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Config {
+    pub(crate) run: RunSection,
+    pub(crate) corpus: CorpusSection,
+    pub(crate) embed: EmbedSection,
+    pub(crate) tree: TreeSection,
+    pub(crate) anchor: AnchorSection,
+    pub(crate) memory: MemorySection,
+    pub(crate) train: TrainConfig,
+    pub(crate) eval: EvalSection,
+    pub(crate) generate: generate::Options,
+}
+
+/// Where the run lives.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RunSection {
+    /// Folder of the run.
+    pub(crate) dir: PathBuf,
+    /// The version that resolved this configuration; written, never asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) version: Option<String>,
+}
+
+/// What documents are read and how they become sequences.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CorpusSection {
+    /// Folder of the prepared corpus; runs on the same corpus share it.
+    pub(crate) prepared: PathBuf,
+    /// Paths, folders, globs or object store URLs.
+    pub(crate) files: Vec<String>,
+    /// Files whose documents are all held out.
+    pub(crate) validation_files: Vec<String>,
+    pub(crate) text_key: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id_key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) label_key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) format: Option<Format>,
+    pub(crate) txt_split: TxtSplit,
+    /// Options of object stores, as `object_store` names them.
+    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    pub(crate) store: std::collections::BTreeMap<String, String>,
+    /// A tokenizer.json to use; without it a BPE is trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Tokens of the trained vocabulary.
+    pub(crate) vocab_size: usize,
+    /// Text the tokenizer is trained on, MiB.
+    pub(crate) tokenizer_sample_mib: usize,
+    /// Tokens of a window: what is embedded and routed as one.
+    pub(crate) window: u32,
+    /// Documents of a thousand that are held out, by a hash of their id.
+    pub(crate) validation_permille: u32,
+    /// Tokens of a training sequence.
+    pub(crate) seq_len: u32,
+    /// Order of documents within a leaf.
+    pub(crate) seed: u64,
+}
+
+impl Default for CorpusSection {
+    fn default() -> Self {
+        Self {
+            prepared: PathBuf::new(),
+            files: vec![],
+            validation_files: vec![],
+            text_key: "text".into(),
+            id_key: None,
+            label_key: None,
+            format: None,
+            txt_split: TxtSplit::File,
+            store: std::collections::BTreeMap::new(),
+            tokenizer: None,
+            vocab_size: 32_768,
+            tokenizer_sample_mib: 64,
+            window: 2048,
+            validation_permille: 5,
+            seq_len: 2048,
+            seed: 1,
+        }
+    }
+}
+
+impl CorpusSection {
+    pub(crate) fn source(&self) -> SourceOptions {
+        SourceOptions {
+            files: self.files.clone(),
+            validation_files: self.validation_files.clone(),
+            text_key: self.text_key.clone(),
+            id_key: self.id_key.clone(),
+            label_key: self.label_key.clone(),
+            format: self.format,
+            txt_split: self.txt_split,
+            object_store_options: self.store.clone().into_iter().collect(),
+        }
+    }
+}
+
+/// How a text becomes a vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum EmbedKind {
+    Hashed,
+    Static,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct EmbedSection {
+    pub(crate) kind: EmbedKind,
+    /// The folder of a static (model2vec) embedder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) path: Option<PathBuf>,
+    /// Dimensions of the hashed embedder.
+    pub(crate) dim: usize,
+    /// Seed of the hashed embedder's projection.
+    pub(crate) seed: u64,
+    /// Weight of a word's n-grams together, relative to the word.
+    pub(crate) char_weight: f32,
+    /// Windows the hashed embedder's word frequencies are counted on.
+    pub(crate) sample_windows: usize,
+}
+
+impl Default for EmbedSection {
+    fn default() -> Self {
+        let hashed = embed::HashedOptions::default();
+        Self {
+            kind: EmbedKind::Hashed,
+            path: None,
+            dim: hashed.dim,
+            seed: hashed.seed,
+            char_weight: hashed.char_weight,
+            sample_windows: 1 << 20,
+        }
+    }
+}
+
+/// The cluster tree and the descent of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TreeSection {
+    /// Children per level, coarse to fine.
+    pub(crate) branching: Vec<usize>,
+    pub(crate) iterations: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) points_per_iteration: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_share: Option<f64>,
+    pub(crate) spherical: bool,
+    pub(crate) seed: u64,
+    /// Candidates a level of the descent keeps; 1 is greedy.
+    pub(crate) beam: usize,
+}
+
+impl Default for TreeSection {
+    fn default() -> Self {
+        let options = kmeans::Options::default();
+        Self {
+            branching: options.branching,
+            iterations: options.iterations,
+            points_per_iteration: options.points_per_iteration,
+            max_share: options.max_share,
+            spherical: options.spherical,
+            seed: 1,
+            beam: 4,
+        }
+    }
+}
+
+impl TreeSection {
+    pub(crate) fn options(&self) -> kmeans::Options {
+        kmeans::Options {
+            branching: self.branching.clone(),
+            seed: self.seed,
+            iterations: self.iterations,
+            points_per_iteration: self.points_per_iteration,
+            max_share: self.max_share,
+            spherical: self.spherical,
+        }
+    }
+}
+
+/// Sizes of the anchor; the vocabulary is the tokenizer's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct AnchorSection {
+    /// A run whose last checkpoint this one begins with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) init: Option<PathBuf>,
+    pub(crate) d_model: usize,
+    pub(crate) n_layers: usize,
+    pub(crate) n_heads: usize,
+    pub(crate) head_width: usize,
+    pub(crate) ffn_width: usize,
+    pub(crate) tied_embeddings: bool,
+    pub(crate) max_seq_len: usize,
+    pub(crate) rope_base: f64,
+    pub(crate) norm_eps: f64,
+}
+
+impl Default for AnchorSection {
+    /// The 160M anchor of arXiv 2510.02375.
+    fn default() -> Self {
+        Self {
+            init: None,
+            d_model: 512,
+            n_layers: 35,
+            n_heads: 12,
+            head_width: 32,
+            ffn_width: 2048,
+            tied_embeddings: true,
+            max_seq_len: 8192,
+            rope_base: 100_000.0,
+            norm_eps: 1e-5,
+        }
+    }
+}
+
+impl AnchorSection {
+    pub(crate) fn config(&self, vocab_size: usize) -> AnchorConfig {
+        AnchorConfig {
+            vocab_size,
+            d_model: self.d_model,
+            n_layers: self.n_layers,
+            n_heads: self.n_heads,
+            head_width: self.head_width,
+            ffn_width: self.ffn_width,
+            tied_embeddings: self.tied_embeddings,
+            max_seq_len: self.max_seq_len,
+            rope_base: self.rope_base,
+            norm_eps: self.norm_eps,
+        }
+    }
+}
+
+/// Sizes of the memory blocks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MemorySection {
+    pub(crate) kind: memory_bank::MemoryKind,
+    /// Width of a block per level; 0 is no memory at that level.
+    pub(crate) width: Vec<usize>,
+    /// Seed of the blocks' initial weights.
+    pub(crate) seed: u64,
+}
+
+impl Default for MemorySection {
+    fn default() -> Self {
+        Self { kind: memory_bank::MemoryKind::Ffn, width: vec![256, 64, 16, 0], seed: 1 }
+    }
+}
+
+/// What `eval` measures, and the runs it compares with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct EvalSection {
+    /// The dense control: a run without memory of an equal token budget. Without it, `none` is this
+    /// run's anchor with its memory taken away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) none: Option<PathBuf>,
+    /// The control whose extra parameters are trained on every token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) always_on: Option<PathBuf>,
+    /// A questions.jsonl.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) questions: Option<PathBuf>,
+    /// Questions asked of each bucket at most, spread evenly; 0 is all.
+    pub(crate) questions_per_bucket: usize,
+    /// Held-out sequences scored at most; 0 is all.
+    pub(crate) sequences: u64,
+    /// Sequences or questions a batch.
+    pub(crate) batch: usize,
+    /// Tokens an answer may have.
+    pub(crate) max_answer_tokens: usize,
+    /// Whether the choices of a question are scored too.
+    pub(crate) choices: bool,
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self {
+            none: None,
+            always_on: None,
+            questions: None,
+            questions_per_bucket: 0,
+            sequences: 0,
+            batch: 32,
+            max_answer_tokens: 12,
+            choices: true,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file and applies `--set section.key=value`.
+    pub(crate) fn load(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+        Self::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// As [`Config::load`], from the text of the file `name`.
+    pub(crate) fn parse(text: &str, name: &str, overrides: &[String]) -> Result<Self> {
+        // The text is parsed typed first, so that an error names its line.
+        let typed: Self = toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
+        let config = match overrides.is_empty() {
+            true => typed,
+            false => {
+                let mut table: toml::Table = toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
+                for setting in overrides {
+                    set(&mut table, setting)?;
+                    // One at a time, so that an error is that of this setting.
+                    Self::deserialize(table.clone())
+                        .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+                }
+                Self::deserialize(table).map_err(|e| explain(&e, None, name))?
+            }
+        };
+        config.check().with_context(|| name.to_string())?;
+        Ok(config)
+    }
+
+    /// What no single key can show.
+    fn check(&self) -> Result<()> {
+        if self.run.dir.as_os_str().is_empty() {
+            bail!("run.dir: expected the folder of the run, found nothing");
+        }
+        if self.corpus.prepared.as_os_str().is_empty() {
+            bail!("corpus.prepared: expected the folder of the prepared corpus, found nothing");
+        }
+        if self.corpus.files.is_empty() {
+            bail!("corpus.files: expected at least one path, glob or URL, found none");
+        }
+        if self.embed.kind == EmbedKind::Static && self.embed.path.is_none() {
+            bail!("embed.path: expected the folder of a static embedder (embed.kind = \"static\"), found nothing");
+        }
+        if self.tree.beam == 0 {
+            bail!("tree.beam: expected at least 1, found 0");
+        }
+        let (widths, levels) = (self.memory.width.len(), self.tree.branching.len());
+        if self.train.phase.has_memory() && widths != levels {
+            bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
+        }
+        if self.anchor.max_seq_len < self.corpus.seq_len as usize {
+            bail!(
+                "anchor.max_seq_len: expected at least corpus.seq_len ({}), found {}",
+                self.corpus.seq_len,
+                self.anchor.max_seq_len
+            );
+        }
+        if self.eval.batch == 0 || self.eval.max_answer_tokens == 0 {
+            bail!("eval.batch and eval.max_answer_tokens: expected at least 1, found 0");
+        }
+        self.anchor.config(1).check()?;
+        self.train.check()?;
+        Ok(())
+    }
+
+    pub(crate) fn to_toml(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+/// Applies `section.key=value`; the value is TOML, or else a string.
+fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
+    let Some((key, value)) = setting.split_once('=') else {
+        bail!("--set {setting}: expected section.key=value");
+    };
+    let Some((section, key)) = key.trim().split_once('.') else {
+        bail!("--set {setting}: expected section.key=value, found no section");
+    };
+    let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
+    let value = match parsed {
+        Ok(mut parsed) => parsed.remove("value"),
+        Err(_) => Some(toml::Value::String(value.into())),
+    };
+    let section = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+    let (Some(section), Some(value)) = (section.as_table_mut(), value) else {
+        bail!("--set {setting}: expected a section, found a value");
+    };
+    section.insert(key.to_string(), value);
+    Ok(())
+}
+
+/// One line for an error of the TOML crate: the file, the line, the key, and the nearest known name.
+fn explain(error: &toml::de::Error, text: Option<&str>, name: &str) -> anyhow::Error {
+    let line = text.zip(error.span()).map(|(text, span)| text[..span.start].matches('\n').count() + 1);
+    let place = line.map_or_else(|| name.to_string(), |line| format!("{name}: line {line}"));
+    let message = error.message().replace('\n', " ");
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    if !message.starts_with("unknown field") || quoted.len() < 2 {
+        return anyhow::anyhow!("{place}: {message}");
+    }
+    let (unknown, known) = (quoted[0], &quoted[1..]);
+    let nearest = known.iter().max_by(|a, b| {
+        strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b))
+    });
+    anyhow::anyhow!("{place}: unknown key `{unknown}`, did you mean `{}`?", nearest.unwrap_or(&unknown))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "[run]\ndir = \"r\"\n[corpus]\nprepared = \"p\"\nfiles = [\"a.txt\"]\n";
+
+    fn error(text: &str, overrides: &[&str]) -> String {
+        let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
+        format!("{:#}", Config::parse(text, "run.toml", &overrides).unwrap_err())
+    }
+
+    #[test]
+    fn unknown_keys_name_the_nearest_with_file_and_line() {
+        let text = format!("{SMALL}[train]\nsteps = 3\nlerning_rate = 1.0\n");
+        assert_eq!(
+            error(&text, &[]),
+            "run.toml: line 8: unknown key `lerning_rate`, did you mean `learning_rate`?"
+        );
+        assert_eq!(
+            error(SMALL, &["train.stepz=3"]),
+            "--set train.stepz=3: unknown key `stepz`, did you mean `steps`?"
+        );
+        assert!(error(&format!("{SMALL}[trian]\n"), &[]).contains("did you mean `train`?"));
+    }
+
+    #[test]
+    fn wrong_types_and_impossible_values_name_their_key() {
+        let text = format!("{SMALL}[train]\nsteps = \"many\"\n");
+        let message = error(&text, &[]);
+        assert!(message.starts_with("run.toml: line 7: invalid type: string \"many\", expected u64"), "{message}");
+        let message = error(SMALL, &["train.beta2=1.5"]);
+        assert!(message.contains("train.beta2: expected a number in 0..=1, found 1.5"), "{message}");
+        let message = error(SMALL, &["train.phase=cotrain", "memory.width=[1,2]"]);
+        assert!(message.contains("memory.width: expected one width per level of tree.branching (4), found 2"));
+        assert!(error("[run]\ndir=\"r\"\n", &[]).contains("corpus.prepared: expected"));
+        assert!(error(SMALL, &["steps=3"]).contains("found no section"));
+    }
+
+    #[test]
+    fn a_resolved_configuration_reads_back_as_itself() {
+        let config = Config::parse(SMALL, "run.toml", &["train.seed=7".into(), "eval.none=runs/x".into()]).unwrap();
+        assert_eq!((config.train.seed, config.eval.none.as_deref()), (7, Some(Path::new("runs/x"))));
+        let again = Config::parse(&config.to_toml().unwrap(), "again", &[]).unwrap();
+        assert_eq!(config, again);
+    }
+}

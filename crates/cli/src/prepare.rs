@@ -1,0 +1,264 @@
+//! The four stages of a prepared corpus: tokenise, embed, cluster, pack. A stage whose inputs are
+//! unchanged is skipped; a killed one goes on or begins again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cluster_tree::ClusterTree;
+use corpus::{
+    EmbeddingWriter, Embeddings, PackOptions, TokenStore, TokeniseOptions, Tokenizer, begin_stage, finish_stage,
+    hash_inputs, stage_is_current,
+};
+use embed::{Embedder, Hashed, HashedOptions, Static};
+
+use crate::config::{Config, EmbedKind};
+use crate::progress::Progress;
+
+/// Windows embedded at a time.
+const EMBED_BATCH: usize = 4096;
+
+/// Where the stages leave their files.
+pub(crate) struct Prepared {
+    pub(crate) dir: PathBuf,
+}
+
+impl Prepared {
+    pub(crate) fn of(config: &Config) -> Self {
+        Self { dir: config.corpus.prepared.clone() }
+    }
+
+    pub(crate) fn tokenizer(&self) -> PathBuf {
+        self.dir.join("tokenizer.json")
+    }
+
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.dir.join("tree.safetensors")
+    }
+
+    pub(crate) fn hashed(&self) -> PathBuf {
+        self.dir.join("embedder.safetensors")
+    }
+}
+
+/// The embedder of a finished `embed` stage, from `hashed` or the folder of the configuration.
+pub(crate) fn load_embedder(config: &Config, hashed: &Path) -> Result<Box<dyn Embedder>> {
+    Ok(match (config.embed.kind, &config.embed.path) {
+        (EmbedKind::Static, Some(path)) => Box::new(Static::load(path)?),
+        _ => Box::new(Hashed::load(hashed)?),
+    })
+}
+
+/// Brings the prepared folder up to date.
+pub(crate) fn prepare(config: &Config) -> Result<Prepared> {
+    let prepared = Prepared::of(config);
+    fs::create_dir_all(&prepared.dir).with_context(|| format!("{}", prepared.dir.display()))?;
+    let tokens = tokenise(config, &prepared)?;
+    let embeddings = embed(config, &prepared, &tokens)?;
+    let tree = cluster(config, &prepared, &embeddings)?;
+    pack(config, &prepared, &tree)?;
+    Ok(prepared)
+}
+
+/// Runs a stage unless `inputs` are those it was finished with.
+fn stage(prepared: &Prepared, name: &str, inputs: &str, run: impl FnOnce() -> Result<String>) -> Result<()> {
+    if stage_is_current(&prepared.dir, name, inputs)? {
+        eprintln!("{name:>18}: up to date");
+        return Ok(());
+    }
+    begin_stage(&prepared.dir, name)?;
+    let progress = Progress::new(name, 1);
+    let summary = run()?;
+    finish_stage(&prepared.dir, name, inputs)?;
+    progress.finish(summary);
+    Ok(())
+}
+
+fn tokenise(config: &Config, prepared: &Prepared) -> Result<String> {
+    let c = &config.corpus;
+    let source = c.source();
+    let mut parts = vec!["tokenise.v1".to_string()];
+    for file in corpus::list(&source)?.iter().chain(&corpus::list_held_out(&source)?) {
+        parts.push(serde_json::to_string(&file)?);
+    }
+    parts.push(serde_json::to_string(&(&c.text_key, &c.id_key, &c.label_key, c.format, c.txt_split))?);
+    parts.push(format!("{:?}", (c.vocab_size, c.tokenizer_sample_mib, c.window, c.validation_permille)));
+    parts.push(c.validation_files.join("\n"));
+    if let Some(path) = &c.tokenizer {
+        parts.push(Tokenizer::load(path)?.hash().to_string());
+    }
+    let inputs = hash_inputs(&parts);
+    stage(prepared, "tokenise", &inputs, || {
+        let tokenizer = match &c.tokenizer {
+            Some(path) => Tokenizer::load(path)?,
+            None => train_tokenizer(config)?,
+        };
+        tokenizer.save(&prepared.tokenizer())?;
+        let options = TokeniseOptions { window: c.window, validation_permille: c.validation_permille };
+        let mut progress = Progress::new("tokenise", 1);
+        let report = &mut |p: corpus::TokeniseProgress| {
+            progress.set(p.bytes_done, p.bytes, || format!("{} documents, {} tokens", p.n_documents, p.n_tokens));
+        };
+        let s = corpus::tokenise(&source, &tokenizer, &prepared.dir, &options, report)?;
+        Ok(format!(
+            "{} documents ({} held out), {} windows, {} tokens of a vocabulary of {}",
+            s.n_documents,
+            s.n_validation_documents,
+            s.n_windows,
+            s.n_tokens,
+            tokenizer.vocab_size()
+        ))
+    })?;
+    Ok(inputs)
+}
+
+fn train_tokenizer(config: &Config) -> Result<Tokenizer> {
+    let source = config.corpus.source();
+    let mut files = corpus::list(&source)?.into_iter();
+    let mut current: Option<corpus::Documents> = None;
+    let texts = std::iter::from_fn(move || {
+        loop {
+            if let Some(document) = current.as_mut().and_then(Iterator::next) {
+                return Some(document.map(|document| document.text));
+            }
+            match corpus::read(&files.next()?, &source) {
+                Ok(documents) => current = Some(documents),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    });
+    Ok(Tokenizer::train(texts, config.corpus.vocab_size, config.corpus.tokenizer_sample_mib << 20)?)
+}
+
+fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
+    let e = &config.embed;
+    let fixed = match (e.kind, &e.path) {
+        (EmbedKind::Static, Some(path)) => Some(Static::load(path)?),
+        _ => None,
+    };
+    let options = HashedOptions { dim: e.dim, seed: e.seed, char_weight: e.char_weight };
+    let settings = match &fixed {
+        Some(embedder) => embedder.fingerprint().to_string(),
+        None => format!("{options:?} {}", e.sample_windows),
+    };
+    let inputs = hash_inputs(&["embed.v1", tokens, &settings]);
+    stage(prepared, "embed", &inputs, || {
+        let windows = Windows::open(prepared)?;
+        let embedder: Box<dyn Embedder> = match fixed {
+            Some(embedder) => Box::new(embedder),
+            None => {
+                let hashed = windows.fit(options, e.sample_windows)?;
+                hashed.save(&prepared.hashed())?;
+                Box::new(hashed)
+            }
+        };
+        windows.embed(&*embedder, &prepared.dir, &inputs)?;
+        Ok(format!("{} windows in {} dimensions", windows.store.n_windows(), embedder.dim()))
+    })?;
+    Ok(inputs)
+}
+
+/// The windows of a tokenised corpus as texts.
+struct Windows {
+    store: TokenStore,
+    tokenizer: Tokenizer,
+}
+
+impl Windows {
+    fn open(prepared: &Prepared) -> Result<Self> {
+        let store = TokenStore::open(&prepared.dir)?;
+        let tokenizer = Tokenizer::load(&prepared.tokenizer())?;
+        store.check_tokenizer(&tokenizer)?;
+        Ok(Self { store, tokenizer })
+    }
+
+    fn text(&self, index: usize) -> Result<String> {
+        Ok(self.tokenizer.decode(&self.store.window_tokens(index)?)?)
+    }
+
+    /// Counts word frequencies on windows spread evenly over the corpus.
+    fn fit(&self, options: HashedOptions, sample: usize) -> Result<Hashed> {
+        let n = self.store.n_windows();
+        let every = n.div_ceil(sample.max(1));
+        let mut failed = None;
+        let texts = (0..n).step_by(every).map_while(|i| match self.text(i) {
+            Ok(text) => Some(text),
+            Err(error) => {
+                failed = Some(error);
+                None
+            }
+        });
+        let hashed = Hashed::fit(options, texts);
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(hashed?),
+        }
+    }
+
+    fn embed(&self, embedder: &dyn Embedder, dir: &Path, inputs: &str) -> Result<()> {
+        let n = self.store.n_windows();
+        let mut writer = EmbeddingWriter::open(dir, inputs, embedder.dim())?;
+        let mut progress = Progress::new("embed", n as u64);
+        while writer.n_rows() < n {
+            let first = writer.n_rows();
+            let range = first..n.min(first + EMBED_BATCH);
+            let texts = range.map(|i| self.text(i)).collect::<Result<Vec<_>>>()?;
+            let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+            let rows = embedder.embed(&texts).with_context(|| {
+                let document = self.store.window(first).map(|window| window.document).unwrap_or_default();
+                format!("windows from {first} (document {document}) on")
+            })?;
+            writer.append(&rows)?;
+            progress.set(writer.n_rows() as u64, n as u64, || "windows".into());
+        }
+        Ok(writer.commit()?)
+    }
+}
+
+fn cluster(config: &Config, prepared: &Prepared, embeddings: &str) -> Result<String> {
+    let options = config.tree.options();
+    let inputs = hash_inputs(&["cluster.v1", embeddings, &format!("{options:?}")]);
+    stage(prepared, "cluster", &inputs, || {
+        let (rows, dim) = open_embeddings(config, prepared)?;
+        let mut progress = Progress::new("cluster", 1);
+        let report = &mut |p: kmeans::Progress| {
+            progress.set(p.nodes_done as u64, p.nodes as u64, || format!("nodes of level {}", p.level));
+        };
+        let tree = kmeans::build(&rows, dim, &options, report)?;
+        tree.save(&prepared.tree())?;
+        let used = |level: usize| tree.counts(level).iter().filter(|&&n| n > 0).count();
+        let levels: Vec<String> =
+            (0..tree.n_levels()).map(|l| format!("{} of {}", used(l), tree.n_clusters(l))).collect();
+        Ok(format!("clusters that hold documents, by level: {}", levels.join(", ")))
+    })?;
+    Ok(inputs)
+}
+
+fn open_embeddings(config: &Config, prepared: &Prepared) -> Result<(Embeddings, usize)> {
+    let n = TokenStore::open(&prepared.dir)?.n_windows();
+    let dim = load_embedder(config, &prepared.hashed())?.dim();
+    Ok((Embeddings::open(&prepared.dir, n, dim)?, dim))
+}
+
+fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
+    let c = &config.corpus;
+    let settings = format!("{:?}", (c.seq_len, c.seed, config.tree.beam));
+    let inputs = hash_inputs(&["pack.v1", cluster, &settings]);
+    stage(prepared, "pack", &inputs, || {
+        let (rows, _) = open_embeddings(config, prepared)?;
+        let tree = ClusterTree::load(&prepared.tree())?;
+        let leaves = kmeans::assign(&tree, &rows, config.tree.beam)?;
+        let options = PackOptions {
+            seq_len: c.seq_len,
+            seed: c.seed,
+            embedder: load_embedder(config, &prepared.hashed())?.fingerprint().to_string(),
+            tree: hash_inputs(&[tree.hash(), format!("beam {}", config.tree.beam)]),
+        };
+        let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
+        let s = corpus::pack(&prepared.dir, &leaves, &branching, &options)?;
+        Ok(format!(
+            "{} sequences ({} held out) of {} leaves, {} tokens a pass",
+            s.n_sequences, s.n_validation, s.n_used_leaves, s.n_train_tokens
+        ))
+    })
+}

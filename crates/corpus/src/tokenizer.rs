@@ -1,0 +1,273 @@
+//! Text and token ids.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, Tokenizer as Inner};
+
+use crate::prepared::files::write_whole;
+use crate::source::hex;
+use crate::{Error, Result};
+
+/// The end-of-text token of the tokenizers trained here, with id 0.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// The end-of-text tokens that [`Tokenizer::load`] looks for, in this order.
+pub const END_OF_TEXT_NAMES: [&str; 4] = [END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"];
+
+/// The default of `sample_bytes` in [`Tokenizer::train`]: 64 MiB.
+pub const SAMPLE_BYTES: usize = 64 << 20;
+
+/// A tokenizer: text to token ids and back.
+pub struct Tokenizer {
+    inner: Inner,
+    /// The file's bytes as they were loaded or made, so that a saved tokenizer keeps its hash.
+    json: Vec<u8>,
+    hash: String,
+    eot: u32,
+    vocab_size: usize,
+}
+
+impl Tokenizer {
+    /// Trains a byte-level BPE on at most `sample_bytes` bytes of `texts`. The vocabulary holds
+    /// [`END_OF_TEXT`] as id 0, the 256 bytes, and merges up to `vocab_size`; on little text it comes
+    /// out smaller, so ask [`vocab_size`](Self::vocab_size). The same texts give the same tokenizer.
+    /// Fails on the first error of `texts`, and when they hold no text.
+    pub fn train(
+        texts: impl Iterator<Item = Result<String>>,
+        vocab_size: usize,
+        sample_bytes: usize,
+    ) -> Result<Self> {
+        let sample = sample(texts, sample_bytes)?;
+        let mut inner = Inner::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        inner.with_decoder(Some(ByteLevel::new(false, true, true)));
+        let trainer = BpeTrainer::builder()
+            .vocab_size(vocab_size)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .show_progress(false)
+            .build();
+        inner.train(&mut TrainerWrapper::from(trainer), sample.iter()).map_err(|e| failed("training", e))?;
+        let json = inner.to_string(false).map_err(|e| failed("training", e))?;
+        Self::new(json.into_bytes(), Path::new("training"), &[END_OF_TEXT])
+    }
+
+    /// Loads any `tokenizer.json`, with the first of [`END_OF_TEXT_NAMES`] that it has as end-of-text
+    /// token. Fails on a file that is missing or damaged, and when it has none of them.
+    pub fn load(path: &Path) -> Result<Self> {
+        Self::load_with(path, &END_OF_TEXT_NAMES)
+    }
+
+    /// As [`load`](Self::load), with the names of the end-of-text token to look for.
+    pub fn load_with(path: &Path, end_of_text: &[&str]) -> Result<Self> {
+        let json = std::fs::read(path).map_err(Error::io(path))?;
+        Self::new(json, path, end_of_text)
+    }
+
+    fn new(json: Vec<u8>, path: &Path, end_of_text: &[&str]) -> Result<Self> {
+        let name = path.display().to_string();
+        let mut inner = Inner::from_bytes(&json).map_err(|e| failed(&name, e))?;
+        let (spelling, eot) =
+            end_of_text.iter().find_map(|name| Some((*name, inner.token_to_id(name)?))).ok_or_else(|| {
+                Error::NoEndOfText { path: path.to_owned(), looked_for: end_of_text.join(", ") }
+            })?;
+        // Documents are never cut or filled up behind the caller's back, text that spells a special
+        // token stays text, and the end of text counts as special even where the file does not say so.
+        inner.with_truncation(None).map_err(|e| failed(&name, e))?;
+        inner.with_padding(None);
+        inner.add_special_tokens([AddedToken::from(spelling, true)]).map_err(|e| failed(&name, e))?;
+        inner.set_encode_special_tokens(true);
+        // The highest id counts, not the number of entries: files with holes in their ids exist.
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let hash = hex(&Sha256::digest(&json));
+        Ok(Self { inner, json, hash, eot, vocab_size })
+    }
+
+    /// The token ids of `text`, without any special token; text that spells one is plain text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| failed("encoding", e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of each text, in parallel.
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>> {
+        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    }
+
+    /// The text of token ids; special tokens are spelled out. Bytes that are not UTF-8, as where a
+    /// window cuts a character, become U+FFFD. Fails on an id that the vocabulary does not have.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        let vocab_size = self.vocab_size;
+        if let Some(position) = tokens.iter().position(|&token| token as usize >= vocab_size) {
+            return Err(Error::OutOfVocabulary {
+                name: "decoding".to_owned(),
+                position: position as u64,
+                token: tokens[position],
+                vocab_size,
+            });
+        }
+        self.inner.decode(tokens, false).map_err(|e| failed("decoding", e))
+    }
+
+    /// The end-of-text token.
+    pub fn eot(&self) -> u32 {
+        self.eot
+    }
+
+    /// One more than the highest token id.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Sha256 of the `tokenizer.json`, as hexadecimal digits.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// Writes the `tokenizer.json`, byte for byte as it was loaded or trained.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        write_whole(path, &self.json)
+    }
+}
+
+/// The first `sample_bytes` bytes of the texts; the last one is cut at a character.
+fn sample(texts: impl Iterator<Item = Result<String>>, sample_bytes: usize) -> Result<Vec<String>> {
+    let mut sample = Vec::new();
+    let mut rest = sample_bytes;
+    for text in texts {
+        let mut text = text?;
+        let end = (0..=rest.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+        text.truncate(end.unwrap_or(0));
+        rest -= text.len();
+        if text.is_empty() && rest < char::MAX.len_utf8() {
+            break;
+        }
+        sample.push(text);
+        if rest == 0 {
+            break;
+        }
+    }
+    if sample.iter().all(String::is_empty) {
+        return Err(Error::NoTrainingText);
+    }
+    Ok(sample)
+}
+
+fn failed(name: &str, error: tokenizers::Error) -> Error {
+    Error::Tokenizer { name: name.to_owned(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXTS: [&str; 3] =
+        ["the cat sat on the mat, the cat sat.", "naïve façade: 東京 🦀", "a cat and a hat on a mat"];
+
+    fn train(vocab_size: usize) -> Tokenizer {
+        let texts = TEXTS.iter().cycle().take(30).map(|text| Ok((*text).to_owned()));
+        Tokenizer::train(texts, vocab_size, SAMPLE_BYTES).unwrap()
+    }
+
+    #[test]
+    fn training_is_deterministic_and_lossless() {
+        let (one, two) = (train(290), train(290));
+        assert_eq!(one.hash(), two.hash());
+        assert_eq!((one.vocab_size(), one.eot()), (290, 0));
+        let bytes: String = (0..0x500).filter_map(char::from_u32).collect();
+        for text in TEXTS.iter().copied().chain([" two  spaces\n\ttab", bytes.as_str()]) {
+            let tokens = one.encode(text).unwrap();
+            assert!(tokens.iter().all(|&token| token != one.eot() && (token as usize) < 290));
+            assert_eq!(one.decode(&tokens).unwrap(), text);
+        }
+        assert!(one.encode(TEXTS[0]).unwrap().len() < TEXTS[0].len() / 2, "no merges were learned");
+    }
+
+    #[test]
+    fn batches_equal_single_texts() {
+        let tokenizer = train(290);
+        let single: Vec<_> = TEXTS.iter().map(|text| tokenizer.encode(text).unwrap()).collect();
+        assert_eq!(tokenizer.encode_batch(&TEXTS).unwrap(), single);
+    }
+
+    #[test]
+    fn the_vocabulary_is_as_large_as_the_text_allows() {
+        let tokenizer = Tokenizer::train([Ok("ab".to_owned())].into_iter(), 5000, SAMPLE_BYTES).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 258);
+    }
+
+    #[test]
+    fn the_sample_ends_at_its_size() {
+        let texts = || ["aé", "éa"].into_iter().map(|text| Ok(text.to_owned()));
+        assert_eq!(sample(texts(), 5).unwrap(), ["aé", "é"]);
+        assert_eq!(sample(texts(), 4).unwrap(), ["aé"]);
+        assert_eq!(sample(texts(), 100).unwrap(), ["aé", "éa"]);
+        let endless = std::iter::repeat_with(|| Ok("ab".to_owned()));
+        assert_eq!(sample(endless, 3).unwrap(), ["ab", "a"]);
+        assert!(matches!(sample(std::iter::empty(), 9), Err(Error::NoTrainingText)));
+        let failing = [Ok("a".to_owned()), Err(Error::NoMatch { pattern: "x".to_owned() })].into_iter();
+        assert!(matches!(sample(failing, 9), Err(Error::NoMatch { .. })));
+    }
+
+    #[test]
+    fn text_that_spells_a_special_token_stays_text() {
+        let tokenizer = train(290);
+        let tokens = tokenizer.encode("a<|endoftext|>b").unwrap();
+        assert!(!tokens.contains(&tokenizer.eot()));
+        assert_eq!(tokenizer.decode(&tokens).unwrap(), "a<|endoftext|>b");
+        assert_eq!(tokenizer.decode(&[tokenizer.eot()]).unwrap(), END_OF_TEXT);
+    }
+
+    #[test]
+    fn a_saved_tokenizer_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let tokenizer = train(290);
+        tokenizer.save(&path).unwrap();
+        let loaded = Tokenizer::load(&path).unwrap();
+        assert_eq!(loaded.hash(), tokenizer.hash());
+        assert_eq!(loaded.encode(TEXTS[1]).unwrap(), tokenizer.encode(TEXTS[1]).unwrap());
+        let again = dir.path().join("again.json");
+        loaded.save(&again).unwrap();
+        assert_eq!(std::fs::read(path).unwrap(), std::fs::read(again).unwrap());
+    }
+
+    #[test]
+    fn a_foreign_tokenizer_finds_its_end_of_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let json = String::from_utf8(train(290).json).unwrap();
+        // Not special in the file, with truncation on, and ids with a hole.
+        let json = json
+            .replace(END_OF_TEXT, "</s>")
+            .replace("\"special\":true", "\"special\":false")
+            .replace(
+                "\"truncation\":null",
+                "\"truncation\":{\"direction\":\"Right\",\"max_length\":2,\"strategy\":\"LongestFirst\",\"stride\":0}",
+            );
+        std::fs::write(&path, json.replace("\":289", "\":400")).unwrap();
+        let tokenizer = Tokenizer::load(&path).unwrap();
+        assert_eq!((tokenizer.eot(), tokenizer.vocab_size()), (0, 401));
+        let tokens = tokenizer.encode("a</s>b and more").unwrap();
+        assert!(!tokens.contains(&0) && tokens.len() > 2);
+
+        let error = Tokenizer::load_with(&path, &["<eos>", "<end>"]).err().unwrap().to_string();
+        assert!(error.ends_with("tokenizer.json: no end-of-text token, looked for <eos>, <end>"), "{error}");
+    }
+
+    #[test]
+    fn damaged_files_and_foreign_ids_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        assert!(matches!(Tokenizer::load(&path), Err(Error::Io { .. })));
+        std::fs::write(&path, "{").unwrap();
+        assert!(matches!(Tokenizer::load(&path), Err(Error::Tokenizer { .. })));
+        let error = train(290).decode(&[5, 300]).unwrap_err().to_string();
+        assert_eq!(error, "decoding: token 300 at 1 is not below the vocabulary size 290");
+    }
+}

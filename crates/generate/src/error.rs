@@ -1,0 +1,56 @@
+/// What can go wrong while generating.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A sampling option outside its range.
+    #[error("generate.{key}: expected {expected}, found {found}")]
+    Option {
+        /// The option.
+        key: &'static str,
+        /// What it may be.
+        expected: &'static str,
+        /// What it is.
+        found: f64,
+    },
+    /// A prompt that leaves no room for what is asked.
+    #[error("prompt of {prompt} tokens plus {new} new ones exceeds the anchor's {limit} positions")]
+    TooLong {
+        /// Tokens of the longest prompt.
+        prompt: usize,
+        /// Tokens asked for.
+        new: usize,
+        /// Positions the anchor has.
+        limit: usize,
+    },
+    /// A path was asked for, but the model has no bank.
+    #[error("memory path {path} asked of a run that has no memory bank")]
+    NoBank {
+        /// The path.
+        path: String,
+    },
+    /// Some prompts of a batch fetch memory and others do not.
+    #[error("a batch mixes {with} sequences with memory and {without} without")]
+    Mixed {
+        /// Sequences with a path.
+        with: usize,
+        /// Sequences without.
+        without: usize,
+    },
+    /// The model put no finite probability on any token.
+    #[error("the scores of the next token are not finite")]
+    NotFinite,
+    /// From the anchor.
+    #[error(transparent)]
+    Anchor(#[from] anchor::Error),
+    /// From the memory bank.
+    #[error(transparent)]
+    Bank(#[from] memory_bank::Error),
+    /// From the tokenizer.
+    #[error(transparent)]
+    Corpus(#[from] corpus::Error),
+    /// From a tensor operation.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

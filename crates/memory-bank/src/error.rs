@@ -1,0 +1,146 @@
+use std::path::PathBuf;
+
+use cluster_tree::ClusterId;
+
+use crate::Step;
+
+/// The result of every fallible function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can be wrong with a spec, a request to a bank, or a bank's files.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A field of a spec or of options has a value that it cannot have.
+    #[error("{field} is {found}, expected {expected}")]
+    Setting {
+        /// The field.
+        field: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A block that the spec does not have.
+    #[error("no block {id}: level {} has {n_blocks} blocks", id.level)]
+    UnknownBlock {
+        /// The block asked for.
+        id: ClusterId,
+        /// Blocks of that level: 0 for a level beyond the spec or of width 0.
+        n_blocks: usize,
+    },
+    /// A gradient of the wrong length.
+    #[error("gradient of block {id} has {found} values, expected {expected}")]
+    GradientLength {
+        /// The block.
+        id: ClusterId,
+        /// Values of a block of its level.
+        expected: usize,
+        /// Values pushed.
+        found: usize,
+    },
+    /// A gradient with NaN, infinity or a value too large to be squared.
+    #[error(
+        "gradient of block {id} has {value} at position {position}, expected a magnitude of at most {limit}"
+    )]
+    GradientValue {
+        /// The block.
+        id: ClusterId,
+        /// Position of the first such value.
+        position: usize,
+        /// The value.
+        value: f32,
+        /// [`crate::MAX_GRADIENT`].
+        limit: f32,
+    },
+    /// Two gradients of one block in one push.
+    #[error("push holds two gradients of block {id}, at {first} and {second}, expected one")]
+    RepeatedGradient {
+        /// The block.
+        id: ClusterId,
+        /// Place of the first in the push.
+        first: usize,
+        /// Place of the second in the push.
+        second: usize,
+    },
+    /// A rank that the bank does not wait for.
+    #[error("push from rank {rank}, expected a rank below the world size {world_size}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// Number of ranks.
+        world_size: usize,
+    },
+    /// A push that skips a step, or one for step 0.
+    #[error("push of step {found}, but steps up to {applied} are applied: expected {}", applied.0 + 1)]
+    PushStep {
+        /// Step pushed.
+        found: Step,
+        /// Last step applied.
+        applied: Step,
+    },
+    /// A save of another step than the bank is at.
+    #[error("save of step {expected}, but the bank is at step {applied}")]
+    SaveStep {
+        /// Step to save.
+        expected: Step,
+        /// Last step applied.
+        applied: Step,
+    },
+    /// A push or a save to a bank that was opened to be read.
+    #[error("cannot {action} step {step}: the bank at step {applied} is open read-only")]
+    ReadOnly {
+        /// `push` or `save`.
+        action: &'static str,
+        /// Step of the request.
+        step: Step,
+        /// Step that the files hold.
+        applied: Step,
+    },
+    /// A fetch from a read-only bank of a step that its files do not reach.
+    #[error("fetch after step {after}, but the bank is open read-only at step {applied}")]
+    NotReached {
+        /// Step to wait for.
+        after: Step,
+        /// Step that the files hold.
+        applied: Step,
+    },
+    /// An update of the bank panicked, so its blocks may be half updated.
+    #[error("an earlier update of the bank did not finish, resume from a checkpoint")]
+    Unfinished,
+    /// A background task of the bank panicked or was cancelled.
+    #[error("a task of the bank failed: {source}")]
+    Task {
+        /// What the runtime said.
+        source: tokio::task::JoinError,
+    },
+    /// Reading or writing a file failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A manifest or a safetensors header that does not parse.
+    #[error("{}: {part} is corrupt: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// `manifest` or `header`.
+        part: &'static str,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+    /// A file that holds something other than it should.
+    #[error("{}: {what} is {found}, expected {expected}", path.display())]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// What differs: a key, a tensor, the size or the hash.
+        what: String,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+}

@@ -1,0 +1,149 @@
+//! A run's checkpoints: `checkpoints/<step>/…` with DONE written last.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// All that resumes, as data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Targets scored so far.
+    pub tokens_seen: u64,
+    /// Index of the next sequence of the global shuffle.
+    pub next_sequence: u64,
+}
+
+/// The folder `checkpoints` of a run.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    root: PathBuf,
+}
+
+/// Written last; a folder without it does not exist.
+const DONE: &str = "DONE";
+
+impl Checkpoints {
+    /// Those under `<run_dir>/checkpoints`.
+    pub fn of(run_dir: &Path) -> Self {
+        Self { root: run_dir.join("checkpoints") }
+    }
+
+    /// The folder that holds them: also the checkpoint root of a local bank.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The folder of one step.
+    pub fn dir(&self, step: u64) -> PathBuf {
+        self.root.join(format!("{step:08}"))
+    }
+
+    /// Steps of the whole checkpoints, ascending.
+    ///
+    /// # Errors
+    /// When the folder exists and cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        let mut steps: Vec<u64> =
+            self.folders()?.into_iter().filter(|(_, whole)| *whole).map(|(step, _)| step).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// The newest whole checkpoint.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::steps`].
+    pub fn latest(&self) -> Result<Option<u64>> {
+        Ok(self.steps()?.last().copied())
+    }
+
+    /// The newest whole checkpoint of a run that must have one.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn require_latest(&self) -> Result<u64> {
+        self.latest()?.ok_or_else(|| Error::file(&self.root, "no whole checkpoint (none has a file DONE)"))
+    }
+
+    /// The state saved at `step`.
+    ///
+    /// # Errors
+    /// When state.json cannot be read.
+    pub fn state(&self, step: u64) -> Result<TrainState> {
+        let path = self.dir(step).join("state.json");
+        let text = fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
+        serde_json::from_str(&text).map_err(|e| Error::file(&path, e))
+    }
+
+    /// Removes what an interrupted save left, so that `step` can be saved anew.
+    pub(crate) fn begin(&self, step: u64) -> Result<PathBuf> {
+        for (step, whole) in self.folders()? {
+            if !whole {
+                let dir = self.dir(step);
+                fs::remove_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
+            }
+        }
+        let dir = self.dir(step);
+        fs::create_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
+        Ok(dir)
+    }
+
+    /// Marks `step` whole and removes all but the newest `keep`.
+    pub(crate) fn finish(&self, step: u64, keep: usize) -> Result<()> {
+        let dir = self.dir(step);
+        write_whole(&dir.join(DONE), b"")?;
+        sync_dir(&dir)?;
+        sync_dir(&self.root)?;
+        let steps = self.steps()?;
+        for &old in &steps[..steps.len().saturating_sub(keep)] {
+            let dir = self.dir(old);
+            // DONE goes first: a removal that is cut short leaves a folder that does not exist.
+            fs::remove_file(dir.join(DONE)).map_err(|e| Error::file(&dir, e))?;
+            fs::remove_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
+        }
+        Ok(())
+    }
+
+    /// Every folder named by a step, and whether it is whole.
+    fn folders(&self) -> Result<Vec<(u64, bool)>> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            Err(e) => return Err(Error::file(&self.root, e)),
+        };
+        let mut folders = vec![];
+        for entry in entries {
+            let entry = entry.map_err(|e| Error::file(&self.root, e))?;
+            if let Some(step) = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()) {
+                folders.push((step, entry.path().join(DONE).exists()));
+            }
+        }
+        Ok(folders)
+    }
+}
+
+
+/// Writes a file whole or not at all: temporary name, fsync, rename.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(|e| Error::file(path, e))
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| Error::file(dir, e))
+}

@@ -1,0 +1,122 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anchor::Anchor;
+use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use ops::AdamW;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::checkpoint::write_whole;
+use crate::{Error, Result, TrainConfig};
+
+/// AdamW over the anchor's parameters, moments in f32.
+pub struct Optimizer {
+    moments: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
+}
+
+/// The gradients of a step, summed over its micro-batches.
+#[derive(Default)]
+pub(crate) struct Gradients(BTreeMap<String, Tensor>);
+
+impl Gradients {
+    /// Adds those of one backward pass.
+    ///
+    /// # Errors
+    /// When a parameter got none: an operation dropped it.
+    pub(crate) fn add(&mut self, anchor: &Anchor, grads: &GradStore) -> Result<()> {
+        for (name, var) in anchor.variables() {
+            let gradient = grads.get(var).ok_or_else(|| {
+                candle_core::Error::Msg(format!("anchor parameter {name} got no gradient"))
+            })?;
+            let sum = match self.0.get(name) {
+                None => gradient.clone(),
+                Some(sum) => (sum + gradient)?,
+            };
+            self.0.insert(name.clone(), sum);
+        }
+        Ok(())
+    }
+
+    /// √Σ g² over all parameters.
+    pub(crate) fn norm(&self) -> Result<f64> {
+        let mut sum = 0.0;
+        for gradient in self.0.values() {
+            sum += ops::sum_of_squares(gradient)?;
+        }
+        Ok(sum.sqrt())
+    }
+}
+
+impl Optimizer {
+    /// Zero moments for every parameter.
+    pub fn new(anchor: &Anchor) -> Self {
+        let zeros = |n: usize| (vec![0f32; n], vec![0f32; n]);
+        let moments =
+            anchor.variables().iter().map(|(name, var)| (name.clone(), zeros(var.elem_count()))).collect();
+        Self { moments }
+    }
+
+    /// Applies step `step` (from 1) to every parameter; norm gains do not decay.
+    pub(crate) fn step(
+        &mut self,
+        anchor: &Anchor,
+        gradients: &Gradients,
+        (config, step, scale): (&TrainConfig, u64, f64),
+    ) -> Result<()> {
+        for (name, var) in anchor.variables() {
+            let (Some(gradient), Some((m, v))) = (gradients.0.get(name), self.moments.get_mut(name)) else {
+                return Err(candle_core::Error::Msg(format!("no gradient or moments for {name}")).into());
+            };
+            let decays = var.dims().len() > 1;
+            let adamw = AdamW {
+                learning_rate: config.schedule().at(step),
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                weight_decay: if decays { config.weight_decay } else { 0.0 },
+                step,
+                gradient_scale: scale,
+            };
+            ops::adamw_step(var, gradient, m, v, adamw)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the moments as `m.<parameter>` and `v.<parameter>`.
+    pub(crate) fn save(&self, path: &Path) -> Result<()> {
+        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
+        let owned: Vec<(String, Vec<u8>)> = self
+            .moments
+            .iter()
+            .flat_map(|(name, (m, v))| [(format!("m.{name}"), bytes(m)), (format!("v.{name}"), bytes(v))])
+            .collect();
+        let views = owned
+            .iter()
+            .map(|(name, bytes)| Ok((name, TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)?)))
+            .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+            .map_err(|e| Error::file(path, e))?;
+        let whole = safetensors::serialize(views, None).map_err(|e| Error::file(path, e))?;
+        write_whole(path, &whole)
+    }
+
+    /// Reads what `save` wrote for the same anchor.
+    pub(crate) fn load(path: &Path, anchor: &Anchor) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, e))?;
+        let mut optimizer = Self::new(anchor);
+        for (name, (m, v)) in &mut optimizer.moments {
+            for (kind, values) in [("m", m), ("v", v)] {
+                let name = format!("{kind}.{name}");
+                let view = tensors.tensor(&name).map_err(|e| Error::file(path, format!("{name}: {e}")))?;
+                let (found, _) = view.data().as_chunks::<4>();
+                if found.len() != values.len() {
+                    let problem = format!("{name}: expected {} values, found {}", values.len(), found.len());
+                    return Err(Error::file(path, problem));
+                }
+                values.iter_mut().zip(found).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
+            }
+        }
+        Ok(optimizer)
+    }
+}

@@ -1,0 +1,246 @@
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anchor::{Anchor, Targets};
+use corpus::{Batch, Corpus};
+use generate::Model;
+use memory_bank::{Block, BlockStore, Blocking, Step};
+
+use crate::checkpoint::{Checkpoints, TrainState, write_whole};
+use crate::loader::Loader;
+use crate::metrics::{Metrics, StepMetrics};
+use crate::optimizer::{Gradients, Optimizer};
+use crate::{Error, Result, TrainConfig};
+
+/// What a trainer is made of.
+pub struct Parts<S> {
+    /// Where metrics and checkpoints go.
+    pub run_dir: PathBuf,
+    /// How to train.
+    pub config: TrainConfig,
+    /// Packed sequences.
+    pub corpus: Arc<Corpus>,
+    /// The model at the beginning; frozen when the phase says so.
+    pub anchor: Anchor,
+    /// The bank, in phases with memory.
+    pub memory: Option<Blocking<S>>,
+}
+
+/// The training loop and its state.
+pub struct Trainer<S> {
+    run_dir: PathBuf,
+    config: TrainConfig,
+    corpus: Arc<Corpus>,
+    anchor: Anchor,
+    memory: Option<Blocking<S>>,
+    optimizer: Optimizer,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    last_loss: f64,
+}
+
+/// What one forward and backward leaves: the loss and all gradients.
+#[derive(Default)]
+struct Backward {
+    loss: f64,
+    anchor: Gradients,
+    blocks: Vec<Block>,
+}
+
+impl<S: BlockStore> Trainer<S> {
+    /// A run that begins at step 0.
+    ///
+    /// # Errors
+    /// When the configuration cannot be trained with.
+    pub fn new(parts: Parts<S>) -> Result<Self> {
+        parts.config.check()?;
+        let optimizer = Optimizer::new(&parts.anchor);
+        Ok(Self::with(parts, optimizer, TrainState::default()))
+    }
+
+    /// A run that continues from its checkpoint of `step`; `parts.anchor` and the bank are those of it.
+    ///
+    /// # Errors
+    /// When the checkpoint lacks a file or was made for another anchor.
+    pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
+        parts.config.check()?;
+        let checkpoints = Checkpoints::of(&parts.run_dir);
+        let state = checkpoints.state(step)?;
+        let optimizer = match parts.config.phase.trains_anchor() {
+            true => Optimizer::load(&checkpoints.dir(step).join("optimizer.safetensors"), &parts.anchor)?,
+            false => Optimizer::new(&parts.anchor),
+        };
+        Ok(Self::with(parts, optimizer, state))
+    }
+
+    fn with(parts: Parts<S>, optimizer: Optimizer, state: TrainState) -> Self {
+        let Parts { run_dir, config, corpus, anchor, memory } = parts;
+        let checkpoints = Checkpoints::of(&run_dir);
+        let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
+        Self { run_dir, config, corpus, anchor, memory, optimizer, checkpoints, state, last_loss: f64::NAN }
+    }
+
+    /// Steps, tokens and sequences so far.
+    pub fn state(&self) -> TrainState {
+        self.state
+    }
+
+    /// The model as trained so far.
+    pub fn anchor(&self) -> &Anchor {
+        &self.anchor
+    }
+
+    /// Trains to the last step, saving on the way; `progress` sees every step.
+    ///
+    /// # Errors
+    /// When the loss diverges, or data, bank or files fail; the last whole checkpoint stays.
+    pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<()> {
+        let mut metrics = Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?;
+        let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
+        while self.state.step < self.config.steps {
+            let step = self.state.step + 1;
+            let mut line = self.step(&loader.next(step)?)?;
+            let last = step == self.config.steps;
+            if last || due(step, self.config.validate_every) {
+                line.validation_loss = self.validation_loss()?;
+            }
+            if last || line.validation_loss.is_some() || due(step, self.config.log_every) {
+                line = metrics.write(line)?;
+            }
+            progress(&line);
+            if last || due(step, self.config.save_every) {
+                self.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One optimizer step on `batch`.
+    ///
+    /// # Errors
+    /// When the loss or the gradient is not finite; then nothing was applied.
+    pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
+        let step = self.state.step + 1;
+        let blocks = self.model().fetch(&batch.paths)?;
+        let Backward { loss, anchor: gradients, blocks: block_gradients } = self.backward(batch, &blocks)?;
+        self.check_finite("loss", loss)?;
+        let norm = gradients.norm()?;
+        self.check_finite("gradient norm", norm)?;
+        let memory_norm = block_norm(&block_gradients);
+        self.check_finite("memory gradient norm", memory_norm)?;
+        if let Some(memory) = &self.memory {
+            memory.push(Step(step), 0, block_gradients)?;
+        }
+        if self.config.phase.trains_anchor() {
+            let clip = self.config.clip;
+            let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+            self.optimizer.step(&self.anchor, &gradients, (&self.config, step, scale))?;
+        }
+        self.last_loss = loss;
+        self.state = TrainState {
+            step,
+            tokens_seen: self.state.tokens_seen + batch.n_scored() as u64,
+            next_sequence: self.state.next_sequence + batch.n_sequences() as u64,
+        };
+        let has_memory = self.memory.is_some();
+        Ok(StepMetrics {
+            step,
+            loss,
+            learning_rate: self.config.schedule().at(step),
+            gradient_norm: norm,
+            memory_learning_rate: if has_memory { self.config.memory_adamw().schedule.at(step) } else { 0.0 },
+            memory_gradient_norm: memory_norm,
+            n_blocks: blocks.len(),
+            tokens_seen: self.state.tokens_seen,
+            ..StepMetrics::default()
+        })
+    }
+
+    /// Loss and gradients of a batch, in micro-batches whose gradients are summed.
+    fn backward(&self, batch: &Batch, blocks: &[Block]) -> Result<Backward> {
+        let scale = 1.0 / batch.n_scored() as f64;
+        let mut total = Backward::default();
+        for part in batch.split(self.config.micro_batch) {
+            let memory = self.model().place(blocks, &part.paths)?;
+            let targets =
+                Targets { targets: &part.targets, scale, z_loss: self.config.z_loss, train: true };
+            let (loss, _) = self.anchor.loss(eval::input(&part), targets, &memory)?;
+            total.loss += loss.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+            let grads = loss.backward()?;
+            if self.config.phase.trains_anchor() {
+                total.anchor.add(&self.anchor, &grads)?;
+            }
+            add_blocks(&mut total.blocks, memory.grads(&grads)?);
+        }
+        Ok(total)
+    }
+
+    fn check_finite(&self, what: &'static str, found: f64) -> Result<()> {
+        if found.is_finite() {
+            return Ok(());
+        }
+        Err(Error::Diverged { step: self.state.step + 1, what, found, last_loss: self.last_loss })
+    }
+
+    /// Mean loss on the first held-out sequences, with the memory that they were trained to fetch.
+    fn validation_loss(&self) -> Result<Option<f64>> {
+        let n = match self.config.validate_sequences {
+            0 => self.corpus.n_validation(),
+            n => n.min(self.corpus.n_validation()),
+        };
+        if n == 0 {
+            return Ok(None);
+        }
+        let memory = match (&self.memory, self.config.assign) {
+            (None, _) => eval::MemoryMode::None,
+            (Some(_), crate::Assign::AlwaysOn) => eval::MemoryMode::Generic,
+            (Some(_), crate::Assign::Fetched) => eval::MemoryMode::Fetched,
+        };
+        let held_out = eval::held_out(&self.model(), &self.corpus, memory, (n, self.config.micro_batch))?;
+        Ok(Some(held_out.total.mean()))
+    }
+
+    /// The model after the last step.
+    fn model(&self) -> Model<'_, S> {
+        Model { anchor: &self.anchor, bank: self.memory.as_ref(), step: Step(self.state.step) }
+    }
+
+    /// Writes a whole checkpoint of the current step, DONE last.
+    ///
+    /// # Errors
+    /// When a file cannot be written; the checkpoints before stay whole.
+    pub fn save(&self) -> Result<()> {
+        let step = self.state.step;
+        let dir = self.checkpoints.begin(step)?;
+        self.anchor.save(&dir.join("anchor.safetensors"))?;
+        if self.config.phase.trains_anchor() {
+            self.optimizer.save(&dir.join("optimizer.safetensors"))?;
+        }
+        if let Some(memory) = &self.memory {
+            memory.save(Step(step))?;
+        }
+        let path = dir.join("state.json");
+        let state = serde_json::to_string_pretty(&self.state).map_err(|e| Error::file(&path, e))?;
+        write_whole(&path, state.as_bytes())?;
+        self.checkpoints.finish(step, self.config.keep)
+    }
+}
+
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step % every == 0
+}
+
+/// Sums the gradients of blocks that several micro-batches share.
+fn add_blocks(total: &mut Vec<Block>, part: Vec<Block>) {
+    for block in part {
+        match total.iter_mut().find(|sum| sum.id == block.id) {
+            Some(sum) => sum.values.iter_mut().zip(block.values).for_each(|(sum, x)| *sum += x),
+            None => total.push(block),
+        }
+    }
+}
+
+fn block_norm(blocks: &[Block]) -> f64 {
+    let square = |block: &Block| block.values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+    blocks.iter().map(square).sum::<f64>().sqrt()
+}
