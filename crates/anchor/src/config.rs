@@ -105,7 +105,13 @@ impl AnchorConfig {
 mod tests {
     use super::*;
 
-    fn paper(d_model: usize, n_layers: usize, heads: (usize, usize), ffn_width: usize, tied: bool) -> AnchorConfig {
+    fn paper(
+        d_model: usize,
+        n_layers: usize,
+        heads: (usize, usize),
+        ffn_width: usize,
+        tied: bool,
+    ) -> AnchorConfig {
         AnchorConfig {
             vocab_size: 50_432,
             d_model,

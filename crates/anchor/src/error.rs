@@ -66,7 +66,9 @@ pub enum Error {
         n_blocks: usize,
     },
     /// Memory made for an anchor of another shape.
-    #[error("memory of {found_layers} layers and d_model {found_width} for an anchor of {layers} and {width}")]
+    #[error(
+        "memory of {found_layers} layers and d_model {found_width} for an anchor of {layers} and {width}"
+    )]
     MemoryShape {
         /// Layers of the memory.
         found_layers: usize,

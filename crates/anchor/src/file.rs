@@ -7,10 +7,15 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Deserialize;
 
 use crate::{Anchor, AnchorConfig, Error, Result};
 
-/// Value of the metadata key `format`.
+/// The one metadata key. Its value is JSON with `format` and `config`: two keys would be written in the
+/// random order of a hash map, and the same weights must make the same bytes.
+const KEY: &str = "anchor";
+
+/// Value of `format`.
 const FORMAT: &str = "anchorage.anchor.v1";
 
 impl Anchor {
@@ -28,13 +33,14 @@ impl Anchor {
         }
         let views = values
             .iter()
-            .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+            .map(|(name, shape, bytes)| {
+                Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+            })
             .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|e| file_error(e.to_string()))?;
-        let config = serde_json::to_string(self.config()).map_err(|e| file_error(e.to_string()))?;
-        let metadata = HashMap::from([("format".into(), FORMAT.into()), ("config".into(), config)]);
-        let bytes =
-            safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))?;
+        let header = serde_json::json!({ "format": FORMAT, "config": self.config() }).to_string();
+        let metadata = HashMap::from([(KEY.into(), header)]);
+        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))?;
         write_whole(path, &bytes).map_err(|e| file_error(e.to_string()))
     }
 
@@ -47,14 +53,16 @@ impl Anchor {
         let file_error = |problem: String| Error::File { path: path.into(), problem };
         let bytes = fs::read(path).map_err(|e| file_error(e.to_string()))?;
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| file_error(e.to_string()))?;
-        let metadata = metadata.metadata().clone().unwrap_or_default();
-        let format = metadata.get("format").map_or("none", String::as_str);
+        let header = metadata.metadata().as_ref().and_then(|metadata| metadata.get(KEY));
+        let header = header.map_or("{}", String::as_str);
+        let header: serde_json::Value =
+            serde_json::from_str(header).map_err(|e| file_error(format!("metadata {KEY}: {e}")))?;
+        let format = header["format"].as_str().unwrap_or("none");
         if format != FORMAT {
             return Err(file_error(format!("expected format {FORMAT}, found {format}")));
         }
-        let config = metadata.get("config").ok_or_else(|| file_error("metadata has no config".into()))?;
-        let config: AnchorConfig =
-            serde_json::from_str(config).map_err(|e| file_error(format!("metadata config: {e}")))?;
+        let config = AnchorConfig::deserialize(&header["config"])
+            .map_err(|e| file_error(format!("metadata {KEY}: config: {e}")))?;
         config.check()?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| file_error(e.to_string()))?;
         let mut variables = BTreeMap::new();

@@ -12,10 +12,8 @@ use crate::{Error, Result};
 
 /// The blocks that `paths` need, each once, levels in order: what to fetch for a batch.
 pub fn unique_ids(paths: &[ClusterPath], spec: &BlockSpec) -> Vec<ClusterId> {
-    let wanted: BTreeSet<ClusterId> = paths
-        .iter()
-        .flat_map(|path| path.ids().filter(|id| spec.width[usize::from(id.level)] > 0))
-        .collect();
+    let wanted: BTreeSet<ClusterId> =
+        paths.iter().flat_map(|path| path.ids().filter(|id| spec.width[usize::from(id.level)] > 0)).collect();
     wanted.into_iter().collect()
 }
 
@@ -101,7 +99,9 @@ impl FetchedMemory {
             blocks.extend(level.ids.iter().map(|&id| Block { id, values: vec![] }));
             for var in &level.layers {
                 let gradient = grads.get(var).ok_or_else(|| {
-                    candle_core::Error::Msg("a memory block is not part of the graph that was differentiated".into())
+                    candle_core::Error::Msg(
+                        "a memory block is not part of the graph that was differentiated".into(),
+                    )
                 })?;
                 let gradient = gradient.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
                 let gradient = gradient.to_vec1::<f32>()?;
@@ -119,7 +119,12 @@ impl FetchedMemory {
         self.levels.iter().flat_map(|level| &level.layers)
     }
 
-    pub(crate) fn check(&self, n_layers: usize, d_model: usize, batch: usize) -> Result<()> {
+    /// Fails unless this is memory for an anchor of this shape and a batch of `batch` x `len` tokens.
+    pub(crate) fn check(
+        &self,
+        (n_layers, d_model): (usize, usize),
+        (batch, len): (usize, usize),
+    ) -> Result<()> {
         match self.shape {
             Some((layers, width)) if (layers, width) != (n_layers, d_model) => Err(Error::MemoryShape {
                 found_layers: layers,
@@ -130,7 +135,7 @@ impl FetchedMemory {
             _ => match self.levels.iter().find(|level| level.block_of_sequence.len() != batch) {
                 Some(level) => {
                     let found = level.block_of_sequence.len();
-                    Err(Error::Batch { batch, len: 0, what: "memory paths", found })
+                    Err(Error::Batch { batch, len, what: "memory paths", found })
                 }
                 None => Ok(()),
             },

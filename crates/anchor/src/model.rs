@@ -115,7 +115,7 @@ impl Anchor {
                 return Err(Error::Batch { batch, len, what, found });
             }
         }
-        memory.check(self.config.n_layers, self.config.d_model, batch)?;
+        memory.check((self.config.n_layers, self.config.d_model), (batch, len))?;
         let mut x = ops::embedding(&self.weights.token_embedding, tokens, (batch, len))?;
         for (i, layer) in self.weights.layers.iter().enumerate() {
             x = self.attend(i, layer, x, input, cache.as_deref_mut())?;
@@ -136,7 +136,12 @@ impl Anchor {
     ///
     /// # Errors
     /// As [`Anchor::hidden`], and when the targets do not match the batch.
-    pub fn loss(&self, input: Input, targets: Targets, memory: &FetchedMemory) -> Result<(Tensor, TokenLoss)> {
+    pub fn loss(
+        &self,
+        input: Input,
+        targets: Targets,
+        memory: &FetchedMemory,
+    ) -> Result<(Tensor, TokenLoss)> {
         let hidden = self.hidden(input, memory, None)?;
         Ok(ops::linear_cross_entropy(&hidden, self.output(), targets)?)
     }

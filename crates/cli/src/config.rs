@@ -319,7 +319,8 @@ impl Config {
         let config = match overrides.is_empty() {
             true => typed,
             false => {
-                let mut table: toml::Table = toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
+                let mut table: toml::Table =
+                    toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
                 for setting in overrides {
                     set(&mut table, setting)?;
                     // One at a time, so that an error is that of this setting.
@@ -345,7 +346,9 @@ impl Config {
             bail!("corpus.files: expected at least one path, glob or URL, found none");
         }
         if self.embed.kind == EmbedKind::Static && self.embed.path.is_none() {
-            bail!("embed.path: expected the folder of a static embedder (embed.kind = \"static\"), found nothing");
+            bail!(
+                "embed.path: expected the folder of a static embedder (embed.kind = \"static\"), found nothing"
+            );
         }
         if self.tree.beam == 0 {
             bail!("tree.beam: expected at least 1, found 0");
@@ -405,9 +408,9 @@ fn explain(error: &toml::de::Error, text: Option<&str>, name: &str) -> anyhow::E
         return anyhow::anyhow!("{place}: {message}");
     }
     let (unknown, known) = (quoted[0], &quoted[1..]);
-    let nearest = known.iter().max_by(|a, b| {
-        strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b))
-    });
+    let nearest = known
+        .iter()
+        .max_by(|a, b| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b)));
     anyhow::anyhow!("{place}: unknown key `{unknown}`, did you mean `{}`?", nearest.unwrap_or(&unknown))
 }
 
@@ -440,18 +443,24 @@ mod tests {
     fn wrong_types_and_impossible_values_name_their_key() {
         let text = format!("{SMALL}[train]\nsteps = \"many\"\n");
         let message = error(&text, &[]);
-        assert!(message.starts_with("run.toml: line 7: invalid type: string \"many\", expected u64"), "{message}");
+        assert!(
+            message.starts_with("run.toml: line 7: invalid type: string \"many\", expected u64"),
+            "{message}"
+        );
         let message = error(SMALL, &["train.beta2=1.5"]);
         assert!(message.contains("train.beta2: expected a number in 0..=1, found 1.5"), "{message}");
         let message = error(SMALL, &["train.phase=cotrain", "memory.width=[1,2]"]);
-        assert!(message.contains("memory.width: expected one width per level of tree.branching (4), found 2"));
+        assert!(
+            message.contains("memory.width: expected one width per level of tree.branching (4), found 2")
+        );
         assert!(error("[run]\ndir=\"r\"\n", &[]).contains("corpus.prepared: expected"));
         assert!(error(SMALL, &["steps=3"]).contains("found no section"));
     }
 
     #[test]
     fn a_resolved_configuration_reads_back_as_itself() {
-        let config = Config::parse(SMALL, "run.toml", &["train.seed=7".into(), "eval.none=runs/x".into()]).unwrap();
+        let config =
+            Config::parse(SMALL, "run.toml", &["train.seed=7".into(), "eval.none=runs/x".into()]).unwrap();
         assert_eq!((config.train.seed, config.eval.none.as_deref()), (7, Some(Path::new("runs/x"))));
         let again = Config::parse(&config.to_toml().unwrap(), "again", &[]).unwrap();
         assert_eq!(config, again);

@@ -8,10 +8,14 @@ use anyhow::{Context, Result};
 use cluster_tree::ClusterPath;
 use corpus::Corpus;
 use eval::{Answer, AskOptions, HeldOut, MemoryMode, Question, Rate, ask, bootstrap_mean, held_out};
+use generate::{Options, Prompt};
 use serde::{Deserialize, Serialize};
 
 use crate::config::EvalSection;
 use crate::run::Run;
+
+/// The wording that the corpus uses, as questions name it.
+pub(crate) const TRAIN: &str = "train";
 
 /// Frequency buckets of questions.
 pub(crate) const N_BUCKETS: usize = 5;
@@ -26,7 +30,8 @@ pub(crate) struct Measured {
     pub(crate) held_out: HeldOut,
     pub(crate) answers: Vec<Answer>,
     pub(crate) parameters: u64,
-    pub(crate) run: String,
+    /// Continuations of the sample questions.
+    pub(crate) samples: Vec<String>,
 }
 
 /// All that one evaluation measured.
@@ -34,6 +39,10 @@ pub(crate) struct Evaluation {
     pub(crate) questions: Vec<Question>,
     pub(crate) memories: BTreeMap<&'static str, Measured>,
     pub(crate) routed: Vec<ClusterPath>,
+    /// Share of documents that have their cluster's commonest label, by level; none without labels.
+    pub(crate) purity: Vec<f64>,
+    /// Whether choices were scored.
+    pub(crate) choices: bool,
     pub(crate) seconds: f64,
     pub(crate) tokens_per_s: f64,
     pub(crate) seed: u64,
@@ -44,13 +53,17 @@ pub(crate) struct Evaluation {
 pub(crate) struct Summary {
     pub(crate) loss: BTreeMap<String, Option<f64>>,
     pub(crate) perplexity: BTreeMap<String, Option<f64>>,
+    /// By bucket, rarest first; questions in the wording of the corpus.
     pub(crate) exact_match: BTreeMap<String, Vec<Option<f64>>>,
     pub(crate) exact_match_low: BTreeMap<String, Vec<Option<f64>>>,
     pub(crate) exact_match_high: BTreeMap<String, Vec<Option<f64>>>,
+    /// The same in a wording that the corpus never uses.
+    pub(crate) exact_match_held_out: BTreeMap<String, Vec<Option<f64>>>,
+    /// Whether the answer is the likeliest of the choices, questions in the wording of the corpus.
     pub(crate) choice: BTreeMap<String, Vec<Option<f64>>>,
-    pub(crate) exact_match_by_phrasing: BTreeMap<String, BTreeMap<String, f64>>,
     pub(crate) exact_match_by_relation: BTreeMap<String, BTreeMap<String, f64>>,
     pub(crate) perplexity_by_label: BTreeMap<String, BTreeMap<String, f64>>,
+    pub(crate) purity_by_level: Vec<f64>,
     pub(crate) seconds: f64,
     pub(crate) peak_rss_mb: u64,
     pub(crate) tokens_per_s: f64,
@@ -83,15 +96,19 @@ pub(crate) fn evaluate(dir: &Path) -> Result<Evaluation> {
     if run.is_always_on() {
         memories.insert("always_on", asked.measure(&run, MemoryMode::Generic)?);
     } else if run.bank.is_some() {
-        for (name, mode) in
-            [("generic", MemoryMode::Generic), ("fetched", MemoryMode::Fetched), ("random", MemoryMode::Random)]
-        {
+        for (name, mode) in [
+            ("generic", MemoryMode::Generic),
+            ("fetched", MemoryMode::Fetched),
+            ("random", MemoryMode::Random),
+        ] {
             memories.insert(name, asked.measure(&run, mode)?);
         }
     }
     let seconds = began.elapsed().as_secs_f64();
     let (tokens_per_s, seed) = (training_rate(dir)?, run.config.train.seed);
-    Ok(Evaluation { questions, memories, routed, seconds, tokens_per_s, seed })
+    let purity = purity(&corpus)?;
+    let choices = section.choices;
+    Ok(Evaluation { questions, memories, routed, purity, choices, seconds, tokens_per_s, seed })
 }
 
 /// Scored tokens a second over the run's last training process.
@@ -101,22 +118,60 @@ fn training_rate(dir: &Path) -> Result<f64> {
     Ok(rates.iter().sum::<f64>() / rates.len().max(1) as f64)
 }
 
-/// At most `n` questions a bucket, spread evenly over the file; 0 is all.
+/// Share of the training documents' pieces whose label is the commonest of their cluster, by level.
+fn purity(corpus: &Corpus) -> Result<Vec<f64>> {
+    let n_levels = corpus.branching().len();
+    let mut counts: Vec<BTreeMap<(u32, String), u64>> = vec![BTreeMap::new(); n_levels];
+    for index in 0..corpus.n_sequences() {
+        let sequence = corpus.sequence(0, index)?;
+        for &document in &sequence.documents {
+            let Some(label) = corpus.label(document)? else { continue };
+            for (level, counts) in counts.iter_mut().enumerate() {
+                *counts.entry((sequence.path.index(level), label.to_string())).or_default() += 1;
+            }
+        }
+    }
+    let share = |counts: BTreeMap<(u32, String), u64>| {
+        let mut largest: BTreeMap<u32, u64> = BTreeMap::new();
+        for ((cluster, _), n) in &counts {
+            let largest = largest.entry(*cluster).or_default();
+            *largest = (*largest).max(*n);
+        }
+        largest.values().sum::<u64>() as f64 / counts.values().sum::<u64>() as f64
+    };
+    Ok(counts.into_iter().filter(|counts| !counts.is_empty()).map(share).collect())
+}
+
+/// At most `n` questions a bucket and wording, spread evenly over the file; 0 is all.
 fn select(questions: Vec<Question>, n: usize) -> Vec<Question> {
     if n == 0 {
         return questions;
     }
-    let mut by_bucket: BTreeMap<usize, Vec<Question>> = BTreeMap::new();
+    let mut groups: BTreeMap<(usize, String), Vec<Question>> = BTreeMap::new();
     for question in questions {
-        by_bucket.entry(question.bucket).or_default().push(question);
+        groups.entry((question.bucket, question.phrasing.clone())).or_default().push(question);
     }
     let spread = |questions: Vec<Question>| {
         let len = questions.len();
         let take = n.min(len);
         let chosen: Vec<usize> = (0..take).map(|i| i * len / take).collect();
-        questions.into_iter().enumerate().filter(move |(i, _)| chosen.binary_search(i).is_ok()).map(|(_, q)| q)
+        questions
+            .into_iter()
+            .enumerate()
+            .filter(move |(i, _)| chosen.binary_search(i).is_ok())
+            .map(|(_, q)| q)
     };
-    by_bucket.into_values().flat_map(spread).collect()
+    groups.into_values().flat_map(spread).collect()
+}
+
+/// Indices of the questions whose continuations the report shows: the middle one of each bucket, in the
+/// wording of the corpus.
+pub(crate) fn samples(questions: &[Question]) -> impl Iterator<Item = usize> + '_ {
+    (1..=N_BUCKETS).filter_map(|bucket| {
+        let asked = |i: &usize| questions[*i].bucket == bucket && questions[*i].phrasing == TRAIN;
+        let asked: Vec<usize> = (0..questions.len()).filter(asked).collect();
+        asked.get(asked.len() / 2).copied()
+    })
 }
 
 /// What every memory is asked.
@@ -154,8 +209,19 @@ impl Asked<'_> {
             (_, Some(bank)) => memory_bank::BlockStore::spec(bank.store().as_ref()).fetch_len(),
         };
         let parameters = run.anchor.config().n_parameters() + memory;
-        let name = run.dir.file_name().map_or(String::new(), |name| name.to_string_lossy().into_owned());
-        Ok(Measured { held_out, answers, parameters, run: name })
+        let samples = self.samples(run, &paths)?;
+        Ok(Measured { held_out, answers, parameters, samples })
+    }
+
+    /// Continues the sample questions past their answer.
+    fn samples(&self, run: &Run, paths: &[Option<ClusterPath>]) -> Result<Vec<String>> {
+        let prompt = |i: usize| -> Result<Prompt> {
+            Ok(Prompt { tokens: run.tokenizer.encode(&self.questions[i].prompt)?, path: paths[i].clone() })
+        };
+        let prompts = samples(self.questions).map(prompt).collect::<Result<Vec<_>>>()?;
+        let options = Options { max_new_tokens: 16, ..Options::default() };
+        let completions = generate::generate(&run.model(), &run.tokenizer, &prompts, &options)?;
+        Ok(completions.into_iter().map(|completion| completion.text).collect())
     }
 }
 
@@ -197,17 +263,38 @@ pub(crate) fn loss(evaluations: &[Evaluation], memory: &str) -> Option<Rate> {
     bootstrap_mean(&parts).map(|rate| Rate { mean: nats / tokens as f64, ..rate })
 }
 
+/// A kind of recall.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recall {
+    /// Greedy completion to the letter, questions in the wording of the corpus.
+    Exact,
+    /// The same in a wording that the corpus never uses.
+    ExactHeldOut,
+    /// The likeliest of the choices, in the wording of the corpus.
+    Chosen,
+}
+
+/// Recall by frequency bucket, rarest first.
+pub(crate) fn recall(evaluations: &[Evaluation], memory: &str, what: Recall) -> Vec<Option<Rate>> {
+    let held_out = what == Recall::ExactHeldOut;
+    let property = |answer: &Answer| if what == Recall::Chosen { answer.chosen } else { answer.exact };
+    let bucket = |b: usize| {
+        rate(evaluations, memory, |q| q.bucket == b && (q.phrasing == TRAIN) != held_out, property)
+    };
+    match what == Recall::Chosen && evaluations.iter().any(|evaluation| !evaluation.choices) {
+        true => vec![None; N_BUCKETS],
+        false => (1..=N_BUCKETS).map(bucket).collect(),
+    }
+}
+
 /// The figures of one or more evaluations (seeds) taken together.
 pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
     let by_memory = |value: &dyn Fn(&str) -> Option<f64>| -> BTreeMap<String, Option<f64>> {
         MEMORIES.iter().map(|memory| (memory.to_string(), value(memory))).collect()
     };
-    let buckets = |memory: &str, exact: bool, of: &dyn Fn(Rate) -> f64| -> Vec<Option<f64>> {
-        let property = |answer: &Answer| if exact { answer.exact } else { answer.chosen };
-        (1..=N_BUCKETS).map(|b| rate(evaluations, memory, |q| q.bucket == b, property).map(of)).collect()
-    };
-    let all = |exact: bool, of: &dyn Fn(Rate) -> f64| -> BTreeMap<String, Vec<Option<f64>>> {
-        MEMORIES.iter().map(|memory| (memory.to_string(), buckets(memory, exact, of))).collect()
+    let all = |what: Recall, of: &dyn Fn(Rate) -> f64| -> BTreeMap<String, Vec<Option<f64>>> {
+        let row = |memory: &str| recall(evaluations, memory, what).into_iter().map(|r| r.map(of)).collect();
+        MEMORIES.iter().map(|memory| (memory.to_string(), row(memory))).collect()
     };
     let grouped = |key: &dyn Fn(&Question) -> String| -> BTreeMap<String, BTreeMap<String, f64>> {
         let mut groups: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
@@ -215,7 +302,8 @@ pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
             evaluations.iter().flat_map(|e| e.questions.iter().map(key)).collect();
         for memory in MEMORIES {
             for group in &keys {
-                if let Some(rate) = rate(evaluations, memory, |q| key(q) == *group, |a| a.exact) {
+                let keep = |q: &Question| q.phrasing == TRAIN && key(q) == *group;
+                if let Some(rate) = rate(evaluations, memory, keep, |a| a.exact) {
                     groups.entry(memory.into()).or_default().insert(group.clone(), rate.mean);
                 }
             }
@@ -225,13 +313,14 @@ pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
     Summary {
         loss: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean)),
         perplexity: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean.exp())),
-        exact_match: all(true, &|rate| rate.mean),
-        exact_match_low: all(true, &|rate| rate.low),
-        exact_match_high: all(true, &|rate| rate.high),
-        choice: all(false, &|rate| rate.mean),
-        exact_match_by_phrasing: grouped(&|question| question.phrasing.clone()),
+        exact_match: all(Recall::Exact, &|rate| rate.mean),
+        exact_match_low: all(Recall::Exact, &|rate| rate.low),
+        exact_match_high: all(Recall::Exact, &|rate| rate.high),
+        exact_match_held_out: all(Recall::ExactHeldOut, &|rate| rate.mean),
+        choice: all(Recall::Chosen, &|rate| rate.mean),
         exact_match_by_relation: grouped(&|question| question.relation.clone()),
         perplexity_by_label: labels(evaluations),
+        purity_by_level: evaluations.first().map_or(vec![], |e| e.purity.clone()),
         seconds: evaluations.iter().map(|e| e.seconds).sum(),
         peak_rss_mb: peak_rss_mb(),
         tokens_per_s: evaluations.iter().map(|e| e.tokens_per_s).sum::<f64>() / evaluations.len() as f64,
@@ -269,10 +358,14 @@ pub(crate) fn table(evaluations: &[Evaluation]) -> String {
         let parameters = evaluations[0].memories[memory].parameters;
         text += &format!("{memory:<10} {:>7.4} {:>10.2} {parameters:>10}", loss.mean, loss.mean.exp());
         if has_questions {
-            for bucket in 1..=N_BUCKETS {
-                let exact = rate(evaluations, memory, |q| q.bucket == bucket, |a| a.exact);
+            for exact in recall(evaluations, memory, Recall::Exact) {
                 text += &exact.map_or("      –".into(), |rate| {
-                    format!("  {:>5.1} % [{:.1}, {:.1}]", rate.mean * 100.0, rate.low * 100.0, rate.high * 100.0)
+                    format!(
+                        "  {:>5.1} % [{:.1}, {:.1}]",
+                        rate.mean * 100.0,
+                        rate.low * 100.0,
+                        rate.high * 100.0
+                    )
                 });
             }
         }

@@ -15,8 +15,11 @@ pub(crate) fn options(seed: u64, overrides: &[String]) -> Result<Options> {
         }
         let parsed: toml::Table = toml::from_str(setting).with_context(|| format!("--set {setting}"))?;
         table.extend(parsed);
+        // One at a time, so that an error is that of this setting.
+        Options::deserialize(table.clone())
+            .map_err(|e| anyhow::anyhow!("--set {setting}: {}", e.message().replace('\n', " ")))?;
     }
-    Options::deserialize(table).map_err(|e| anyhow::anyhow!("--set: {}", e.message().replace('\n', " ")))
+    Ok(Options::deserialize(table)?)
 }
 
 pub(crate) fn generate(out: &Path, options: &Options) -> Result<Summary> {

@@ -5,6 +5,9 @@ mod evaluate;
 mod facts;
 mod prepare;
 mod progress;
+mod query;
+mod quickstart;
+mod report;
 mod run;
 
 use std::path::PathBuf;
@@ -37,6 +40,25 @@ struct ConfigArgs {
 
 #[derive(Subcommand)]
 enum Command {
+    /// From nothing to a comparison: make a corpus of facts, cluster it, train an anchor, then train it on
+    /// without memory, with always-on parameters and with fetched memory, and ask all of them.
+    Quickstart {
+        /// Folder to work in; what is there already is not done again.
+        #[arg(long, default_value = "runs/quickstart")]
+        dir: PathBuf,
+        /// First seed.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Seeds, one after the other.
+        #[arg(long, default_value_t = 1)]
+        seeds: u64,
+        /// End with one line of JSON.
+        #[arg(long)]
+        json: bool,
+        /// Overrides a key of all its runs; may be given several times.
+        #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+        set: Vec<String>,
+    },
     /// Write a corpus whose content is known.
     Corpus {
         #[command(subcommand)]
@@ -46,6 +68,31 @@ enum Command {
     Prepare(ConfigArgs),
     /// Prepare the corpus if need be and train, from the newest checkpoint if there is one.
     Train(ConfigArgs),
+    /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
+    /// standard input.
+    Route {
+        /// Folder of the run.
+        run: PathBuf,
+        /// The text.
+        text: String,
+        /// One line of JSON a text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Continue a text with the memory that it fetches; `-` continues each line of the standard input.
+    Generate(query::GenerateArgs),
+    /// What a memory bank holds.
+    Bank {
+        #[command(subcommand)]
+        command: BankCommand,
+    },
+    /// Check a configuration: keys, values, files, sizes and the memory that it needs.
+    Check(ConfigArgs),
+    /// Show configurations.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Loss and closed-book recall of a run under every kind of memory.
     Eval {
         /// Folder of the run.
@@ -54,6 +101,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Subcommand)]
+enum BankCommand {
+    /// Blocks, touched blocks, parameters and norms by level.
+    Inspect {
+        /// Folder of a run, or the folder `memory` of a checkpoint.
+        dir: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print the resolved configuration: every key with its value.
+    Print(ConfigArgs),
 }
 
 #[derive(Subcommand)]
@@ -78,14 +140,32 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error with its causes, each told once: many of our messages end in that of their cause.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line += &format!(": {cause}");
+        }
+    }
+    line.replace('\n', " ")
+}
+
 fn run(command: Command) -> Result<()> {
     match command {
+        Command::Quickstart { dir, seed, seeds, json, set } => {
+            let options =
+                quickstart::Quickstart { dir, first_seed: seed, n_seeds: seeds, json, overrides: set };
+            quickstart::quickstart(&options)?;
+        }
         Command::Corpus { kind: CorpusKind::Facts { out, seed, set } } => facts::write(&out, seed, &set)?,
         Command::Prepare(args) => {
             prepare::prepare(&Config::load(&args.config, &args.set)?)?;
@@ -95,9 +175,18 @@ fn run(command: Command) -> Result<()> {
             let prepared = prepare::prepare(&config)?;
             run::train(&config, &prepared)?;
         }
+        Command::Route { run, text, json } => query::route(&run, &text, json)?,
+        Command::Generate(args) => query::generate(args)?,
+        Command::Bank { command: BankCommand::Inspect { dir } } => query::inspect(&dir)?,
+        Command::Check(args) => query::check(&Config::load(&args.config, &args.set)?)?,
+        Command::Config { command: ConfigCommand::Print(args) } => {
+            print!("{}", Config::load(&args.config, &args.set)?.to_toml()?);
+        }
         Command::Eval { run, json } => {
             let evaluations = [evaluate::evaluate(&run)?];
             print!("{}", evaluate::table(&evaluations));
+            let page = report::write(&run, &evaluations[0])?;
+            eprintln!("report: {}", page.display());
             if json {
                 println!("{}", serde_json::to_string(&evaluate::summarise(&evaluations))?);
             }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use cluster_tree::ClusterTree;
 use corpus::{
-    EmbeddingWriter, Embeddings, PackOptions, TokenStore, TokeniseOptions, Tokenizer, begin_stage, finish_stage,
-    hash_inputs, stage_is_current,
+    EmbeddingWriter, Embeddings, PackOptions, TokenStore, TokeniseOptions, Tokenizer, begin_stage,
+    finish_stage, hash_inputs, stage_is_current,
 };
 use embed::{Embedder, Hashed, HashedOptions, Static};
 
@@ -97,7 +97,8 @@ fn tokenise(config: &Config, prepared: &Prepared) -> Result<String> {
         let options = TokeniseOptions { window: c.window, validation_permille: c.validation_permille };
         let mut progress = Progress::new("tokenise", 1);
         let report = &mut |p: corpus::TokeniseProgress| {
-            progress.set(p.bytes_done, p.bytes, || format!("{} documents, {} tokens", p.n_documents, p.n_tokens));
+            progress
+                .set(p.bytes_done, p.bytes, || format!("{} documents, {} tokens", p.n_documents, p.n_tokens));
         };
         let s = corpus::tokenise(&source, &tokenizer, &prepared.dir, &options, report)?;
         Ok(format!(
@@ -127,7 +128,8 @@ fn train_tokenizer(config: &Config) -> Result<Tokenizer> {
             }
         }
     });
-    Ok(Tokenizer::train(texts, config.corpus.vocab_size, config.corpus.tokenizer_sample_mib << 20)?)
+    Tokenizer::train(texts, config.corpus.vocab_size, config.corpus.tokenizer_sample_mib << 20)
+        .with_context(|| format!("corpus.files = {:?}", config.corpus.files))
 }
 
 fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {

@@ -21,7 +21,8 @@ impl Progress {
         let what = what.into();
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total);
-            let style = ProgressStyle::with_template("{prefix:>18} [{bar:30}] {percent:>3}% {msg} (left: {eta})");
+            let style =
+                ProgressStyle::with_template("{prefix:>18} [{bar:30}] {percent:>3}% {msg} (left: {eta})");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
             bar.set_prefix(what.clone());
             bar

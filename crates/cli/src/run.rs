@@ -49,6 +49,14 @@ impl Run {
         let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), PLACE)?.freeze();
         let tree = ClusterTree::load(&dir.join("tree.safetensors"))?;
         let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
+        let expected = config.anchor.config(tokenizer.vocab_size());
+        if *anchor.config() != expected {
+            bail!(
+                "{}: anchor of another run: expected {expected:?}, found {:?}",
+                checkpoint.display(),
+                anchor.config()
+            );
+        }
         let bank = match config.train.phase.has_memory() {
             true => Some(open_bank(&checkpoint.join("memory"), &hashes(&tree, &tokenizer))?),
             false => None,
@@ -82,7 +90,11 @@ impl Run {
 fn open_bank(dir: &Path, expected: &BTreeMap<String, String>) -> Result<Blocking<LocalBank>> {
     let bank = LocalBank::open_read_only(dir)?;
     if bank.hashes() != expected {
-        bail!("{}: bank of another tree or tokenizer: expected {expected:?}, found {:?}", dir.display(), bank.hashes());
+        bail!(
+            "{}: bank of another tree or tokenizer: expected {expected:?}, found {:?}",
+            dir.display(),
+            bank.hashes()
+        );
     }
     Ok(Blocking::new(Arc::new(bank))?)
 }
@@ -212,14 +224,19 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
     Ok(())
 }
 
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("tmp");
     let write = || -> std::io::Result<()> {
         fs::write(&temporary, bytes)?;
         fs::File::open(&temporary)?.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().with_context(|| format!("{}", path.display()))
+    let written = write();
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("{}", path.display()))
 }
 
 /// The anchor of the checkpoint to resume, of the run to begin with, or a new one.
@@ -241,7 +258,11 @@ fn initial_anchor(config: &Config, tokenizer: &Tokenizer, resumed: Option<PathBu
     let path = checkpoint.join("anchor.safetensors");
     let anchor = Anchor::load(&path, PLACE)?;
     if *anchor.config() != expected {
-        bail!("{}: anchor of another shape: expected {expected:?}, found {:?}", path.display(), anchor.config());
+        bail!(
+            "{}: anchor of another shape: expected {expected:?}, found {:?}",
+            path.display(),
+            anchor.config()
+        );
     }
     Ok(anchor)
 }

@@ -99,11 +99,14 @@ mod tests {
 
     #[test]
     fn sequences_are_ordered_by_path_padded_and_split() {
-        let batch = Batch::new(vec![
-            sequence(7, &[0, 1, 2], &[0]),
-            sequence(3, &[0, 5, 0, 6, 7], &[0, 2]),
-            sequence(7, &[0, 8, 9, 0], &[0, 3]),
-        ], 0);
+        let batch = Batch::new(
+            vec![
+                sequence(7, &[0, 1, 2], &[0]),
+                sequence(3, &[0, 5, 0, 6, 7], &[0, 2]),
+                sequence(7, &[0, 8, 9, 0], &[0, 3]),
+            ],
+            0,
+        );
         assert_eq!((batch.len, batch.n_sequences(), batch.n_scored()), (4, 3, 9));
         assert_eq!(batch.paths.iter().map(|p| p.leaf().index).collect::<Vec<_>>(), [3, 7, 7]);
         assert_eq!(batch.tokens[..8], [0, 5, 0, 6, 0, 1, 2, 2]);

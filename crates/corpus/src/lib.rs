@@ -26,5 +26,7 @@ pub use prepared::pack::{PackOptions, PackSummary, pack};
 pub use prepared::stages::{begin_stage, finish_stage, hash_inputs, stage_is_current};
 pub use prepared::tokenise::{TokeniseOptions, TokeniseProgress, TokeniseSummary, tokenise};
 pub use prepared::tokens::{TokenStore, Window};
-pub use source::{Document, Documents, FileRecord, Format, SourceFile, SourceOptions, TxtSplit, list, list_held_out, read};
+pub use source::{
+    Document, Documents, FileRecord, Format, SourceFile, SourceOptions, TxtSplit, list, list_held_out, read,
+};
 pub use tokenizer::Tokenizer;

@@ -21,6 +21,10 @@ const GRAM_POSITIONS: usize = 4;
 /// The largest D: a position within a slice is chosen by 15 bits, which must be even enough.
 const MAX_DIM: usize = 4096;
 
+/// Weight of a feature that no fitted text has. It says nothing about where the fitted texts lie and
+/// would only turn a prompt away from them; a text of nothing else is still placed by it.
+const UNSEEN_IDF: f32 = 1e-3;
+
 /// Texts whose features are counted in one parallel batch of a fit.
 const FIT_BATCH: usize = 1024;
 
@@ -39,17 +43,17 @@ pub struct HashedOptions {
 
 impl Default for HashedOptions {
     fn default() -> Self {
-        Self { dim: 256, seed: 0, char_weight: 1.0 }
+        Self { dim: 512, seed: 0, char_weight: 1.0 }
     }
 }
 
 /// TF-IDF over words and their character n-grams, hashed and projected to D dimensions.
 ///
-/// A word that the text has `tf` times adds (1 + ln tf) · idf(word) times its own random direction,
-/// and each of its m n-grams (3 to 5 characters) `char_weight` · (1 + ln tf) · idf(n-gram) / √m
+/// A word that the text has `tf` times adds (1 + ln tf) · idf(word)² times its own random direction,
+/// and each of its m n-grams (3 to 5 characters) `char_weight` · (1 + ln tf) · idf(n-gram)² / √m
 /// times its own. With N texts fitted and df of them holding a feature,
-/// idf = ln((1 + N) / (1 + df)) + 1: a name outweighs a word of every sentence about as ln N to 1,
-/// so that a prompt of a few words goes where the documents about that name are. A direction is 16
+/// idf = ln((1 + N) / (1 + df)) + 1, squared so that a name outweighs a word of every sentence by far:
+/// a prompt of a few words goes where the documents about that name are. A direction is 16
 /// positions of ±1/4 for a word and 4 of ±1/2 for an n-gram, drawn from the feature's hash and the
 /// seed; no matrix is stored.
 pub struct Hashed {
@@ -206,7 +210,11 @@ fn bucket(hash: u64) -> u32 {
 }
 
 fn inverse_frequency(n_texts: u64, df: u32) -> f32 {
-    (((1 + n_texts) as f64 / (1.0 + f64::from(df))).ln() + 1.0) as f32
+    if df == 0 {
+        return UNSEEN_IDF;
+    }
+    let idf = ((1 + n_texts) as f64 / (1.0 + f64::from(df))).ln() + 1.0;
+    (idf * idf) as f32
 }
 
 /// The buckets of a text's features, each once.
@@ -243,11 +251,11 @@ mod tests {
     fn words_weigh_by_frequency_in_the_text_and_rarity_in_the_corpus() {
         let hashed = fitted(0.0);
         let rows = hashed.embed(&["red", "fox", "newt", "Red red fox RED newt"]).unwrap();
-        let rows: Vec<&[f32]> = rows.chunks_exact(256).collect();
+        let rows: Vec<&[f32]> = rows.chunks_exact(512).collect();
         // 4 texts: "red" in 3, "fox" in 2, "newt" in none.
-        let idf = |df: f64| (5.0 / (1.0 + df)).ln() + 1.0;
-        let weights = [(1.0 + 3f64.ln()) * idf(3.0), idf(2.0), idf(0.0)];
-        let mut wanted = vec![0f64; 256];
+        let idf = |df: f64| ((5.0 / (1.0 + df)).ln() + 1.0).powi(2);
+        let weights = [(1.0 + 3f64.ln()) * idf(3.0), idf(2.0), f64::from(UNSEEN_IDF)];
+        let mut wanted = vec![0f64; 512];
         for (row, weight) in rows.iter().zip(weights) {
             wanted.iter_mut().zip(*row).for_each(|(sum, &value)| *sum += weight * f64::from(value));
         }
@@ -260,7 +268,7 @@ mod tests {
     #[test]
     fn a_word_touches_one_position_of_each_slice() {
         let row = fitted(0.0).embed(&["newt"]).unwrap();
-        for slice in row.chunks_exact(256 / WORD_POSITIONS) {
+        for slice in row.chunks_exact(512 / WORD_POSITIONS) {
             let touched: Vec<f32> = slice.iter().copied().filter(|&value| value != 0.0).collect();
             assert_eq!(touched.len(), 1);
             assert!((touched[0].abs() - 0.25).abs() < 1e-6);
@@ -274,7 +282,7 @@ mod tests {
         for word in ["xylograph", "wq", "zzyzxqvt"] {
             let (alone, both) = (fitted(0.0).embed(&[word]).unwrap(), fitted(1.0).embed(&[word]).unwrap());
             let cosine = dot(&alone, &both);
-            // 1/√2 but for the chance meetings of directions in 256 dimensions.
+            // 1/√2 but for the chance meetings of directions in 512 dimensions.
             assert!((cosine - 0.5f64.sqrt()).abs() < 0.12, "{word}: {cosine}");
         }
     }

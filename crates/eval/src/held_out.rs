@@ -45,7 +45,8 @@ pub struct HeldOut {
     pub sequences: Vec<TokenSum>,
 }
 
-/// The loss of `model` on the first `n` held-out sequences, `batch` at a time.
+/// The loss of `model` on `n` held-out sequences, `batch` at a time; fewer than all are spread evenly, as
+/// they are stored leaf by leaf.
 ///
 /// # Errors
 /// When data or memory cannot be read.
@@ -55,7 +56,9 @@ pub fn held_out<S: BlockStore>(
     mode: MemoryMode,
     (n, batch): (u64, usize),
 ) -> Result<HeldOut> {
-    let sequences = (0..n).map(|i| corpus.validation(i)).collect::<corpus::Result<Vec<_>>>()?;
+    let all = corpus.n_validation();
+    let n = n.min(all);
+    let sequences = (0..n).map(|i| corpus.validation(i * all / n)).collect::<corpus::Result<Vec<_>>>()?;
     let leaves: BTreeSet<ClusterPath> = sequences.iter().map(|s| s.path.clone()).collect();
     let leaves: Vec<ClusterPath> = leaves.into_iter().collect();
     let mut result = HeldOut::default();
@@ -81,22 +84,16 @@ fn add_batch<S: BlockStore>(
         batch.paths.iter().map(|path| (mode != MemoryMode::None).then(|| path.clone())).collect();
     let targets = Targets { targets: &batch.targets, scale: 1.0, z_loss: 0.0, train: false };
     let (_, losses) = model.anchor.loss(input(batch), targets, &model.memory(&paths)?)?;
-    for row in 0..batch.n_sequences() {
+    let tokens: Vec<(u32, u32, f32)> = (batch.targets.iter().zip(&batch.documents).zip(losses))
+        .map(|((&target, &document), nats)| (target, document, nats))
+        .collect();
+    for sequence in tokens.chunks_exact(batch.len) {
         let mut sum = TokenSum::default();
-        for i in row * batch.len..(row + 1) * batch.len {
-            if batch.targets[i] == IGNORE {
-                continue;
-            }
-            sum.add(losses[i]);
-            result.total.add(losses[i]);
-            if let Some(label) = corpus.label(batch.documents[i])? {
-                match result.by_label.get_mut(label) {
-                    Some(sum) => sum.add(losses[i]),
-                    None => {
-                        let first = TokenSum { nats: f64::from(losses[i]), tokens: 1 };
-                        result.by_label.insert(label.to_string(), first);
-                    }
-                }
+        for &(_, document, nats) in sequence.iter().filter(|(target, ..)| *target != IGNORE) {
+            sum.add(nats);
+            result.total.add(nats);
+            if let Some(label) = corpus.label(document)? {
+                result.by_label.entry(label.to_string()).or_default().add(nats);
             }
         }
         result.sequences.push(sum);

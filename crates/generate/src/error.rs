@@ -21,6 +21,12 @@ pub enum Error {
         /// Positions the anchor has.
         limit: usize,
     },
+    /// A continuation of nothing: its first token has no probability.
+    #[error("continuation {index}: expected a context of at least the end-of-text token, found 0 tokens")]
+    EmptyContext {
+        /// Which of the continuations.
+        index: usize,
+    },
     /// A path was asked for, but the model has no bank.
     #[error("memory path {path} asked of a run that has no memory bank")]
     NoBank {

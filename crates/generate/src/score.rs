@@ -2,7 +2,7 @@ use anchor::{Input, Targets};
 use cluster_tree::ClusterPath;
 use memory_bank::BlockStore;
 
-use crate::{Model, Result};
+use crate::{Error, Model, Result};
 
 /// A continuation whose likelihood is asked for.
 #[derive(Clone, Debug)]
@@ -18,8 +18,12 @@ pub struct Continuation {
 /// log p(tokens | context) of each continuation, in nats, all in one batch.
 ///
 /// # Errors
-/// When memory cannot be fetched or a continuation is longer than the anchor's positions.
+/// When memory cannot be fetched, a context is empty, or a continuation is longer than the anchor's
+/// positions.
 pub fn score<S: BlockStore>(model: &Model<S>, continuations: &[Continuation]) -> Result<Vec<f64>> {
+    if let Some(index) = continuations.iter().position(|c| c.context.is_empty()) {
+        return Err(Error::EmptyContext { index });
+    }
     let whole: Vec<Vec<u32>> =
         continuations.iter().map(|c| [&c.context[..], &c.tokens[..]].concat()).collect();
     let len = whole.iter().map(|tokens| tokens.len().saturating_sub(1)).max().unwrap_or(0);

@@ -129,7 +129,6 @@ impl Checkpoints {
     }
 }
 
-
 /// Writes a file whole or not at all: temporary name, fsync, rename.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
@@ -141,7 +140,11 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().map_err(|e| Error::file(path, e))
+    write().map_err(|e| {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+        Error::file(path, e)
+    })
 }
 
 fn sync_dir(dir: &Path) -> Result<()> {

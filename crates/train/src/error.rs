@@ -14,7 +14,9 @@ pub enum Error {
         found: String,
     },
     /// The loss or a gradient is no longer a number. Nothing of the step was applied or written.
-    #[error("step {step} diverged: {what} is {found} (last finite loss {last_loss}); lower train.learning_rate or resume from an earlier checkpoint")]
+    #[error(
+        "step {step} diverged: {what} is {found} (last finite loss {last_loss}); lower train.learning_rate or resume from an earlier checkpoint"
+    )]
     Diverged {
         /// The step that failed.
         step: u64,

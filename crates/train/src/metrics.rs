@@ -55,8 +55,9 @@ impl Metrics {
         let path = run_dir.join("metrics.jsonl");
         if path.exists() {
             let mut kept = String::new();
-            for line in read_metrics(&path)?.iter().filter(|line| line.step <= step) {
-                kept += &serde_json::to_string(line).map_err(|e| Error::file(&path, e))?;
+            // The text as it was written: a number read and written again may differ in its last digit.
+            for (text, _) in read_lines(&path)?.iter().filter(|(_, line)| line.step <= step) {
+                kept += text;
                 kept.push('\n');
             }
             write_whole(&path, kept.as_bytes())?;
@@ -99,6 +100,11 @@ impl Metrics {
 /// # Errors
 /// When the file cannot be read, or another line is not what [`Metrics`] writes.
 pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
+    Ok(read_lines(path)?.into_iter().map(|(_, metrics)| metrics).collect())
+}
+
+/// The text of each line and what it says.
+fn read_lines(path: &Path) -> Result<Vec<(String, StepMetrics)>> {
     let file = File::open(path).map_err(|e| Error::file(path, e))?;
     let whole = fs::metadata(path).map_err(|e| Error::file(path, e))?.len();
     let (mut lines, mut read) = (vec![], 0);
@@ -106,7 +112,7 @@ pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
         let line = line.map_err(|e| Error::file(path, e))?;
         read += line.len() as u64 + 1;
         match serde_json::from_str(&line) {
-            Ok(metrics) => lines.push(metrics),
+            Ok(metrics) => lines.push((line, metrics)),
             // Only a line that does not end in a newline can be one that was being written.
             Err(_) if read > whole => break,
             Err(e) => return Err(Error::file(path, format!("line {}: {e}", i + 1))),

@@ -26,9 +26,9 @@ impl Gradients {
     /// When a parameter got none: an operation dropped it.
     pub(crate) fn add(&mut self, anchor: &Anchor, grads: &GradStore) -> Result<()> {
         for (name, var) in anchor.variables() {
-            let gradient = grads.get(var).ok_or_else(|| {
-                candle_core::Error::Msg(format!("anchor parameter {name} got no gradient"))
-            })?;
+            let gradient = grads
+                .get(var)
+                .ok_or_else(|| candle_core::Error::Msg(format!("anchor parameter {name} got no gradient")))?;
             let sum = match self.0.get(name) {
                 None => gradient.clone(),
                 Some(sum) => (sum + gradient)?,

@@ -16,7 +16,8 @@ impl EventWriter {
     /// A new event file in `dir` for the steps from `first_step` on.
     pub(crate) fn create(dir: &Path, first_step: u64, wall_time: f64) -> Result<Self> {
         fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))?;
-        let path = dir.join(format!("events.out.tfevents.{:010}.anchorage.{first_step:08}", wall_time as u64));
+        let path =
+            dir.join(format!("events.out.tfevents.{:010}.anchorage.{first_step:08}", wall_time as u64));
         let file = File::create(&path).map_err(|e| Error::file(&path, e))?;
         let mut writer = Self { path, file: BufWriter::new(file) };
         let mut event = double_field(1, wall_time);

@@ -26,6 +26,23 @@ pub struct Parts<S> {
     pub memory: Option<Blocking<S>>,
 }
 
+impl<S> Parts<S> {
+    /// Fails on a configuration that cannot be trained with, and on a bank too many or too few.
+    fn check(&self) -> Result<()> {
+        self.config.check()?;
+        let (phase, has_bank) = (self.config.phase, self.memory.is_some());
+        if phase.has_memory() == has_bank {
+            return Ok(());
+        }
+        let found = format!("{phase:?} {} a bank", if has_bank { "with" } else { "without" });
+        Err(Error::Config {
+            key: "phase",
+            expected: "a phase with memory and a bank, or neither".into(),
+            found,
+        })
+    }
+}
+
 /// The training loop and its state.
 pub struct Trainer<S> {
     run_dir: PathBuf,
@@ -51,9 +68,10 @@ impl<S: BlockStore> Trainer<S> {
     /// A run that begins at step 0.
     ///
     /// # Errors
-    /// When the configuration cannot be trained with.
+    /// When the configuration cannot be trained with, or its phase has memory and there is no bank (or the
+    /// other way round).
     pub fn new(parts: Parts<S>) -> Result<Self> {
-        parts.config.check()?;
+        parts.check()?;
         let optimizer = Optimizer::new(&parts.anchor);
         Ok(Self::with(parts, optimizer, TrainState::default()))
     }
@@ -63,7 +81,7 @@ impl<S: BlockStore> Trainer<S> {
     /// # Errors
     /// When the checkpoint lacks a file or was made for another anchor.
     pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
-        parts.config.check()?;
+        parts.check()?;
         let checkpoints = Checkpoints::of(&parts.run_dir);
         let state = checkpoints.state(step)?;
         let optimizer = match parts.config.phase.trains_anchor() {
@@ -162,8 +180,7 @@ impl<S: BlockStore> Trainer<S> {
         let mut total = Backward::default();
         for part in batch.split(self.config.micro_batch) {
             let memory = self.model().place(blocks, &part.paths)?;
-            let targets =
-                Targets { targets: &part.targets, scale, z_loss: self.config.z_loss, train: true };
+            let targets = Targets { targets: &part.targets, scale, z_loss: self.config.z_loss, train: true };
             let (loss, _) = self.anchor.loss(eval::input(&part), targets, &memory)?;
             total.loss += loss.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
             let grads = loss.backward()?;
@@ -182,7 +199,7 @@ impl<S: BlockStore> Trainer<S> {
         Err(Error::Diverged { step: self.state.step + 1, what, found, last_loss: self.last_loss })
     }
 
-    /// Mean loss on the first held-out sequences, with the memory that they were trained to fetch.
+    /// Mean loss on some held-out sequences, with the memory that they were trained to fetch.
     fn validation_loss(&self) -> Result<Option<f64>> {
         let n = match self.config.validate_sequences {
             0 => self.corpus.n_validation(),
@@ -242,5 +259,6 @@ fn add_blocks(total: &mut Vec<Block>, part: Vec<Block>) {
 
 fn block_norm(blocks: &[Block]) -> f64 {
     let square = |block: &Block| block.values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    blocks.iter().map(square).sum::<f64>().sqrt()
+    // `sum` of nothing is -0.
+    blocks.iter().map(square).fold(0.0, |sum, x| sum + x).sqrt()
 }

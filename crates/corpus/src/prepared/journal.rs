@@ -117,8 +117,8 @@ impl Writer {
             offset += window.len;
         }
         self.done.n_documents += 1;
-        let held_out = self.done.first_held_out.is_some()
-            || is_validation(id_hash, self.layout.validation_permille);
+        let held_out =
+            self.done.first_held_out.is_some() || is_validation(id_hash, self.layout.validation_permille);
         self.done.n_validation_documents += u64::from(held_out);
         self.done.n_tokens += u64::from(len);
         Ok(())

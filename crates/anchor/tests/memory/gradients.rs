@@ -1,0 +1,105 @@
+//! Gradients of blocks against central finite differences in f64, and who gets a gradient at all.
+
+use anchor::{Anchor, FetchedMemory};
+use candle_core::DType;
+use memory_bank::Block;
+
+use crate::fixtures::*;
+
+/// Half the distance of a finite difference: exact in f32, and small enough for an error of 1e-7.
+const STEP: f32 = 1.0 / 4096.0;
+
+#[test]
+fn block_gradients_are_those_of_finite_differences() {
+    let (spec, batch) = (spec([4, 2]), Batch::random(4, 5, 6));
+    let paths = [leaf(0), leaf(1), generic(), leaf(0)];
+    let blocks = trained_blocks(&spec, &paths);
+    let gradients = block_gradients(&anchor(), &batch, &memory(&blocks, &paths, &spec));
+
+    let exact = Anchor::new(config(true), 7, CPU_F64).unwrap();
+    let loss = |blocks: &[Block]| -> f64 {
+        let memory = FetchedMemory::to_device(blocks, &paths, &spec, CPU_F64).unwrap();
+        let (loss, _) = exact.loss(batch.input(), batch.targets(), &memory).unwrap();
+        loss.to_scalar().unwrap()
+    };
+    for (i, gradient) in gradients.iter().enumerate() {
+        // 13 is coprime to the sizes, so the sample meets every matrix of every layer.
+        let sample: Vec<usize> = (0..gradient.values.len()).step_by(13).collect();
+        let difference = |&position: &usize| {
+            let mut moved = blocks.clone();
+            let value = blocks[i].values[position];
+            let mut at = |x: f32| {
+                moved[i].values[position] = x;
+                (loss(&moved), f64::from(x))
+            };
+            let ((high, x_high), (low, x_low)) = (at(value + STEP), at(value - STEP));
+            ((high - low) / (x_high - x_low)) as f32
+        };
+        let expected: Vec<f32> = sample.iter().map(difference).collect();
+        let found: Vec<f32> = sample.iter().map(|&position| gradient.values[position]).collect();
+        let error = relative_error(&found, &expected);
+        assert!(error < 1e-4, "{}: {error}", gradient.id);
+    }
+}
+
+fn is_zero(gradient: &candle_core::Tensor) -> bool {
+    values(gradient).iter().all(|&x| x == 0.0)
+}
+
+#[test]
+fn every_parameter_and_every_touched_block_gets_a_gradient() {
+    for (tied, dtype) in [(true, CPU), (false, CPU), (true, CPU_F64), (false, CPU_F64)] {
+        let anchor = Anchor::new(config(tied), 7, dtype).unwrap();
+        let (spec, batch, paths) = (spec([4, 2]), Batch::random(3, 6, 8), [leaf(0), leaf(3), generic()]);
+        let memory = FetchedMemory::to_device(&trained_blocks(&spec, &paths), &paths, &spec, dtype).unwrap();
+        let (loss, _) = anchor.loss(batch.input(), batch.targets(), &memory).unwrap();
+        let grads = loss.backward().unwrap();
+        for (name, var) in anchor.variables() {
+            let gradient = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
+            assert_eq!(gradient.dims(), var.dims(), "{name}");
+            assert!(!is_zero(gradient), "gradient of {name} is 0");
+        }
+        let blocks = memory.grads(&grads).unwrap();
+        assert_eq!(blocks.len(), 6);
+        let matrix_is_zero = |block: &Block| block.values.chunks(16).any(|row| row.iter().all(|&x| x == 0.0));
+        assert!(!blocks.iter().any(matrix_is_zero), "every row of every matrix of a block is used");
+    }
+}
+
+#[test]
+fn at_the_start_only_the_output_of_memory_learns() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(1, 6, 9), [leaf(1)]);
+    let memory = memory(&fresh_blocks(&spec, &paths), &paths, &spec);
+    for block in block_gradients(&anchor(), &batch, &memory) {
+        let matrix = spec.width[usize::from(block.id.level)] * spec.d_model;
+        for layer in block.values.chunks_exact(3 * matrix) {
+            assert!(layer[..2 * matrix].iter().all(|&x| x == 0.0), "M3 = 0 passes nothing back");
+            assert!(layer[2 * matrix..].iter().any(|&x| x != 0.0), "M3 learns");
+        }
+    }
+}
+
+#[test]
+fn a_frozen_anchor_gets_no_gradient_and_its_blocks_the_same() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(2, 6, 10), [leaf(0), generic()]);
+    let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
+    let free = block_gradients(&anchor(), &batch, &memory);
+    let frozen = anchor().freeze();
+    assert_eq!(bits(&logits(&frozen, &batch, &memory)), bits(&logits(&anchor(), &batch, &memory)));
+    let (loss, _) = frozen.loss(batch.input(), batch.targets(), &memory).unwrap();
+    let grads = loss.backward().unwrap();
+    for (name, var) in frozen.variables() {
+        assert!(grads.get(var).is_none(), "{name} is frozen");
+    }
+    assert_eq!(memory.grads(&grads).unwrap(), free);
+    assert_eq!(frozen.dtype(), DType::F32);
+}
+
+#[test]
+fn memory_that_was_not_used_is_an_error() {
+    let (anchor, spec, batch, paths) = (anchor(), spec([4, 2]), Batch::random(1, 6, 11), [leaf(0)]);
+    let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
+    let (loss, _) = anchor.loss(batch.input(), batch.targets(), &FetchedMemory::none()).unwrap();
+    let error = memory.grads(&loss.backward().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("not part of the graph"), "{error}");
+}

@@ -1,0 +1,7 @@
+//! The anchor with memory: equalities to the bit, gradients against finite differences, errors and files.
+
+mod equality;
+mod errors;
+mod file;
+mod fixtures;
+mod gradients;

@@ -1,0 +1,189 @@
+//! Commands that ask a finished run: route, generate, bank inspect; and `check`, which asks a
+//! configuration.
+
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use cluster_tree::ClusterPath;
+use generate::{Options, Prompt};
+use train::Checkpoints;
+
+use crate::config::Config;
+use crate::run::Run;
+
+/// The text of an argument, or every line of the standard input for `-`.
+fn texts(argument: &str) -> Result<Vec<String>> {
+    if argument != "-" {
+        return Ok(vec![argument.to_string()]);
+    }
+    Ok(std::io::stdin().lock().lines().collect::<std::io::Result<_>>()?)
+}
+
+pub(crate) fn route(dir: &Path, text: &str, json: bool) -> Result<()> {
+    let router = Run::open(dir)?.router()?;
+    let texts = texts(text)?;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let mut out = std::io::stdout().lock();
+    for (text, routes) in texts.iter().zip(router.routes(&texts)?) {
+        if json {
+            let routes: Vec<_> = routes.iter().map(|(path, d)| (path.to_string(), d)).collect();
+            writeln!(out, "{}", serde_json::json!({"text": text, "routes": routes}))?;
+            continue;
+        }
+        for (path, distance) in routes {
+            writeln!(out, "{:<24} distance {distance:.4}", path.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// The memory that a prompt is given.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MemoryArg {
+    /// The path of the prompt.
+    Fetched,
+    /// The context-independent path.
+    Generic,
+    /// No memory.
+    None,
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    /// Folder of the run.
+    run: PathBuf,
+    /// The text to continue.
+    prompt: String,
+    /// Memory to fetch; fetched if the run has a bank.
+    #[arg(long, value_enum)]
+    memory: Option<MemoryArg>,
+    /// Tokens to generate at most.
+    #[arg(long)]
+    max_new_tokens: Option<usize>,
+    /// 0 takes the likeliest token.
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Sample among the likeliest tokens of this probability together.
+    #[arg(long)]
+    top_p: Option<f64>,
+    /// Seed of the sampling.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// A text that ends the completion; may be given several times.
+    #[arg(long)]
+    stop: Vec<String>,
+}
+
+pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
+    let run = Run::open(&args.run)?;
+    let texts = texts(&args.prompt)?;
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let from = &run.config.generate;
+    let options = Options {
+        max_new_tokens: args.max_new_tokens.unwrap_or(from.max_new_tokens),
+        temperature: args.temperature.unwrap_or(from.temperature),
+        top_p: args.top_p.unwrap_or(from.top_p),
+        seed: args.seed.unwrap_or(from.seed),
+        stop: if args.stop.is_empty() { from.stop.clone() } else { args.stop },
+    };
+    let default = match (run.bank.is_some(), run.is_always_on()) {
+        (false, _) => MemoryArg::None,
+        (true, true) => MemoryArg::Generic,
+        (true, false) => MemoryArg::Fetched,
+    };
+    let paths = paths(&run, &texts, args.memory.unwrap_or(default))?;
+    let prompts = texts.iter().zip(&paths).map(|(text, path)| -> Result<Prompt> {
+        Ok(Prompt { tokens: run.tokenizer.encode(text)?, path: path.clone() })
+    });
+    let prompts = prompts.collect::<Result<Vec<_>>>()?;
+    let completions = generate::generate(&run.model(), &run.tokenizer, &prompts, &options)?;
+    for ((text, path), completion) in texts.iter().zip(&paths).zip(completions) {
+        let path = path.as_ref().map_or("no memory".to_string(), ToString::to_string);
+        eprintln!("memory: {path}");
+        println!("{text}{}", completion.text);
+    }
+    Ok(())
+}
+
+fn paths(run: &Run, texts: &[&str], memory: MemoryArg) -> Result<Vec<Option<ClusterPath>>> {
+    Ok(match memory {
+        MemoryArg::None => vec![None; texts.len()],
+        MemoryArg::Generic => vec![Some(ClusterPath::generic(run.tree.n_levels())?); texts.len()],
+        MemoryArg::Fetched => run.router()?.paths(texts)?.into_iter().map(Some).collect(),
+    })
+}
+
+pub(crate) fn inspect(dir: &Path) -> Result<()> {
+    let memory = match dir.join("config.toml").exists() {
+        true => {
+            let checkpoints = Checkpoints::of(dir);
+            checkpoints.dir(checkpoints.require_latest()?).join("memory")
+        }
+        false => dir.to_path_buf(),
+    };
+    if !memory.is_dir() {
+        bail!(
+            "{}: expected a memory bank, found none (a run of train.phase = \"anchor\" has no bank)",
+            memory.display()
+        );
+    }
+    let bank = memory_bank::inspect(&memory)?;
+    let spec = &bank.manifest.spec;
+    println!("{}", memory.display());
+    println!("step {}, {} parameters fetched of {}", bank.manifest.step.0, spec.fetch_len(), spec.bank_len());
+    for (name, hash) in &bank.manifest.hashes {
+        println!("{name} {hash}");
+    }
+    println!(
+        "{:>5} {:>6} {:>8} {:>8} {:>14} {:>10} {:>10} {:>10}",
+        "level", "width", "blocks", "touched", "parameters", "updates", "most", "|M3|"
+    );
+    for level in &bank.levels {
+        println!(
+            "{:>5} {:>6} {:>8} {:>8} {:>14} {:>10.1} {:>10} {:>10.3}",
+            level.level + 1,
+            spec.width[level.level],
+            level.n_blocks,
+            level.n_touched,
+            level.n_parameters,
+            level.mean_updates,
+            level.max_updates,
+            level.m3_norm
+        );
+    }
+    Ok(())
+}
+
+/// Sizes that follow from a configuration, before anything is read or trained.
+pub(crate) fn check(config: &Config) -> Result<()> {
+    let source = config.corpus.source();
+    let files = corpus::list(&source)?;
+    let held_out = corpus::list_held_out(&source)?;
+    let bytes: u64 = files.iter().chain(&held_out).map(|file| file.bytes).sum();
+    println!("corpus: {} files ({} held out), {bytes} bytes", files.len() + held_out.len(), held_out.len());
+    let vocab_size = match &config.corpus.tokenizer {
+        Some(path) => corpus::Tokenizer::load(path)?.vocab_size(),
+        None => config.corpus.vocab_size,
+    };
+    let n_parameters = config.anchor.config(vocab_size).n_parameters();
+    println!("anchor: {n_parameters} parameters");
+    let mut bytes = n_parameters * 16;
+    if config.train.phase.has_memory() {
+        let spec = memory_bank::BlockSpec {
+            kind: config.memory.kind,
+            n_layers: config.anchor.n_layers,
+            d_model: config.anchor.d_model,
+            width: config.memory.width.clone(),
+            branching: config.tree.branching.clone(),
+        };
+        spec.validate()?;
+        println!("memory: {} parameters fetched of a bank of {}", spec.fetch_len(), spec.bank_len());
+        bytes += spec.bank_len() * 12;
+    }
+    let tokens = config.train.steps * config.train.batch_size as u64 * u64::from(config.corpus.seq_len);
+    println!("training: {} steps, at most {tokens} tokens", config.train.steps);
+    println!("weights, gradients and optimizer state: at most {} MiB", bytes >> 20);
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! A prepared corpus of 40 short documents in 4 leaves, and runs on it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anchor::{Anchor, AnchorConfig};
+use candle_core::{DType, Device};
+use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
+use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, MemoryKind};
+use tempfile::TempDir;
+use train::{Checkpoints, Parts, Phase, StepMetrics, TrainConfig, Trainer};
+
+pub(crate) const CPU: (&Device, DType) = (&Device::Cpu, DType::F32);
+
+/// A prepared corpus in a temporary folder, in which the runs live too.
+pub(crate) struct World {
+    pub(crate) dir: TempDir,
+    pub(crate) corpus: Arc<Corpus>,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let prepared = dir.path().join("prepared");
+        let (train, held_out) = (dir.path().join("train.jsonl"), dir.path().join("held_out.jsonl"));
+        fs::write(&train, documents(0..32)).unwrap();
+        fs::write(&held_out, documents(32..40)).unwrap();
+        let texts = (0..32).map(|i| Ok(text(i)));
+        let tokenizer = Tokenizer::train(texts, 280, 1 << 20).unwrap();
+        let source = SourceOptions {
+            files: vec![train.display().to_string()],
+            validation_files: vec![held_out.display().to_string()],
+            ..SourceOptions::default()
+        };
+        let options = TokeniseOptions { window: 64, validation_permille: 0 };
+        corpus::tokenise(&source, &tokenizer, &prepared, &options, &mut |_| ()).unwrap();
+        let store = TokenStore::open(&prepared).unwrap();
+        let leaves: Vec<u32> =
+            (0..store.n_windows()).map(|i| store.window(i).unwrap().document % 4).collect();
+        let options = PackOptions { seq_len: 16, seed: 1, embedder: "e".into(), tree: "t".into() };
+        corpus::pack(&prepared, &leaves, &[2, 2], &options).unwrap();
+        Self { corpus: Arc::new(Corpus::open(&prepared).unwrap()), dir }
+    }
+
+    pub(crate) fn run_dir(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn fresh_anchor(&self) -> Anchor {
+        let config = AnchorConfig {
+            vocab_size: self.corpus.vocab_size(),
+            d_model: 16,
+            n_layers: 2,
+            n_heads: 2,
+            head_width: 8,
+            ffn_width: 24,
+            tied_embeddings: true,
+            max_seq_len: 16,
+            rope_base: 10_000.0,
+            norm_eps: 1e-5,
+        };
+        Anchor::new(config, 3, CPU).unwrap()
+    }
+
+    /// A run from its beginning, as one process would make it.
+    pub(crate) fn begin(&self, name: &str, config: &TrainConfig) -> Trainer<LocalBank> {
+        Trainer::new(self.parts(name, config)).unwrap()
+    }
+
+    pub(crate) fn parts(&self, name: &str, config: &TrainConfig) -> Parts<LocalBank> {
+        let bank = || LocalBank::create(spec(), self.bank_options(name, config)).unwrap();
+        self.parts_with(name, config, (self.fresh_anchor(), config.phase.has_memory().then(bank)))
+    }
+
+    /// A run from its newest checkpoint, as a second process would make it.
+    pub(crate) fn resume(&self, name: &str, config: &TrainConfig) -> (u64, Trainer<LocalBank>) {
+        let checkpoints = Checkpoints::of(&self.run_dir(name));
+        let step = checkpoints.require_latest().unwrap();
+        let dir = checkpoints.dir(step);
+        let anchor = Anchor::load(&dir.join("anchor.safetensors"), CPU).unwrap();
+        let options = self.bank_options(name, config);
+        let bank = || LocalBank::resume(&dir.join("memory"), spec(), options).unwrap();
+        let bank = config.phase.has_memory().then(bank);
+        let parts = self.parts_with(name, config, (anchor, bank));
+        (step, Trainer::resume(parts, step).unwrap())
+    }
+
+    pub(crate) fn bank_options(&self, name: &str, config: &TrainConfig) -> BankOptions {
+        BankOptions {
+            seed: 4,
+            adamw: config.memory_adamw(),
+            world_size: 1,
+            checkpoint_root: Checkpoints::of(&self.run_dir(name)).root().into(),
+            hashes: BTreeMap::from([("tree".into(), "t".into())]),
+        }
+    }
+
+    fn parts_with(
+        &self,
+        name: &str,
+        config: &TrainConfig,
+        (anchor, bank): (Anchor, Option<LocalBank>),
+    ) -> Parts<LocalBank> {
+        let memory = bank.map(|bank| Blocking::new(Arc::new(bank)).unwrap());
+        let (run_dir, corpus) = (self.run_dir(name), self.corpus.clone());
+        fs::create_dir_all(&run_dir).unwrap();
+        Parts { run_dir, config: config.clone(), corpus, anchor, memory }
+    }
+}
+
+fn text(i: usize) -> String {
+    let [place, thing, colour] = [
+        ["harbour", "forest", "market", "desert"][i % 4],
+        ["boat", "fox", "basket", "camel"][i % 4],
+        ["red", "grey", "green", "white", "black"][i % 5],
+    ];
+    format!("In the {place} there is a {colour} {thing}. The {thing} of number {i} is {colour}.")
+}
+
+fn documents(range: std::ops::Range<usize>) -> String {
+    range.fold(String::new(), |mut lines, i| {
+        writeln!(lines, r#"{{"text": "{}"}}"#, text(i)).unwrap();
+        lines
+    })
+}
+
+pub(crate) fn spec() -> BlockSpec {
+    BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 16, width: vec![4, 2], branching: vec![2, 2] }
+}
+
+/// Twelve steps, saved every five.
+pub(crate) fn config(phase: Phase) -> TrainConfig {
+    TrainConfig {
+        phase,
+        generic_share: 0.2,
+        steps: 12,
+        batch_size: 8,
+        micro_batch: 4,
+        learning_rate: 1e-2,
+        memory_learning_rate: 1e-2,
+        warmup_steps: 2,
+        log_every: 1,
+        validate_every: 4,
+        validate_sequences: 6,
+        save_every: 5,
+        keep: 10,
+        z_loss: 1e-4,
+        ..TrainConfig::default()
+    }
+}
+
+/// Trains to the end and returns every step's metrics.
+pub(crate) fn train(mut trainer: Trainer<LocalBank>) -> Vec<StepMetrics> {
+    let mut all = vec![];
+    trainer.run(&mut |metrics| all.push(metrics.clone())).unwrap();
+    all
+}
+
+/// Trains until the process is killed after `step`.
+pub(crate) fn train_until_killed(mut trainer: Trainer<LocalBank>, step: u64) {
+    let killed = catch_unwind(AssertUnwindSafe(|| {
+        trainer.run(&mut |metrics| {
+            if metrics.step == step {
+                resume_unwind(Box::new("killed"));
+            }
+        })
+    }));
+    assert!(killed.is_err(), "the run ended before step {step}");
+}
+
+/// Every file below `dir` with its bytes.
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    let bytes = fs::read(&path).unwrap();
+                    found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), bytes);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// Metrics without the times.
+pub(crate) fn timeless(metrics: Vec<StepMetrics>) -> Vec<StepMetrics> {
+    metrics.into_iter().map(|line| StepMetrics { tokens_per_s: 0.0, seconds: 0.0, ..line }).collect()
+}
+
+pub(crate) fn weights(anchor: &Anchor) -> Vec<Vec<u32>> {
+    let bits = |var: &candle_core::Var| {
+        let values: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
+        values.into_iter().map(f32::to_bits).collect()
+    };
+    anchor.variables().values().map(bits).collect()
+}
