@@ -46,9 +46,13 @@ impl Run {
         let checkpoints = Checkpoints::of(dir);
         let step = checkpoints.require_latest()?;
         let checkpoint = checkpoints.dir(step);
-        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), PLACE)?.freeze();
         let tree = ClusterTree::load(&dir.join("tree.safetensors"))?;
         let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
+        let bank = match config.train.phase.has_memory() {
+            true => Some(open_bank(&checkpoint.join("memory"), &hashes(&tree, &tokenizer))?),
+            false => None,
+        };
+        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), PLACE)?.freeze();
         let expected = config.anchor.config(tokenizer.vocab_size());
         if *anchor.config() != expected {
             bail!(
@@ -57,10 +61,6 @@ impl Run {
                 anchor.config()
             );
         }
-        let bank = match config.train.phase.has_memory() {
-            true => Some(open_bank(&checkpoint.join("memory"), &hashes(&tree, &tokenizer))?),
-            false => None,
-        };
         Ok(Self { dir: dir.into(), config, tokenizer, tree, anchor, bank, step })
     }
 

@@ -142,7 +142,7 @@ fn the_path_decides_the_continuation() {
     let paths = [Some(leaf(0)), Some(leaf(1)), Some(leaf(3)), None];
     let texts = paths.map(|path| {
         let prompt = f.prompt("The boat", path);
-        generate(&f.model(), &f.tokenizer, &[prompt.clone()], &options).unwrap().remove(0).tokens
+        generate(&f.model(), &f.tokenizer, std::slice::from_ref(&prompt), &options).unwrap().remove(0).tokens
     });
     for i in 0..texts.len() {
         assert!(!texts[..i].contains(&texts[i]), "path {i} says what another one says");

@@ -244,7 +244,7 @@ impl<S: BlockStore> Trainer<S> {
 }
 
 fn due(step: u64, every: u64) -> bool {
-    every > 0 && step % every == 0
+    every > 0 && step.is_multiple_of(every)
 }
 
 /// Sums the gradients of blocks that several micro-batches share.
