@@ -39,10 +39,8 @@ pub(crate) fn quickstart(options: &Quickstart) -> Result<()> {
         println!("\nall {} seeds", evaluations.len());
         print!("{}", evaluate::table(&evaluations));
     }
-    println!(
-        "\nloss: nats per token on held-out documents. exact match: closed-book questions in percent, with"
-    );
-    println!("95 % intervals, from the rarest fifth of frequencies to the commonest.");
+    println!("\nloss: nats per token on held-out documents. exact match: questions in the wording of the");
+    println!("corpus, with 95 % intervals, from the rarest bucket of entities to the commonest.");
     if options.json {
         let mut summary = evaluate::summarise(&evaluations);
         summary.seconds = began.elapsed().as_secs_f64();
