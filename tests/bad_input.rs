@@ -212,6 +212,8 @@ fn a_run_goes_on_only_with_its_configuration() {
     let work = Workdir::new();
     work.ok(&["train", "run.toml"]);
     let before = files(&work.path("run"));
+    work.fails(&["route", "run", " "], &["text 0 is empty"]);
+    work.fails(&["generate", "run", ""], &["text 0 is empty"]);
     let changed = ["train", "run.toml", "--set", "train.learning_rate=0.5"];
     work.fails(&changed, &["run/config.toml: train.learning_rate was 0.002", "is 0.5 now"]);
     work.fails(&["train", "run.toml", "--set", "memory.width=[64,16]"], &["memory.width"]);

@@ -8,7 +8,8 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Crates by layer; each uses crates of lower layers only.
-const LAYERS: [&[&str]; 7] = [
+const LAYERS: [&[&str]; 8] = [
+    &["atomic-file"],
     &["cluster-tree", "embed", "ops"],
     &["corpus", "kmeans", "memory-bank"],
     &["anchor", "retrieve"],
@@ -19,12 +20,13 @@ const LAYERS: [&[&str]; 7] = [
 ];
 
 /// Every edge between our crates, tests aside. A new one is a decision, and it is written here.
-const EDGES: [(&str, &[&str]); 12] = [
-    ("anchor", &["cluster-tree", "memory-bank", "ops"]),
+const EDGES: [(&str, &[&str]); 13] = [
+    ("anchor", &["atomic-file", "cluster-tree", "memory-bank", "ops"]),
     (
         "cli",
         &[
             "anchor",
+            "atomic-file",
             "cluster-tree",
             "corpus",
             "embed",
@@ -37,20 +39,22 @@ const EDGES: [(&str, &[&str]); 12] = [
             "train",
         ],
     ),
-    ("cluster-tree", &[]),
-    ("corpus", &["cluster-tree"]),
-    ("embed", &[]),
+    ("atomic-file", &[]),
+    ("cluster-tree", &["atomic-file"]),
+    ("corpus", &["atomic-file", "cluster-tree"]),
+    ("embed", &["atomic-file"]),
     ("eval", &["anchor", "cluster-tree", "corpus", "generate", "memory-bank"]),
     ("generate", &["anchor", "cluster-tree", "corpus", "memory-bank"]),
     ("kmeans", &["cluster-tree"]),
-    ("memory-bank", &["cluster-tree"]),
+    ("memory-bank", &["atomic-file", "cluster-tree"]),
     ("ops", &[]),
     ("retrieve", &["cluster-tree", "embed", "memory-bank"]),
-    ("train", &["anchor", "cluster-tree", "corpus", "eval", "generate", "memory-bank", "ops"]),
+    ("train", &["anchor", "atomic-file", "cluster-tree", "corpus", "eval", "generate", "memory-bank", "ops"]),
 ];
 
 /// Crates that build without a tensor library, so that hosts of data and memory need no GPU software.
-const WITHOUT_TENSORS: [&str; 5] = ["cluster-tree", "corpus", "embed", "kmeans", "memory-bank"];
+const WITHOUT_TENSORS: [&str; 6] =
+    ["atomic-file", "cluster-tree", "corpus", "embed", "kmeans", "memory-bank"];
 
 /// The one function outside `ops` each of these files may hold that is unsafe: it maps a file.
 const MAPS: [&str; 2] = ["crates/corpus/src/prepared/files.rs", "crates/memory-bank/src/tensor_file.rs"];

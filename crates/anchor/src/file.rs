@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -41,7 +40,7 @@ impl Anchor {
         let header = serde_json::json!({ "format": FORMAT, "config": self.config() }).to_string();
         let metadata = HashMap::from([(KEY.into(), header)]);
         let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))?;
-        write_whole(path, &bytes).map_err(|e| file_error(e.to_string()))
+        atomic_file::write(path, &bytes).map_err(|e| file_error(e.to_string()))
     }
 
     /// Reads what [`Anchor::save`] wrote.
@@ -85,18 +84,4 @@ impl Anchor {
         }
         Ok(Self::from_variables(config, variables))
     }
-}
-
-fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let temporary = path.with_extension("safetensors.tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| {
-        // The error that matters is the first; a temporary file that cannot be removed is overwritten later.
-        let _ = fs::remove_file(&temporary);
-    })
 }

@@ -225,18 +225,7 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
 }
 
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        fs::write(&temporary, bytes)?;
-        fs::File::open(&temporary)?.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    let written = write();
-    if written.is_err() {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-    }
-    written.with_context(|| format!("{}", path.display()))
+    atomic_file::write(path, bytes).with_context(|| format!("{}", path.display()))
 }
 
 /// The anchor of the checkpoint to resume, of the run to begin with, or a new one.

@@ -1,6 +1,6 @@
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -14,14 +14,8 @@ impl ClusterTree {
     /// `level0.counts` (`[N]` U64), and in the metadata `format` and the branchings. The file
     /// appears complete or not at all, and the same tree gives the same bytes.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let temporary = temporary_path(path);
-        let written = write_file(self, &temporary).and_then(|()| fs::rename(&temporary, path));
-        let synced = written.and_then(|()| sync_folder(path));
-        synced.map_err(|source| {
-            // The first error is the one to report; the file may not even exist.
-            let _ = fs::remove_file(&temporary);
-            Error::Io { path: path.to_owned(), source }
-        })
+        atomic_file::write_with(path, |file| write_to(self, file))
+            .map_err(|source| Error::Io { path: path.to_owned(), source })
     }
 
     /// Reads what [`ClusterTree::save`] wrote. Fails on a file that is cut short, on a tensor that
@@ -105,8 +99,7 @@ impl Reader<'_> {
     }
 }
 
-fn write_file(tree: &ClusterTree, path: &Path) -> io::Result<()> {
-    let mut file = BufWriter::new(File::create(path)?);
+fn write_to(tree: &ClusterTree, file: &mut impl Write) -> io::Result<()> {
     let header = header(tree);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
@@ -116,7 +109,7 @@ fn write_file(tree: &ClusterTree, path: &Path) -> io::Result<()> {
     for level in tree.levels() {
         level.centroids.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?;
     }
-    file.into_inner()?.sync_all()
+    Ok(())
 }
 
 /// The safetensors header, written here because the library writes metadata in the random order of
@@ -144,18 +137,4 @@ fn header(tree: &ClusterTree) -> String {
     // The 8 bytes of the length, the header and its padding end on a multiple of 64.
     let padded = (header.len() + 8).next_multiple_of(64) - 8;
     format!("{header:padded$}")
-}
-
-fn temporary_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    PathBuf::from(name)
-}
-
-/// A rename is durable once its folder is.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
-    }
 }

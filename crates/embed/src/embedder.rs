@@ -1,7 +1,7 @@
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// Maps texts to unit vectors. The same texts give the same bits on any number of threads.
 pub trait Embedder: Send + Sync {
@@ -12,8 +12,9 @@ pub trait Embedder: Send + Sync {
     /// compared if and only if their fingerprints are equal.
     fn fingerprint(&self) -> &str;
 
-    /// The embeddings of `texts`, `[N, D]` row-major, each row of unit L2 norm. Fails on a text with
-    /// nothing to embed (the error names its index): it has no direction, so no cluster.
+    /// The embeddings of `texts`, `[N, D]` row-major, each row of unit L2 norm. Texts in which the
+    /// embedder knows nothing (spaces, punctuation) all get the first axis: a corpus may hold such
+    /// windows, and a query of the same kind should meet them in the same cluster.
     fn embed(&self, texts: &[&str]) -> Result<Vec<f32>>;
 }
 
@@ -30,21 +31,23 @@ pub(crate) fn embed_rows<S: Default>(
         .enumerate()
         .map_init(S::default, |scratch, (index, row)| {
             fill(scratch, index, row)?;
-            if normalise(row) { Ok(()) } else { Err(Error::empty_text(index, texts[index])) }
+            normalise(row);
+            Ok(())
         })
         .collect();
     results.into_iter().collect::<Result<()>>()?;
     Ok(rows)
 }
 
-/// Scales to unit L2 norm; false if the row has no direction.
-fn normalise(row: &mut [f32]) -> bool {
+/// Scales to unit L2 norm; a row without a direction becomes the first axis.
+fn normalise(row: &mut [f32]) {
     let norm = row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
     if norm == 0.0 || !norm.is_finite() {
-        return false;
+        row.fill(0.0);
+        row[0] = 1.0;
+        return;
     }
     row.iter_mut().for_each(|value| *value = (f64::from(*value) / norm) as f32);
-    true
 }
 
 /// SHA-256, in hex, of the parts, each preceded by its length.

@@ -6,14 +6,6 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What can be wrong with an embedder's options, its files, or a text.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A text that holds nothing the embedder knows, so that it has no direction.
-    #[error("text {index} ({bytes} bytes) has no word or token to embed")]
-    EmptyText {
-        /// Index of the text in the call.
-        index: usize,
-        /// Its length in bytes.
-        bytes: usize,
-    },
     /// An option outside its range.
     #[error("{option} is {found}, expected {expected}")]
     Option {
@@ -100,10 +92,6 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn empty_text(index: usize, text: &str) -> Self {
-        Self::EmptyText { index, bytes: text.len() }
-    }
-
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { path: path.to_owned(), source }
     }

@@ -133,15 +133,17 @@ fn another_seed_is_another_projection() {
 }
 
 #[test]
-fn empty_texts_and_options_out_of_range_are_errors() {
+fn texts_without_words_get_the_first_axis() {
     let hashed = fitted(HashedOptions::default());
-    for (texts, wanted) in [(["a", ""], (1, 0)), ([" \n", ""], (0, 2))] {
-        let Err(Error::EmptyText { index, bytes }) = hashed.embed(&texts) else {
-            panic!("{texts:?} embedded")
-        };
-        assert_eq!((index, bytes), wanted);
-    }
     assert!(hashed.embed(&[]).unwrap().is_empty());
+    for row in hashed.embed(&["", " \n"]).unwrap().chunks(hashed.dim()) {
+        assert_eq!(row[0], 1.0);
+        assert!(row[1..].iter().all(|&value| value == 0.0));
+    }
+}
+
+#[test]
+fn options_out_of_range_are_errors() {
     assert!(matches!(Hashed::fit(HashedOptions::default(), Vec::<String>::new()), Err(Error::NoTexts)));
     let base = HashedOptions::default();
     for dim in [0, 100, 4112] {

@@ -127,15 +127,14 @@ fn the_fingerprint_follows_both_files() {
 }
 
 #[test]
-fn texts_without_a_direction_are_errors() {
+fn texts_without_a_direction_get_the_first_axis() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), &[table("embeddings", Dtype::F32)]);
     let embedder = Static::load(folder.path()).unwrap();
     for text in ["", "owl newt", "red hen hen hen"] {
-        let Err(Error::EmptyText { index: 1, bytes }) = embedder.embed(&["red", text]) else {
-            panic!("{text:?} embedded")
-        };
-        assert_eq!(bytes, text.len());
+        let rows = embedder.embed(&["red", text]).unwrap();
+        let axis: Vec<f32> = (0..embedder.dim()).map(|i| if i == 0 { 1.0 } else { 0.0 }).collect();
+        assert_eq!(rows[embedder.dim()..], axis, "{text:?}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -164,8 +164,7 @@ fn remove_folder(folder: &Path) -> Result<()> {
 
 /// A rename is durable once its folder is.
 fn sync_folder(folder: &Path) -> Result<()> {
-    let synced = File::open(folder).and_then(|folder| folder.sync_all());
-    synced.map_err(|source| io_error(folder, source))
+    atomic_file::sync_folder(folder).map_err(|source| io_error(folder, source))
 }
 
 #[cfg(test)]

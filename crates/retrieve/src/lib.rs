@@ -15,6 +15,12 @@ pub enum Error {
         /// Dimensions of the tree's centroids.
         tree: usize,
     },
+    /// A text to route is empty or blank.
+    #[error("text {index} is empty, expected something to route by")]
+    EmptyText {
+        /// Index of the text in the call.
+        index: usize,
+    },
     /// From the embedder.
     #[error(transparent)]
     Embed(#[from] embed::Error),
@@ -59,9 +65,9 @@ impl Router {
     /// The nearest leaves of each text, best first, up to the beam width.
     ///
     /// # Errors
-    /// When a text is empty.
+    /// When a text is blank.
     pub fn routes(&self, texts: &[&str]) -> Result<Vec<Vec<Route>>> {
-        let embeddings = self.embedder.embed(texts)?;
+        let embeddings = self.embed(texts)?;
         let rows = embeddings.chunks_exact(self.tree.dim());
         Ok(rows.map(|row| self.tree.beam(row, self.beam)).collect::<cluster_tree::Result<_>>()?)
     }
@@ -71,7 +77,7 @@ impl Router {
     /// # Errors
     /// As [`Router::routes`].
     pub fn paths(&self, texts: &[&str]) -> Result<Vec<ClusterPath>> {
-        let embeddings = self.embedder.embed(texts)?;
+        let embeddings = self.embed(texts)?;
         let best = |row: &[f32]| -> Result<ClusterPath> {
             Ok(match self.beam {
                 1 => self.tree.descend(row)?,
@@ -81,10 +87,17 @@ impl Router {
         embeddings.chunks_exact(self.tree.dim()).map(best).collect()
     }
 
+    fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
+        match texts.iter().position(|text| text.trim().is_empty()) {
+            Some(index) => Err(Error::EmptyText { index }),
+            None => Ok(self.embedder.embed(texts)?),
+        }
+    }
+
     /// The blocks on the path of `text`, coarse to fine, from `bank` as of `step`.
     ///
     /// # Errors
-    /// When the text is empty or the bank fails.
+    /// When the text is blank or the bank fails.
     pub fn retrieve<S: BlockStore>(
         &self,
         text: &str,

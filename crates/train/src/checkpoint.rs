@@ -1,7 +1,6 @@
 //! A run's checkpoints: `checkpoints/<step>/…` with DONE written last.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -99,8 +98,7 @@ impl Checkpoints {
     pub(crate) fn finish(&self, step: u64, keep: usize) -> Result<()> {
         let dir = self.dir(step);
         write_whole(&dir.join(DONE), b"")?;
-        sync_dir(&dir)?;
-        sync_dir(&self.root)?;
+        atomic_file::sync_folder(&self.root).map_err(|e| Error::file(&self.root, e))?;
         let steps = self.steps()?;
         for &old in &steps[..steps.len().saturating_sub(keep)] {
             let dir = self.dir(old);
@@ -129,24 +127,7 @@ impl Checkpoints {
     }
 }
 
-/// Writes a file whole or not at all: temporary name, fsync, rename.
+/// Writes a whole file or none.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|e| {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        Error::file(path, e)
-    })
-}
-
-fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| Error::file(dir, e))
+    atomic_file::write(path, bytes).map_err(|e| Error::file(path, e))
 }

@@ -1,8 +1,7 @@
 //! The world on disk.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs::{self};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -70,14 +69,14 @@ pub(super) fn write(facts: &Facts, dir: &Path) -> Result<Summary> {
     ];
     let mut files = BTreeMap::new();
     for (name, bytes) in &contents {
-        write_file(dir, name, bytes)?;
+        write_file(&dir.join(name), bytes)?;
         files.insert((*name).to_owned(), FileSummary { bytes: bytes.len(), sha256: sha256(bytes) });
     }
     let summary = summary(facts, files);
     let mut text =
         serde_json::to_vec_pretty(&summary).map_err(|source| Error::Json { file: "facts.json", source })?;
     text.push(b'\n');
-    write_file(dir, "facts.json", &text)?;
+    write_file(&dir.join("facts.json"), &text)?;
     Ok(summary)
 }
 
@@ -117,14 +116,8 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Writes beside the target and renames, so that the name never stands for half a file.
-fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, partial) = (dir.join(name), dir.join(format!(".{name}.tmp")));
-    let mut file = File::create(&partial).map_err(io("create", &partial))?;
-    file.write_all(bytes).map_err(io("write", &partial))?;
-    file.sync_all().map_err(io("sync", &partial))?;
-    fs::rename(&partial, &path).map_err(io("rename", &path))?;
-    File::open(dir).and_then(|folder| folder.sync_all()).map_err(io("sync", dir))
+fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    atomic_file::write(path, bytes).map_err(io("write", path))
 }
 
 fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {

@@ -20,7 +20,7 @@ pub(crate) struct NewFile {
 impl NewFile {
     /// Starts an empty file.
     pub(crate) fn create(target: &Path) -> Result<Self> {
-        let temporary = temporary_name(target);
+        let temporary = atomic_file::temporary(target);
         let file = File::create(&temporary).map_err(Error::io(&temporary))?;
         Ok(Self { target: target.to_owned(), temporary, file: BufWriter::with_capacity(1 << 20, file) })
     }
@@ -28,7 +28,7 @@ impl NewFile {
     /// Goes on with the first `len` bytes of the temporary file that an earlier process left, and
     /// drops what follows; `None` when there are fewer.
     pub(crate) fn resume(target: &Path, len: u64) -> Result<Option<Self>> {
-        let temporary = temporary_name(target);
+        let temporary = atomic_file::temporary(target);
         let error = Error::io(&temporary);
         let mut file = match OpenOptions::new().write(true).open(&temporary) {
             Ok(file) => file,
@@ -58,30 +58,13 @@ impl NewFile {
     pub(crate) fn commit(mut self) -> Result<()> {
         self.sync()?;
         fs::rename(&self.temporary, &self.target).map_err(Error::io(&self.target))?;
-        sync_folder_of(&self.target)
+        atomic_file::sync_parent(&self.target).map_err(Error::io(&self.target))
     }
-}
-
-fn temporary_name(target: &Path) -> PathBuf {
-    let mut name = target.as_os_str().to_owned();
-    name.push(".tmp");
-    name.into()
-}
-
-/// Makes a rename or removal in the folder of `path` last.
-fn sync_folder_of(path: &Path) -> Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(folder))
 }
 
 /// Writes a whole file.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = NewFile::create(path)?;
-    file.write(bytes)?;
-    file.commit()
+    atomic_file::write(path, bytes).map_err(Error::io(path))
 }
 
 /// Writes a value as JSON, indented for people.
@@ -109,7 +92,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 /// Removes a file if it is there.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Ok(()) => sync_folder_of(path),
+        Ok(()) => atomic_file::sync_parent(path).map_err(Error::io(path)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(Error::io(path)(e)),
     }

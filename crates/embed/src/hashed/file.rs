@@ -1,9 +1,9 @@
 //! A fitted [`Hashed`] as a safetensors file.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::fs::{self};
+use std::io::{self};
+use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -37,7 +37,7 @@ impl Hashed {
         let format_error = |source| Error::Format { path: path.to_owned(), source };
         let tensor = TensorView::new(Dtype::F32, vec![N_BUCKETS], &bytes).map_err(format_error)?;
         let file = safetensors::serialize([(TENSOR, tensor)], Some(metadata)).map_err(format_error)?;
-        write_whole(path, &file).map_err(Error::io(path))
+        atomic_file::write(path, &file).map_err(Error::io(path))
     }
 
     /// Reads what [`Hashed::save`] wrote; the embedder then gives the same bits. Fails on a file
@@ -79,25 +79,4 @@ fn table(path: &Path, tensors: &SafeTensors) -> Result<Vec<f32>> {
             found: table[row].to_string(),
         }),
     }
-}
-
-/// Writes beside the target, and renames when the bytes are on the disk.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    if let Err(error) = write() {
-        // The first error is the one to report; the file may not even exist.
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
-    // A name without a folder lies in the current one.
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
 }
