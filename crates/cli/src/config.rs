@@ -1,5 +1,6 @@
 //! One TOML is one run: a section a crate, every key known, checked once.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anchor::AnchorConfig;
@@ -52,9 +53,9 @@ pub(crate) struct CorpusSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) format: Option<Format>,
     pub(crate) txt_split: TxtSplit,
-    /// Options of object stores, as `object_store` names them.
-    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
-    pub(crate) store: std::collections::BTreeMap<String, String>,
+    /// Options of object stores, as `object_store` names them; they go before the environment's.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) store: BTreeMap<String, String>,
     /// A tokenizer.json to use; without it a BPE is trained.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tokenizer: Option<PathBuf>,
@@ -83,7 +84,7 @@ impl Default for CorpusSection {
             label_key: None,
             format: None,
             txt_split: TxtSplit::File,
-            store: std::collections::BTreeMap::new(),
+            store: BTreeMap::new(),
             tokenizer: None,
             vocab_size: 32_768,
             tokenizer_sample_mib: 64,
@@ -105,9 +106,25 @@ impl CorpusSection {
             label_key: self.label_key.clone(),
             format: self.format,
             txt_split: self.txt_split,
-            object_store_options: self.store.clone().into_iter().collect(),
+            object_store_options: store_options(std::env::vars_os(), &self.store),
         }
     }
+}
+
+/// What the environment says of object stores, by the names their own tools use (`AWS_ENDPOINT`), then
+/// what the configuration says. Credentials come from there and so are in no run's config.toml.
+fn store_options(
+    environment: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
+    configured: &BTreeMap<String, String>,
+) -> Vec<(String, String)> {
+    let text = |(key, value): (std::ffi::OsString, std::ffi::OsString)| {
+        let key = key.into_string().ok()?;
+        let is_of_store = ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|prefix| key.starts_with(prefix));
+        is_of_store.then(|| Some((key.to_lowercase(), value.into_string().ok()?)))?
+    };
+    let mut options: BTreeMap<String, String> = environment.filter_map(text).collect();
+    options.extend(configured.clone());
+    options.into_iter().collect()
 }
 
 /// How a text becomes a vector.
@@ -382,7 +399,7 @@ fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let Some((key, value)) = setting.split_once('=') else {
         bail!("--set {setting}: expected section.key=value");
     };
-    let Some((section, key)) = key.trim().split_once('.') else {
+    let Some((sections, key)) = key.trim().rsplit_once('.') else {
         bail!("--set {setting}: expected section.key=value, found no section");
     };
     let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
@@ -390,11 +407,15 @@ fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
         Ok(mut parsed) => parsed.remove("value"),
         Err(_) => Some(toml::Value::String(value.into())),
     };
-    let section = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
-    let (Some(section), Some(value)) = (section.as_table_mut(), value) else {
-        bail!("--set {setting}: expected a section, found a value");
-    };
-    section.insert(key.to_string(), value);
+    let mut table = table;
+    for section in sections.split('.') {
+        let inner = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let Some(inner) = inner.as_table_mut() else {
+            bail!("--set {setting}: expected a section, found a value");
+        };
+        table = inner;
+    }
+    table.extend(value.map(|value| (key.to_string(), value)));
     Ok(())
 }
 
@@ -423,6 +444,19 @@ mod tests {
     fn error(text: &str, overrides: &[&str]) -> String {
         let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
         format!("{:#}", Config::parse(text, "run.toml", &overrides).unwrap_err())
+    }
+
+    #[test]
+    fn stores_are_set_by_the_configuration_before_the_environment() {
+        let overrides = ["corpus.store.aws_region=eu-1".to_string()];
+        let config = Config::parse(SMALL, "run.toml", &overrides).unwrap();
+        let environment = [("AWS_REGION", "us-1"), ("AWS_ENDPOINT", "http://h"), ("HOME", "/")];
+        let options = store_options(
+            environment.into_iter().map(|(key, value)| (key.into(), value.into())),
+            &config.corpus.store,
+        );
+        let pair = |key: &str, value: &str| (key.to_string(), value.to_string());
+        assert_eq!(options, [pair("aws_endpoint", "http://h"), pair("aws_region", "eu-1")]);
     }
 
     #[test]
