@@ -137,6 +137,27 @@ fn wrong_configurations() {
         &["train", "run.toml", "--set", "train.clip=-1"],
         &["train.clip: expected 0 or more, found -1"],
     );
+    for (setting, part) in [
+        ("tree.branching=[]", "[tree]: "),
+        ("tree.max_share=7", "[tree]: "),
+        ("corpus.window=0", "corpus.window: expected 1 to"),
+        ("corpus.validation_permille=5000", "corpus.validation_permille: expected 0 to 999, found 5000"),
+        ("embed.dim=0", "[embed]: "),
+        ("generate.top_p=9", "[generate]: "),
+        ("anchor.rope_base=0", "anchor.rope_base: 0 must be a number above 0"),
+        ("anchor.norm_eps=nan", "anchor.norm_eps"),
+        ("train.beta1=1.0", "train.beta1: expected a number from 0 to below 1, found 1"),
+        ("train.warmup_steps=13", "train.warmup_steps: expected at most train.steps (12), found 13"),
+        ("train.phase=cotrain", "anchor.init: expected a trained run"),
+        ("anchor.init=run", "anchor.init: expected nothing"),
+    ] {
+        work.fails(&["check", "run.toml", "--set", setting], &[part]);
+    }
+    let overlap = ["check", "run.toml", "--set", "corpus.files=[\"facts/*.jsonl\"]"];
+    work.fails(
+        &overlap,
+        &["facts/validation.jsonl: expected in files or in validation_files, found in both"],
+    );
     work.fails(&["corpus", "facts", "x", "--set", "families=-1"], &["families"]);
     assert!(!work.path("run").exists() && !work.path("prepared").exists() && !work.path("x").exists());
 }
@@ -169,8 +190,13 @@ fn parts_of_another_run_are_refused() {
         }
         fs::write(&target, own).unwrap();
     };
-    refused("run/tree.safetensors", "other_run/tree.safetensors", &["memory", "tree"]);
-    refused("run/tokenizer.json", "other_run/tokenizer.json", &["memory", "tokenizer"]);
+    refused("run/tree.safetensors", "other_run/tree.safetensors", &["tree.safetensors: expected the hash"]);
+    refused("run/tokenizer.json", "other_run/tokenizer.json", &["tokenizer.json: expected the hash"]);
+    refused(
+        "run/checkpoints/00000012/memory/manifest.json",
+        "other_run/checkpoints/00000012/memory/manifest.json",
+        &["memory: bank of another tree or tokenizer"],
+    );
     let anchor = "checkpoints/00000012/anchor.safetensors";
     refused(
         &format!("run/{anchor}"),
@@ -184,6 +210,52 @@ fn parts_of_another_run_are_refused() {
     assert!(checkpoints(&work.path("new")).is_empty());
     fs::write(work.path("prepared/tokenizer.json"), own).unwrap();
     work.ok(&["eval", "run"]);
+}
+
+#[test]
+fn a_run_keeps_to_its_corpus() {
+    let work = Workdir::new();
+    work.ok(&["train", "run.toml"]);
+    let before = files(&work.path("run"));
+    // Another run clusters the shared folder anew: the old tree's paths name other documents there.
+    work.ok(&["prepare", "run.toml", "--set", "tree.seed=2"]);
+    work.fails(&["eval", "run"], &["run was trained on another prepared", "the corpus differs in tree"]);
+    work.ok(&["prepare", "run.toml"]);
+    work.ok(&["eval", "run"]);
+
+    let mut text = fs::read_to_string(work.path("facts/corpus.jsonl")).unwrap();
+    text.push_str("{\"id\": \"new\", \"text\": \"One more document.\"}\n");
+    fs::write(work.path("facts/corpus.jsonl"), text).unwrap();
+    let parts =
+        ["run goes on only with the corpus it began with", "the corpus differs in file", "corpus.jsonl"];
+    work.fails(&["train", "run.toml"], &parts);
+    work.fails(&["eval", "run"], &["the corpus differs in file"]);
+    let mut after = files(&work.path("run"));
+    after.retain(|name, _| before.contains_key(name));
+    assert!(
+        before.iter().all(|(name, bytes)| name.starts_with("report") || after[name] == *bytes),
+        "a refused command changed the run"
+    );
+    work.ok(&["generate", "run", "gold is"]);
+    let init = ["train", "run.toml", "--set", "run.dir=next", "--set", "train.phase=cotrain"];
+    let other = ["--set", "anchor.init=run", "--set", "corpus.prepared=other"];
+    let files = ["--set", "corpus.files=[\"facts/validation.jsonl\"]", "--set", "corpus.validation_files=[]"];
+    work.fails(&[&init[..], &other, &files].concat(), &["run/tokenizer.json: tokenizer of another corpus"]);
+}
+
+#[test]
+fn two_processes_in_one_folder() {
+    let work = Workdir::new();
+    work.ok(&["train", "run.toml"]);
+    for (folder, message) in [
+        ("prepared", "prepared: another process is preparing this folder"),
+        ("run", "run: another process is training this run"),
+    ] {
+        let held = fs::File::open(work.path(folder).join(".lock")).unwrap();
+        held.try_lock().unwrap();
+        work.fails(&["train", "run.toml"], &[message]);
+    }
+    work.ok(&["train", "run.toml"]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The commands in the order in which they are used.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use serde_json::Value;
@@ -69,6 +70,31 @@ fn eval_has_every_key(work: &Workdir) {
         assert!(summary[key].as_f64().is_some_and(|value| value > 0.0), "{key}: {}", summary[key]);
     }
     assert_eq!(summary["seeds"], serde_json::json!([1]));
+}
+
+#[test]
+fn documents_route_to_the_leaf_they_are_packed_in() {
+    let work = Workdir::new();
+    work.ok(&["train", "run.toml", "--set", "corpus.window=512", "--set", "train.steps=2"]);
+    let corpus = corpus::Corpus::open(&work.path("prepared")).unwrap();
+    let mut leaves: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for window in corpus.train_windows() {
+        let (leaf, document) = window.unwrap();
+        leaves.entry(document).or_default().push(leaf);
+    }
+    let text = fs::read_to_string(work.path("facts/corpus.jsonl")).unwrap();
+    let documents: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    // A longer document is embedded window by window.
+    let whole = leaves.iter().filter(|(_, leaves)| leaves.len() == 1).step_by(20);
+    let mut n = 0;
+    for (&document, leaves) in whole {
+        let text = documents[document as usize]["text"].as_str().unwrap();
+        let (route, _) = work.ok(&["route", "run", text]);
+        let path = route.split_whitespace().next().unwrap();
+        assert_eq!(path, format!("{}/{}", leaves[0] / 4, leaves[0]), "document {document}: {text}");
+        n += 1;
+    }
+    assert!(n > 10, "only {n} documents of one window");
 }
 
 fn queries_answer(work: &Workdir) {

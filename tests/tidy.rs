@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 13] = [
     ("kmeans", &["cluster-tree"]),
     ("memory-bank", &["atomic-file", "cluster-tree"]),
     ("ops", &[]),
-    ("retrieve", &["cluster-tree", "embed", "memory-bank"]),
+    ("retrieve", &["cluster-tree", "embed"]),
     ("train", &["anchor", "atomic-file", "cluster-tree", "corpus", "eval", "generate", "memory-bank", "ops"]),
 ];
 

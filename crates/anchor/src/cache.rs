@@ -18,8 +18,10 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Appends the keys and values of new positions and returns those of all.
+    /// Appends the keys and values of new positions and returns those of all. They leave the autograd
+    /// graph: it would keep every step's activations alive.
     pub(crate) fn append(&mut self, layer: usize, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
+        let (k, v) = (k.detach(), v.detach());
         let all = match self.layers.get(layer) {
             None => (k, v),
             Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 1)?, Tensor::cat(&[old_v, &v], 1)?),

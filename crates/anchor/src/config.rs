@@ -68,11 +68,18 @@ impl AnchorConfig {
             ("max_seq_len", self.max_seq_len),
         ];
         if let Some((key, found)) = sizes.into_iter().find(|&(_, size)| size == 0) {
+            let found = found.to_string();
             return Err(Error::Config { key, found, problem: "must be at least 1".into() });
         }
         if self.head_width % 2 == 1 {
             let problem = "must be even: rotary embedding turns pairs".into();
-            return Err(Error::Config { key: "head_width", found: self.head_width, problem });
+            return Err(Error::Config { key: "head_width", found: self.head_width.to_string(), problem });
+        }
+        for (key, found) in [("rope_base", self.rope_base), ("norm_eps", self.norm_eps)] {
+            if !(found.is_finite() && found > 0.0) {
+                let problem = "must be a number above 0".into();
+                return Err(Error::Config { key, found: found.to_string(), problem });
+            }
         }
         Ok(())
     }

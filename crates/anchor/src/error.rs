@@ -11,7 +11,7 @@ pub enum Error {
         /// The configuration key.
         key: &'static str,
         /// Its value.
-        found: usize,
+        found: String,
         /// What is wrong with it.
         problem: String,
     },

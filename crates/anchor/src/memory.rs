@@ -28,8 +28,8 @@ pub struct FetchedMemory {
 
 struct Level {
     ids: Vec<ClusterId>,
-    /// One variable a layer, [U, 3, R, D].
-    layers: Vec<Var>,
+    /// One a layer, [U, 3, R, D]: variables, until they are frozen.
+    layers: Vec<Tensor>,
     /// Index into `ids` per sequence.
     block_of_sequence: Vec<usize>,
 }
@@ -76,16 +76,23 @@ impl FetchedMemory {
             }
             let shape = (ids.len(), 3, spec.width[level], spec.d_model);
             let layer_len = spec.block_len(level) / spec.n_layers;
-            let layer = |layer: usize| -> Result<Var> {
+            let layer = |layer: usize| -> Result<Tensor> {
                 let rows: Vec<&[f32]> = values.iter().map(|v| &v[layer * layer_len..][..layer_len]).collect();
                 let tensor = Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?;
-                Ok(Var::from_tensor(&tensor)?)
+                Ok(Var::from_tensor(&tensor)?.into_inner())
             };
             let layers = (0..spec.n_layers).map(layer).collect::<Result<_>>()?;
             Ok(Level { ids, layers, block_of_sequence })
         };
         let levels = spec.levels().map(build).collect::<Result<_>>()?;
         Ok(Self { levels, shape: Some((spec.n_layers, spec.d_model)) })
+    }
+
+    /// The same memory outside the autograd graph: for evaluation and generation.
+    pub fn freeze(mut self) -> Self {
+        let layers = self.levels.iter_mut().flat_map(|level| &mut level.layers);
+        layers.for_each(|weights| *weights = weights.detach());
+        self
     }
 
     /// The gradients of all blocks, summed over the sequences that share one.
@@ -96,9 +103,11 @@ impl FetchedMemory {
         let mut blocks = vec![];
         for level in &self.levels {
             let first = blocks.len();
-            blocks.extend(level.ids.iter().map(|&id| Block { id, values: vec![] }));
-            for var in &level.layers {
-                let gradient = grads.get(var).ok_or_else(|| {
+            let block_len = level.layers.iter().map(Tensor::elem_count).sum::<usize>() / level.ids.len();
+            let block = |&id| Block { id, values: Vec::with_capacity(block_len) };
+            blocks.extend(level.ids.iter().map(block));
+            for weights in &level.layers {
+                let gradient = grads.get(weights).ok_or_else(|| {
                     candle_core::Error::Msg(
                         "a memory block is not part of the graph that was differentiated".into(),
                     )
@@ -112,11 +121,6 @@ impl FetchedMemory {
             }
         }
         Ok(blocks)
-    }
-
-    /// The variables, for tests that differentiate with respect to memory.
-    pub fn variables(&self) -> impl Iterator<Item = &Var> {
-        self.levels.iter().flat_map(|level| &level.layers)
     }
 
     /// Fails unless this is memory for an anchor of this shape and a batch of `batch` x `len` tokens.
@@ -159,7 +163,7 @@ impl FetchedMemory {
                     }
                 }
             }
-            (level.layers[layer].as_tensor(), runs)
+            (&level.layers[layer], runs)
         })
     }
 }

@@ -1,8 +1,8 @@
 //! Files that are whole or not there: written under a temporary name beside their place, brought to
 //! the disk, then renamed. A process that dies leaves the file that was there before, and perhaps a
-//! temporary one that the next write replaces.
+//! temporary one that the next write replaces. And folders that one process writes at a time.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -45,6 +45,19 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
     sync_folder(folder.unwrap_or(Path::new(".")))
 }
 
+/// Holds a folder for this process by a lock on its file `.lock`, until the value is dropped or the
+/// process ends; `None` when another holder has it. Some cluster file systems have no locks: there the
+/// folder is not guarded.
+pub fn lock(folder: &Path) -> io::Result<Option<File>> {
+    let file = File::create(folder.join(".lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => Ok(Some(file)),
+        Err(TryLockError::Error(e)) => Err(e),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,5 +96,14 @@ mod tests {
         std::os::unix::fs::symlink("/dev/full", temporary(&path)).unwrap();
         assert_eq!(write(&path, b"few").unwrap_err().kind(), io::ErrorKind::StorageFull);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_folder_has_one_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = lock(dir.path()).unwrap();
+        assert!(held.is_some() && lock(dir.path()).unwrap().is_none());
+        drop(held);
+        assert!(lock(dir.path()).unwrap().is_some());
     }
 }

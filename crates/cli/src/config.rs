@@ -7,7 +7,7 @@ use anchor::AnchorConfig;
 use anyhow::{Context, Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
 use serde::{Deserialize, Serialize};
-use train::TrainConfig;
+use train::{Phase, TrainConfig};
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -150,6 +150,13 @@ pub(crate) struct EmbedSection {
     pub(crate) char_weight: f32,
     /// Windows the hashed embedder's word frequencies are counted on.
     pub(crate) sample_windows: usize,
+}
+
+impl EmbedSection {
+    /// The options of the hashed embedder.
+    pub(crate) fn hashed(&self) -> embed::HashedOptions {
+        embed::HashedOptions { dim: self.dim, seed: self.seed, char_weight: self.char_weight }
+    }
 }
 
 impl Default for EmbedSection {
@@ -362,6 +369,21 @@ impl Config {
         if self.corpus.files.is_empty() {
             bail!("corpus.files: expected at least one path, glob or URL, found none");
         }
+        let corpus = &self.corpus;
+        for (key, found, (least, most)) in [
+            ("vocab_size", corpus.vocab_size as u64, (257, u64::from(u32::MAX))),
+            ("tokenizer_sample_mib", corpus.tokenizer_sample_mib as u64, (1, 1 << 40)),
+            ("window", u64::from(corpus.window), (1, u64::from(u32::MAX))),
+            ("seq_len", u64::from(corpus.seq_len), (1, u64::from(u32::MAX) - 1)),
+            ("validation_permille", u64::from(corpus.validation_permille), (0, 999)),
+        ] {
+            if !(least..=most).contains(&found) {
+                bail!("corpus.{key}: expected {least} to {most}, found {found}");
+            }
+        }
+        self.tree.options().check().context("[tree]")?;
+        self.embed.hashed().check().context("[embed]")?;
+        self.generate.check().context("[generate]")?;
         if self.embed.kind == EmbedKind::Static && self.embed.path.is_none() {
             bail!(
                 "embed.path: expected the folder of a static embedder (embed.kind = \"static\"), found nothing"
@@ -386,6 +408,18 @@ impl Config {
         }
         self.anchor.config(1).check()?;
         self.train.check()?;
+        match (self.train.phase, &self.anchor.init) {
+            (Phase::Frozen | Phase::Cotrain, None) => bail!(
+                "anchor.init: expected a trained run (train.phase = \"{}\"), found nothing",
+                format!("{:?}", self.train.phase).to_lowercase()
+            ),
+            (Phase::Joint, Some(init)) => bail!(
+                "anchor.init: expected nothing (train.phase = \"joint\" begins from scratch; \"cotrain\" goes on \
+                 with an anchor), found {}",
+                init.display()
+            ),
+            _ => {}
+        }
         Ok(())
     }
 
@@ -404,8 +438,8 @@ fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     };
     let parsed = toml::from_str::<toml::Table>(&format!("value = {value}"));
     let value = match parsed {
-        Ok(mut parsed) => parsed.remove("value"),
-        Err(_) => Some(toml::Value::String(value.into())),
+        Ok(mut parsed) if parsed.len() == 1 => parsed.remove("value"),
+        _ => Some(toml::Value::String(value.into())),
     };
     let mut table = table;
     for section in sections.split('.') {
@@ -482,7 +516,7 @@ mod tests {
             "{message}"
         );
         let message = error(SMALL, &["train.beta2=1.5"]);
-        assert!(message.contains("train.beta2: expected a number in 0..=1, found 1.5"), "{message}");
+        assert!(message.contains("train.beta2: expected a number from 0 to below 1, found 1.5"), "{message}");
         let message = error(SMALL, &["train.phase=cotrain", "memory.width=[1,2]"]);
         assert!(
             message.contains("memory.width: expected one width per level of tree.branching (4), found 2")

@@ -4,21 +4,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
-use cluster_tree::ClusterPath;
+use anyhow::{Context, Result, bail};
+use cluster_tree::{ClusterPath, ClusterTree};
 use corpus::Corpus;
-use eval::{Answer, AskOptions, HeldOut, MemoryMode, Question, Rate, ask, bootstrap_mean, held_out};
+use eval::{Answer, AskOptions, HeldOut, MemoryMode, N_BUCKETS, Question, TRAIN, ask, held_out};
 use generate::{Options, Prompt};
-use serde::{Deserialize, Serialize};
 
 use crate::config::EvalSection;
 use crate::run::Run;
-
-/// The wording that the corpus uses, as questions name it.
-pub(crate) const TRAIN: &str = "train";
-
-/// Frequency buckets of questions.
-pub(crate) const N_BUCKETS: usize = 5;
 
 /// The kinds of memory, in the order of every table.
 pub(crate) const MEMORIES: [&str; 5] = ["none", "generic", "always_on", "fetched", "random"];
@@ -30,6 +23,10 @@ pub(crate) struct Measured {
     pub(crate) held_out: HeldOut,
     pub(crate) answers: Vec<Answer>,
     pub(crate) parameters: u64,
+    /// Targets that the measured weights were trained on, the initial anchor's included.
+    pub(crate) tokens: u64,
+    /// What is not plain from the kind of memory alone.
+    pub(crate) note: &'static str,
     /// Continuations of the sample questions.
     pub(crate) samples: Vec<String>,
 }
@@ -39,7 +36,8 @@ pub(crate) struct Evaluation {
     pub(crate) questions: Vec<Question>,
     pub(crate) memories: BTreeMap<&'static str, Measured>,
     pub(crate) routed: Vec<ClusterPath>,
-    /// Share of documents that have their cluster's commonest label, by level; none without labels.
+    /// Share of training windows whose document has their cluster's commonest label, by level; none
+    /// without labels.
     pub(crate) purity: Vec<f64>,
     /// Whether choices were scored.
     pub(crate) choices: bool,
@@ -48,32 +46,10 @@ pub(crate) struct Evaluation {
     pub(crate) seed: u64,
 }
 
-/// The last line of `eval --json` and `quickstart --json`.
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Summary {
-    pub(crate) loss: BTreeMap<String, Option<f64>>,
-    pub(crate) perplexity: BTreeMap<String, Option<f64>>,
-    /// By bucket, rarest first; questions in the wording of the corpus.
-    pub(crate) exact_match: BTreeMap<String, Vec<Option<f64>>>,
-    pub(crate) exact_match_low: BTreeMap<String, Vec<Option<f64>>>,
-    pub(crate) exact_match_high: BTreeMap<String, Vec<Option<f64>>>,
-    /// The same in a wording that the corpus never uses.
-    pub(crate) exact_match_held_out: BTreeMap<String, Vec<Option<f64>>>,
-    /// Whether the answer is the likeliest of the choices, questions in the wording of the corpus.
-    pub(crate) choice: BTreeMap<String, Vec<Option<f64>>>,
-    pub(crate) exact_match_by_relation: BTreeMap<String, BTreeMap<String, f64>>,
-    pub(crate) perplexity_by_label: BTreeMap<String, BTreeMap<String, f64>>,
-    pub(crate) purity_by_level: Vec<f64>,
-    pub(crate) seconds: f64,
-    pub(crate) peak_rss_mb: u64,
-    pub(crate) tokens_per_s: f64,
-    pub(crate) seeds: Vec<u64>,
-}
-
-/// Measures the run in `dir` as its section `[eval]` says.
-pub(crate) fn evaluate(dir: &Path) -> Result<Evaluation> {
+/// Measures the run in `dir` as its section `[eval]` says, with the changes of `set`.
+pub(crate) fn evaluate(dir: &Path, set: &[String]) -> Result<Evaluation> {
     let began = Instant::now();
-    let run = Run::open(dir)?;
+    let run = Run::open_with(dir, set)?;
     let section = &run.config.eval;
     let corpus = run.corpus()?;
     let questions = match &section.questions {
@@ -83,25 +59,34 @@ pub(crate) fn evaluate(dir: &Path) -> Result<Evaluation> {
     let router = run.router()?;
     let prompts: Vec<&str> = questions.iter().map(|question| question.prompt.as_str()).collect();
     let routed = if prompts.is_empty() { vec![] } else { router.paths(&prompts)? };
-    let asked = Asked { questions: &questions, routed: &routed, corpus: &corpus, section };
+    let leaves = used_leaves(&run.tree)?;
+    let asked = Asked { questions: &questions, routed: &routed, leaves: &leaves, corpus: &corpus, section };
     let mut memories = BTreeMap::new();
-    let control = |dir: &Path| Run::open(dir).with_context(|| "a control of [eval]".to_string());
     match &section.none {
-        Some(dir) => memories.insert("none", asked.measure(&control(dir)?, MemoryMode::None)?),
-        None => memories.insert("none", asked.measure(&run, MemoryMode::None)?),
-    };
+        Some(dir) => {
+            let none = control(&run, "none", dir)?;
+            memories.insert("none", asked.measure(&none, MemoryMode::None)?);
+        }
+        None => {
+            let mut measured = asked.measure(&run, MemoryMode::None)?;
+            if run.bank.is_some() {
+                measured.note = "this run's anchor with its memory taken away";
+            }
+            memories.insert("none", measured);
+        }
+    }
     if let Some(dir) = &section.always_on {
-        memories.insert("always_on", asked.measure(&control(dir)?, MemoryMode::Generic)?);
+        let always_on = control(&run, "always_on", dir)?;
+        memories.insert("always_on", asked.measure(&always_on, MemoryMode::Generic)?);
     }
     if run.is_always_on() {
         memories.insert("always_on", asked.measure(&run, MemoryMode::Generic)?);
     } else if run.bank.is_some() {
-        for (name, mode) in [
-            ("generic", MemoryMode::Generic),
-            ("fetched", MemoryMode::Fetched),
-            ("random", MemoryMode::Random),
-        ] {
-            memories.insert(name, asked.measure(&run, mode)?);
+        memories.insert("generic", asked.measure(&run, MemoryMode::Generic)?);
+        memories.insert("fetched", asked.measure(&run, MemoryMode::Fetched)?);
+        // A tree of one leaf has no other one to draw.
+        if leaves.len() > 1 {
+            memories.insert("random", asked.measure(&run, MemoryMode::Random)?);
         }
     }
     let seconds = began.elapsed().as_secs_f64();
@@ -111,27 +96,66 @@ pub(crate) fn evaluate(dir: &Path) -> Result<Evaluation> {
     Ok(Evaluation { questions, memories, routed, purity, choices, seconds, tokens_per_s, seed })
 }
 
-/// Scored tokens a second over the run's last training process.
-fn training_rate(dir: &Path) -> Result<f64> {
-    let lines = train::read_metrics(&dir.join("metrics.jsonl"))?;
-    let rates: Vec<f64> = lines.iter().map(|line| line.tokens_per_s).filter(|rate| *rate > 0.0).collect();
-    Ok(rates.iter().sum::<f64>() / rates.len().max(1) as f64)
+/// Opens a run that [eval] names. It must be of the same corpus (or it may have trained on what is held out
+/// here) and be what it is named for.
+fn control(run: &Run, key: &str, dir: &Path) -> Result<Run> {
+    let control = Run::open(dir).with_context(|| format!("eval.{key}"))?;
+    run.fingerprint
+        .compare(&control.fingerprint)
+        .with_context(|| format!("eval.{key}: {} is of another corpus", dir.display()))?;
+    let (expected, is_so) = match key {
+        "none" => ("train.phase = \"anchor\"", control.bank.is_none()),
+        _ => ("train.assign = \"always_on\" in a phase with memory", control.is_always_on()),
+    };
+    if !is_so {
+        let train::TrainConfig { phase, assign, .. } = &control.config.train;
+        bail!("eval.{key}: {}: expected {expected}, found {phase:?}, {assign:?}", dir.display());
+    }
+    Ok(control)
 }
 
-/// Share of the training documents' pieces whose label is the commonest of their cluster, by level.
+/// The paths of all leaves that hold documents.
+fn used_leaves(tree: &ClusterTree) -> Result<Vec<ClusterPath>> {
+    let last = tree.n_levels() - 1;
+    let used = (0..tree.n_clusters(last)).filter(|&leaf| tree.counts(last)[leaf] > 0);
+    let path = |leaf: usize| {
+        let mut below = tree.n_clusters(last);
+        let index = |level: usize| {
+            below /= tree.branching(level);
+            (leaf / below) as u32
+        };
+        ClusterPath::new((0..tree.n_levels()).map(index).collect())
+    };
+    Ok(used.map(path).collect::<cluster_tree::Result<_>>()?)
+}
+
+/// Scored tokens a second over the run's last training process, validation and checkpoints included.
+fn training_rate(dir: &Path) -> Result<f64> {
+    let lines = train::read_metrics(&dir.join("metrics.jsonl"))?;
+    // The clock begins anew with each process.
+    let first = (1..lines.len()).rev().find(|&i| lines[i].seconds < lines[i - 1].seconds).unwrap_or(0);
+    Ok(match &lines[first..] {
+        [first, .., last] => {
+            (last.tokens_seen - first.tokens_seen) as f64 / (last.seconds - first.seconds).max(1e-9)
+        }
+        lines => lines.last().map_or(0.0, |line| line.tokens_per_s),
+    })
+}
+
+/// Share of the training windows whose document's label is the commonest of their cluster, by level.
 fn purity(corpus: &Corpus) -> Result<Vec<f64>> {
     let n_levels = corpus.branching().len();
-    let mut counts: Vec<BTreeMap<(u32, String), u64>> = vec![BTreeMap::new(); n_levels];
-    for index in 0..corpus.n_sequences() {
-        let sequence = corpus.sequence(0, index)?;
-        for &document in &sequence.documents {
-            let Some(label) = corpus.label(document)? else { continue };
-            for (level, counts) in counts.iter_mut().enumerate() {
-                *counts.entry((sequence.path.index(level), label.to_string())).or_default() += 1;
-            }
+    let mut counts: Vec<BTreeMap<(u32, &str), u64>> = vec![BTreeMap::new(); n_levels];
+    for window in corpus.train_windows() {
+        let (leaf, document) = window?;
+        let Some(label) = corpus.label(document)? else { continue };
+        let mut cluster = leaf;
+        for (counts, &children) in counts.iter_mut().zip(corpus.branching()).rev() {
+            *counts.entry((cluster, label)).or_default() += 1;
+            cluster /= children as u32;
         }
     }
-    let share = |counts: BTreeMap<(u32, String), u64>| {
+    let share = |counts: BTreeMap<(u32, &str), u64>| {
         let mut largest: BTreeMap<u32, u64> = BTreeMap::new();
         for ((cluster, _), n) in &counts {
             let largest = largest.entry(*cluster).or_default();
@@ -178,6 +202,8 @@ pub(crate) fn samples(questions: &[Question]) -> impl Iterator<Item = usize> + '
 struct Asked<'a> {
     questions: &'a [Question],
     routed: &'a [ClusterPath],
+    /// Those that a random path is drawn from.
+    leaves: &'a [ClusterPath],
     corpus: &'a Corpus,
     section: &'a EvalSection,
 }
@@ -189,14 +215,8 @@ impl Asked<'_> {
             0 => self.corpus.n_validation(),
             n => n.min(self.corpus.n_validation()),
         };
-        let held_out = held_out(&model, self.corpus, mode, (n, self.section.batch))?;
-        let leaves: Vec<ClusterPath> = {
-            let mut leaves = self.routed.to_vec();
-            leaves.sort();
-            leaves.dedup();
-            leaves
-        };
-        let path = |(i, own): (usize, &ClusterPath)| mode.path(own, (i as u64, &leaves));
+        let held_out = held_out(&model, self.corpus, mode, (n, self.section.batch), self.leaves)?;
+        let path = |(i, own): (usize, &ClusterPath)| mode.path(own, (i as u64, self.leaves));
         let paths = self.routed.iter().enumerate().map(path).collect::<eval::Result<Vec<_>>>()?;
         let options = AskOptions {
             batch: self.section.batch,
@@ -209,8 +229,9 @@ impl Asked<'_> {
             (_, Some(bank)) => memory_bank::BlockStore::spec(bank.store().as_ref()).fetch_len(),
         };
         let parameters = run.anchor.config().n_parameters() + memory;
+        let tokens = run.state.tokens_before + run.state.tokens_seen;
         let samples = self.samples(run, &paths)?;
-        Ok(Measured { held_out, answers, parameters, samples })
+        Ok(Measured { held_out, answers, parameters, tokens, samples, note: "" })
     }
 
     /// Continues the sample questions past their answer.
@@ -223,153 +244,4 @@ impl Asked<'_> {
         let completions = generate::generate(&run.model(), &run.tokenizer, &prompts, &options)?;
         Ok(completions.into_iter().map(|completion| completion.text).collect())
     }
-}
-
-/// Mean and interval of a property of the answers to questions that `keep` admits, over evaluations.
-pub(crate) fn rate(
-    evaluations: &[Evaluation],
-    memory: &str,
-    keep: impl Fn(&Question) -> bool,
-    property: impl Fn(&Answer) -> bool,
-) -> Option<Rate> {
-    let mut values = vec![];
-    for evaluation in evaluations {
-        let measured = evaluation.memories.get(memory)?;
-        for (question, answer) in evaluation.questions.iter().zip(&measured.answers) {
-            if keep(question) {
-                values.push(f64::from(u8::from(property(answer))));
-            }
-        }
-    }
-    bootstrap_mean(&values)
-}
-
-/// Mean and interval of the held-out loss, resampled by sequence, over evaluations.
-pub(crate) fn loss(evaluations: &[Evaluation], memory: &str) -> Option<Rate> {
-    let mut sequences: Vec<&eval::TokenSum> = vec![];
-    let (mut nats, mut tokens) = (0.0, 0);
-    for evaluation in evaluations {
-        let held_out = &evaluation.memories.get(memory)?.held_out;
-        sequences.extend(held_out.sequences.iter().filter(|s| s.tokens > 0));
-        nats += held_out.total.nats;
-        tokens += held_out.total.tokens;
-    }
-    if tokens == 0 {
-        return None;
-    }
-    // The loss is a ratio of sums; a sequence's part of it is its sum over the mean length.
-    let mean_len = tokens as f64 / sequences.len() as f64;
-    let parts: Vec<f64> = sequences.iter().map(|s| s.nats / mean_len).collect();
-    bootstrap_mean(&parts).map(|rate| Rate { mean: nats / tokens as f64, ..rate })
-}
-
-/// A kind of recall.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Recall {
-    /// Greedy completion to the letter, questions in the wording of the corpus.
-    Exact,
-    /// The same in a wording that the corpus never uses.
-    ExactHeldOut,
-    /// The likeliest of the choices, in the wording of the corpus.
-    Chosen,
-}
-
-/// Recall by frequency bucket, rarest first.
-pub(crate) fn recall(evaluations: &[Evaluation], memory: &str, what: Recall) -> Vec<Option<Rate>> {
-    let held_out = what == Recall::ExactHeldOut;
-    let property = |answer: &Answer| if what == Recall::Chosen { answer.chosen } else { answer.exact };
-    let bucket = |b: usize| {
-        rate(evaluations, memory, |q| q.bucket == b && (q.phrasing == TRAIN) != held_out, property)
-    };
-    match what == Recall::Chosen && evaluations.iter().any(|evaluation| !evaluation.choices) {
-        true => vec![None; N_BUCKETS],
-        false => (1..=N_BUCKETS).map(bucket).collect(),
-    }
-}
-
-/// The figures of one or more evaluations (seeds) taken together.
-pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
-    let by_memory = |value: &dyn Fn(&str) -> Option<f64>| -> BTreeMap<String, Option<f64>> {
-        MEMORIES.iter().map(|memory| (memory.to_string(), value(memory))).collect()
-    };
-    let all = |what: Recall, of: &dyn Fn(Rate) -> f64| -> BTreeMap<String, Vec<Option<f64>>> {
-        let row = |memory: &str| recall(evaluations, memory, what).into_iter().map(|r| r.map(of)).collect();
-        MEMORIES.iter().map(|memory| (memory.to_string(), row(memory))).collect()
-    };
-    let grouped = |key: &dyn Fn(&Question) -> String| -> BTreeMap<String, BTreeMap<String, f64>> {
-        let mut groups: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
-        let keys: std::collections::BTreeSet<String> =
-            evaluations.iter().flat_map(|e| e.questions.iter().map(key)).collect();
-        for memory in MEMORIES {
-            for group in &keys {
-                let keep = |q: &Question| q.phrasing == TRAIN && key(q) == *group;
-                if let Some(rate) = rate(evaluations, memory, keep, |a| a.exact) {
-                    groups.entry(memory.into()).or_default().insert(group.clone(), rate.mean);
-                }
-            }
-        }
-        groups
-    };
-    Summary {
-        loss: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean)),
-        perplexity: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean.exp())),
-        exact_match: all(Recall::Exact, &|rate| rate.mean),
-        exact_match_low: all(Recall::Exact, &|rate| rate.low),
-        exact_match_high: all(Recall::Exact, &|rate| rate.high),
-        exact_match_held_out: all(Recall::ExactHeldOut, &|rate| rate.mean),
-        choice: all(Recall::Chosen, &|rate| rate.mean),
-        exact_match_by_relation: grouped(&|question| question.relation.clone()),
-        perplexity_by_label: labels(evaluations),
-        purity_by_level: evaluations.first().map_or(vec![], |e| e.purity.clone()),
-        seconds: evaluations.iter().map(|e| e.seconds).sum(),
-        peak_rss_mb: peak_rss_mb(),
-        tokens_per_s: evaluations.iter().map(|e| e.tokens_per_s).sum::<f64>() / evaluations.len() as f64,
-        seeds: evaluations.iter().map(|e| e.seed).collect(),
-    }
-}
-
-/// Perplexity by label of the held-out documents, first evaluation.
-fn labels(evaluations: &[Evaluation]) -> BTreeMap<String, BTreeMap<String, f64>> {
-    let Some(first) = evaluations.first() else { return BTreeMap::new() };
-    let perplexities = |measured: &Measured| {
-        measured.held_out.by_label.iter().map(|(label, sum)| (label.clone(), sum.perplexity())).collect()
-    };
-    first.memories.iter().map(|(memory, measured)| (memory.to_string(), perplexities(measured))).collect()
-}
-
-/// Most memory this process ever held, MiB; 0 where the kernel does not tell.
-pub(crate) fn peak_rss_mb() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.unwrap_or(0) / 1024
-}
-
-/// The table of memories that ends every evaluation.
-pub(crate) fn table(evaluations: &[Evaluation]) -> String {
-    let mut text = format!("{:<10} {:>7} {:>10} {:>10}", "memory", "loss", "perplexity", "parameters");
-    let has_questions = evaluations.iter().any(|e| !e.questions.is_empty());
-    if has_questions {
-        text += "   exact match, rarest bucket first";
-    }
-    text.push('\n');
-    for memory in MEMORIES {
-        let Some(loss) = loss(evaluations, memory) else { continue };
-        let parameters = evaluations[0].memories[memory].parameters;
-        text += &format!("{memory:<10} {:>7.4} {:>10.2} {parameters:>10}", loss.mean, loss.mean.exp());
-        if has_questions {
-            for exact in recall(evaluations, memory, Recall::Exact) {
-                text += &exact.map_or("      –".into(), |rate| {
-                    format!(
-                        "  {:>5.1} % [{:.1}, {:.1}]",
-                        rate.mean * 100.0,
-                        rate.low * 100.0,
-                        rate.high * 100.0
-                    )
-                });
-            }
-        }
-        text.push('\n');
-    }
-    text
 }

@@ -9,11 +9,13 @@ mod query;
 mod quickstart;
 mod report;
 mod run;
+mod summary;
+mod training;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
@@ -100,6 +102,9 @@ enum Command {
         /// End with one line of JSON.
         #[arg(long)]
         json: bool,
+        /// Overrides a key of the run's section [eval] for this evaluation; may be given several times.
+        #[arg(long = "set", value_name = "eval.KEY=VALUE")]
+        set: Vec<String>,
     },
 }
 
@@ -173,7 +178,7 @@ fn run(command: Command) -> Result<()> {
         Command::Train(args) => {
             let config = Config::load(&args.config, &args.set)?;
             let prepared = prepare::prepare(&config)?;
-            run::train(&config, &prepared)?;
+            training::train(&config, &prepared)?;
         }
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => query::generate(args)?,
@@ -182,14 +187,19 @@ fn run(command: Command) -> Result<()> {
         Command::Config { command: ConfigCommand::Print(args) } => {
             print!("{}", Config::load(&args.config, &args.set)?.to_toml()?);
         }
-        Command::Eval { run, json } => {
-            let evaluations = [evaluate::evaluate(&run)?];
-            print!("{}", evaluate::table(&evaluations));
-            let page = report::write(&run, &evaluations[0])?;
-            eprintln!("report: {}", page.display());
-            if json {
-                println!("{}", serde_json::to_string(&evaluate::summarise(&evaluations))?);
+        Command::Eval { run, json, set } => {
+            if let Some(setting) = set.iter().find(|setting| !setting.trim_start().starts_with("eval.")) {
+                bail!(
+                    "--set {setting}: expected a key of [eval]: the rest was decided when the run was trained"
+                );
             }
+            let evaluations = [evaluate::evaluate(&run, &set)?];
+            print!("{}", summary::table(&evaluations));
+            if json {
+                println!("{}", serde_json::to_string(&summary::summarise(&evaluations))?);
+            }
+            let page = report::write(&run, &set, &evaluations[0])?;
+            eprintln!("report: {}", page.display());
         }
     }
     Ok(())

@@ -1,7 +1,6 @@
 //! The four stages of a prepared corpus: tokenise, embed, cluster, pack. A stage whose inputs are
 //! unchanged is skipped; a killed one goes on or begins again.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -11,6 +10,7 @@ use corpus::{
     finish_stage, hash_inputs, stage_is_current,
 };
 use embed::{Embedder, Hashed, HashedOptions, Static};
+use rayon::prelude::*;
 
 use crate::config::{Config, EmbedKind};
 use crate::progress::Progress;
@@ -52,12 +52,17 @@ pub(crate) fn load_embedder(config: &Config, hashed: &Path) -> Result<Box<dyn Em
 /// Brings the prepared folder up to date.
 pub(crate) fn prepare(config: &Config) -> Result<Prepared> {
     let prepared = Prepared::of(config);
-    fs::create_dir_all(&prepared.dir).with_context(|| format!("{}", prepared.dir.display()))?;
+    let _held = corpus::lock(&prepared.dir)?;
     let tokens = tokenise(config, &prepared)?;
     let embeddings = embed(config, &prepared, &tokens)?;
     let tree = cluster(config, &prepared, &embeddings)?;
     pack(config, &prepared, &tree)?;
     Ok(prepared)
+}
+
+/// The part of a fingerprint that says how texts were routed.
+pub(crate) fn tree_hash(tree: &ClusterTree, beam: usize) -> String {
+    hash_inputs(&[tree.hash(), format!("beam {beam}")])
 }
 
 /// Runs a stage unless `inputs` are those it was finished with.
@@ -78,7 +83,8 @@ fn tokenise(config: &Config, prepared: &Prepared) -> Result<String> {
     let c = &config.corpus;
     let source = c.source();
     let mut parts = vec!["tokenise.v1".to_string()];
-    for file in corpus::list(&source)?.iter().chain(&corpus::list_held_out(&source)?) {
+    let files = corpus::list(&source)?;
+    for file in files.iter().chain(&corpus::list_held_out(&source, &files)?) {
         parts.push(serde_json::to_string(&file)?);
     }
     parts.push(serde_json::to_string(&(&c.text_key, &c.id_key, &c.label_key, c.format, c.txt_split))?);
@@ -138,7 +144,7 @@ fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
         (EmbedKind::Static, Some(path)) => Some(Static::load(path)?),
         _ => None,
     };
-    let options = HashedOptions { dim: e.dim, seed: e.seed, char_weight: e.char_weight };
+    let options = e.hashed();
     let settings = match &fixed {
         Some(embedder) => embedder.fingerprint().to_string(),
         None => format!("{options:?} {}", e.sample_windows),
@@ -174,8 +180,9 @@ impl Windows {
         Ok(Self { store, tokenizer })
     }
 
-    fn text(&self, index: usize) -> Result<String> {
-        Ok(self.tokenizer.decode(&self.store.window_tokens(index)?)?)
+    fn texts(&self, windows: &[usize]) -> Result<Vec<String>> {
+        let text = |&index: &usize| Ok(self.tokenizer.decode(&self.store.window_tokens(index)?)?);
+        windows.par_iter().map(text).collect()
     }
 
     /// Counts word frequencies on windows spread evenly over the corpus.
@@ -183,14 +190,15 @@ impl Windows {
         let n = self.store.n_windows();
         let every = n.div_ceil(sample.max(1));
         let mut failed = None;
-        let texts = (0..n).step_by(every).map_while(|i| match self.text(i) {
-            Ok(text) => Some(text),
+        let chosen: Vec<usize> = (0..n).step_by(every).collect();
+        let texts = chosen.chunks(EMBED_BATCH).map_while(|chosen| match self.texts(chosen) {
+            Ok(texts) => Some(texts),
             Err(error) => {
                 failed = Some(error);
                 None
             }
         });
-        let hashed = Hashed::fit(options, texts);
+        let hashed = Hashed::fit(options, texts.flatten());
         match failed {
             Some(error) => Err(error),
             None => Ok(hashed?),
@@ -203,8 +211,8 @@ impl Windows {
         let mut progress = Progress::new("embed", n as u64);
         while writer.n_rows() < n {
             let first = writer.n_rows();
-            let range = first..n.min(first + EMBED_BATCH);
-            let texts = range.map(|i| self.text(i)).collect::<Result<Vec<_>>>()?;
+            let windows: Vec<usize> = (first..n.min(first + EMBED_BATCH)).collect();
+            let texts = self.texts(&windows)?;
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
             let rows = embedder.embed(&texts).with_context(|| {
                 let document = self.store.window(first).map(|window| window.document).unwrap_or_default();
@@ -254,7 +262,7 @@ fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
             seq_len: c.seq_len,
             seed: c.seed,
             embedder: load_embedder(config, &prepared.hashed())?.fingerprint().to_string(),
-            tree: hash_inputs(&[tree.hash(), format!("beam {}", config.tree.beam)]),
+            tree: tree_hash(&tree, config.tree.beam),
         };
         let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
         let s = corpus::pack(&prepared.dir, &leaves, &branching, &options)?;

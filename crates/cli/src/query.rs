@@ -13,30 +13,46 @@ use train::Checkpoints;
 use crate::config::Config;
 use crate::run::Run;
 
-/// The text of an argument, or every line of the standard input for `-`.
-fn texts(argument: &str) -> Result<Vec<String>> {
+/// Texts that are answered together: bounds the memory of a long standard input.
+const BATCH: usize = 32;
+
+/// Calls `answer` with the text of an argument, or for `-` with the lines of the standard input, some at a
+/// time, and with the number of texts before them.
+fn for_texts(argument: &str, mut answer: impl FnMut(&[&str], usize) -> Result<()>) -> Result<()> {
     if argument != "-" {
-        return Ok(vec![argument.to_string()]);
+        return answer(&[argument], 0);
     }
-    Ok(std::io::stdin().lock().lines().collect::<std::io::Result<_>>()?)
+    let mut lines = std::io::stdin().lock().lines();
+    let mut n = 0;
+    loop {
+        let texts = lines.by_ref().take(BATCH).collect::<std::io::Result<Vec<_>>>()?;
+        if texts.is_empty() {
+            return Ok(());
+        }
+        if let Some(i) = texts.iter().position(|text| text.trim().is_empty()) {
+            bail!("standard input: line {} is empty, expected a text", n + i + 1);
+        }
+        answer(&texts.iter().map(String::as_str).collect::<Vec<_>>(), n)?;
+        n += texts.len();
+    }
 }
 
 pub(crate) fn route(dir: &Path, text: &str, json: bool) -> Result<()> {
     let router = Run::open(dir)?.router()?;
-    let texts = texts(text)?;
-    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let mut out = std::io::stdout().lock();
-    for (text, routes) in texts.iter().zip(router.routes(&texts)?) {
-        if json {
-            let routes: Vec<_> = routes.iter().map(|(path, d)| (path.to_string(), d)).collect();
-            writeln!(out, "{}", serde_json::json!({"text": text, "routes": routes}))?;
-            continue;
+    for_texts(text, |texts, _| {
+        for (text, routes) in texts.iter().zip(router.routes(texts)?) {
+            if json {
+                let routes: Vec<_> = routes.iter().map(|(path, d)| (path.to_string(), d)).collect();
+                writeln!(out, "{}", serde_json::json!({"text": text, "routes": routes}))?;
+                continue;
+            }
+            for (path, distance) in routes {
+                writeln!(out, "{:<24} distance {distance:.4}", path.to_string())?;
+            }
         }
-        for (path, distance) in routes {
-            writeln!(out, "{:<24} distance {distance:.4}", path.to_string())?;
-        }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The memory that a prompt is given.
@@ -78,8 +94,6 @@ pub(crate) struct GenerateArgs {
 
 pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
     let run = Run::open(&args.run)?;
-    let texts = texts(&args.prompt)?;
-    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let from = &run.config.generate;
     let options = Options {
         max_new_tokens: args.max_new_tokens.unwrap_or(from.max_new_tokens),
@@ -88,30 +102,36 @@ pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
         seed: args.seed.unwrap_or(from.seed),
         stop: if args.stop.is_empty() { from.stop.clone() } else { args.stop },
     };
+    options.check()?;
     let default = match (run.bank.is_some(), run.is_always_on()) {
         (false, _) => MemoryArg::None,
         (true, true) => MemoryArg::Generic,
         (true, false) => MemoryArg::Fetched,
     };
-    let paths = paths(&run, &texts, args.memory.unwrap_or(default))?;
-    let prompts = texts.iter().zip(&paths).map(|(text, path)| -> Result<Prompt> {
-        Ok(Prompt { tokens: run.tokenizer.encode(text)?, path: path.clone() })
-    });
-    let prompts = prompts.collect::<Result<Vec<_>>>()?;
-    let completions = generate::generate(&run.model(), &run.tokenizer, &prompts, &options)?;
-    for ((text, path), completion) in texts.iter().zip(&paths).zip(completions) {
-        let path = path.as_ref().map_or("no memory".to_string(), ToString::to_string);
-        eprintln!("memory: {path}");
-        println!("{text}{}", completion.text);
-    }
-    Ok(())
-}
-
-fn paths(run: &Run, texts: &[&str], memory: MemoryArg) -> Result<Vec<Option<ClusterPath>>> {
-    Ok(match memory {
-        MemoryArg::None => vec![None; texts.len()],
-        MemoryArg::Generic => vec![Some(ClusterPath::generic(run.tree.n_levels())?); texts.len()],
-        MemoryArg::Fetched => run.router()?.paths(texts)?.into_iter().map(Some).collect(),
+    let memory = args.memory.unwrap_or(default);
+    let router = if memory == MemoryArg::Fetched { Some(run.router()?) } else { None };
+    let paths = |texts: &[&str]| -> Result<Vec<Option<ClusterPath>>> {
+        Ok(match (memory, &router) {
+            (MemoryArg::Fetched, Some(router)) => router.paths(texts)?.into_iter().map(Some).collect(),
+            (MemoryArg::Generic, _) => vec![Some(ClusterPath::generic(run.tree.n_levels())?); texts.len()],
+            _ => vec![None; texts.len()],
+        })
+    };
+    for_texts(&args.prompt, |texts, first| {
+        let paths = paths(texts)?;
+        let prompt = |(text, path): (&&str, &Option<ClusterPath>)| -> Result<Prompt> {
+            Ok(Prompt { tokens: run.tokenizer.encode(text)?, path: path.clone() })
+        };
+        let prompts = texts.iter().zip(&paths).map(prompt).collect::<Result<Vec<_>>>()?;
+        // A text's random numbers are those of its place among all.
+        let options = Options { seed: options.seed.wrapping_add(first as u64), ..options.clone() };
+        let completions = generate::generate(&run.model(), &run.tokenizer, &prompts, &options)?;
+        for ((text, path), completion) in texts.iter().zip(&paths).zip(completions) {
+            let path = path.as_ref().map_or("no memory".to_string(), ToString::to_string);
+            eprintln!("memory: {path}");
+            println!("{text}{}", completion.text);
+        }
+        Ok(())
     })
 }
 
@@ -160,7 +180,7 @@ pub(crate) fn inspect(dir: &Path) -> Result<()> {
 pub(crate) fn check(config: &Config) -> Result<()> {
     let source = config.corpus.source();
     let files = corpus::list(&source)?;
-    let held_out = corpus::list_held_out(&source)?;
+    let held_out = corpus::list_held_out(&source, &files)?;
     let bytes: u64 = files.iter().chain(&held_out).map(|file| file.bytes).sum();
     println!("corpus: {} files ({} held out), {bytes} bytes", files.len() + held_out.len(), held_out.len());
     let vocab_size = match &config.corpus.tokenizer {

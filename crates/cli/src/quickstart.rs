@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::config::Config;
-use crate::evaluate::{self, Evaluation};
-use crate::{facts, prepare, report, run};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::{facts, prepare, report, summary, training};
 
 /// The runs, in the order in which they are trained; the last one is compared with the others.
 const RUNS: [(&str, &str); 4] = [
@@ -26,25 +26,46 @@ pub(crate) struct Quickstart {
     pub(crate) overrides: Vec<String>,
 }
 
+/// Keys that follow from the folder and the seed.
+const DECIDED: [&str; 13] = [
+    "run.dir",
+    "corpus.prepared",
+    "corpus.files",
+    "corpus.validation_files",
+    "corpus.seed",
+    "embed.seed",
+    "tree.seed",
+    "memory.seed",
+    "train.seed",
+    "anchor.init",
+    "eval.none",
+    "eval.always_on",
+    "eval.questions",
+];
+
 pub(crate) fn quickstart(options: &Quickstart) -> Result<()> {
+    let key = |setting: &String| setting.split('=').next().unwrap_or_default().trim().to_string();
+    if let Some(key) = options.overrides.iter().map(key).find(|key| DECIDED.contains(&key.as_str())) {
+        bail!("--set {key}: expected a key that --dir, --seed and --seeds do not decide");
+    }
     let began = Instant::now();
     let mut evaluations = vec![];
     for seed in options.first_seed..options.first_seed + options.n_seeds {
         let evaluation = one_seed(&options.dir.join(format!("seed{seed}")), seed, &options.overrides)?;
         println!("\nseed {seed}");
-        print!("{}", evaluate::table(std::slice::from_ref(&evaluation)));
+        print!("{}", summary::table(std::slice::from_ref(&evaluation)));
         evaluations.push(evaluation);
     }
     if evaluations.len() > 1 {
         println!("\nall {} seeds", evaluations.len());
-        print!("{}", evaluate::table(&evaluations));
+        print!("{}", summary::table(&evaluations));
     }
     println!("\nloss: nats per token on held-out documents. exact match: questions in the wording of the");
     println!("corpus, with 95 % intervals, from the rarest bucket of entities to the commonest.");
     if options.json {
-        let mut summary = evaluate::summarise(&evaluations);
-        summary.seconds = began.elapsed().as_secs_f64();
-        println!("{}", serde_json::to_string(&summary)?);
+        let mut line = summary::summarise(&evaluations);
+        line.seconds = began.elapsed().as_secs_f64();
+        println!("{}", serde_json::to_string(&line)?);
     }
     Ok(())
 }
@@ -58,10 +79,10 @@ fn one_seed(dir: &Path, seed: u64, overrides: &[String]) -> Result<Evaluation> {
     for (name, text) in RUNS {
         let config = config(dir, (name, text), seed, overrides)?;
         let prepared = prepare::prepare(&config)?;
-        run::train(&config, &prepared)?;
+        training::train(&config, &prepared)?;
     }
-    let evaluation = evaluate::evaluate(&memory)?;
-    let page = report::write(&memory, &evaluation)?;
+    let evaluation = evaluate(&memory, &[])?;
+    let page = report::write(&memory, &[], &evaluation)?;
     eprintln!("{:>18}: {}", "report", page.display());
     Ok(evaluation)
 }

@@ -6,12 +6,13 @@ use anyhow::{Context, Result};
 use eval::report::{self, Curve, LabelRow, MemoryRow, RecallRow, RelationRow, Report, Sample};
 use memory_bank::BlockStore;
 
-use crate::evaluate::{self, Evaluation, MEMORIES, Recall, loss, recall, summarise};
+use crate::evaluate::{self, Evaluation, MEMORIES};
 use crate::run::{Run, write_whole};
+use crate::summary::{Recall, loss, recall, summarise};
 
 /// Writes the report of the run in `dir` beside its configuration.
-pub(crate) fn write(dir: &Path, evaluation: &Evaluation) -> Result<std::path::PathBuf> {
-    let run = Run::open(dir)?;
+pub(crate) fn write(dir: &Path, set: &[String], evaluation: &Evaluation) -> Result<std::path::PathBuf> {
+    let run = Run::open_with(dir, set)?;
     let report = build(&run, std::slice::from_ref(evaluation))?;
     write_whole(&dir.join("report.json"), serde_json::to_string(&report)?.as_bytes())?;
     let page = dir.join("report.html");
@@ -23,9 +24,13 @@ fn build(run: &Run, evaluations: &[Evaluation]) -> Result<Report> {
     let evaluation = &evaluations[0];
     let row = |memory: &&str| {
         let loss = loss(evaluations, memory)?;
-        let parameters = evaluation.memories[*memory].parameters;
+        let measured = &evaluation.memories[*memory];
+        let mut note = format!("trained on {} tokens", measured.tokens);
+        if !measured.note.is_empty() {
+            note = format!("{}; {note}", measured.note);
+        }
         let (memory, perplexity) = (memory.to_string(), loss.mean.exp());
-        Some(MemoryRow { memory, loss, perplexity, parameters, note: String::new() })
+        Some(MemoryRow { memory, loss, perplexity, parameters: measured.parameters, note })
     };
     let recall_rows = |what: Recall| -> Vec<RecallRow> {
         let measured = MEMORIES.iter().filter(|memory| evaluation.memories.contains_key(**memory));
@@ -41,6 +46,7 @@ fn build(run: &Run, evaluations: &[Evaluation]) -> Result<Report> {
         curves: curves(run)?,
         memories: MEMORIES.iter().filter_map(row).collect(),
         recall: recall_rows(Recall::Exact),
+        recall_held_out: recall_rows(Recall::ExactHeldOut),
         recall_choice: recall_rows(Recall::Chosen),
         buckets: buckets(run)?,
         relations: relations(evaluations),
@@ -77,10 +83,7 @@ fn summary(run: &Run, evaluation: &Evaluation) -> Result<Vec<(String, String)>> 
 /// Training and held-out loss of this run, its controls and the anchor they all began with, on one axis.
 fn curves(run: &Run) -> Result<Vec<Curve>> {
     let init = run.config.anchor.init.as_deref();
-    let offset = match init {
-        Some(init) => tokens_seen(init)?,
-        None => 0,
-    };
+    let offset = run.state.tokens_before;
     let own = if run.is_always_on() { "always_on" } else { "fetched" };
     let own = if run.bank.is_some() { own } else { "none" };
     let mut runs = vec![(own, run.dir.as_path(), offset)];
@@ -89,6 +92,10 @@ fn curves(run: &Run) -> Result<Vec<Curve>> {
     runs.extend(init.map(|dir| ("anchor", dir, 0)));
     let mut curves = vec![];
     for (name, dir, offset) in runs {
+        // A run is whole without the folders it began with or is compared with.
+        if !dir.join("metrics.jsonl").exists() {
+            continue;
+        }
         let lines = train::read_metrics(&dir.join("metrics.jsonl"))?;
         let training = lines.iter().map(|line| (line.tokens_seen + offset, line.loss)).collect();
         let held_out: Vec<(u64, f64)> =
@@ -101,13 +108,9 @@ fn curves(run: &Run) -> Result<Vec<Curve>> {
     Ok(curves)
 }
 
-fn tokens_seen(dir: &Path) -> Result<u64> {
-    Ok(train::read_metrics(&dir.join("metrics.jsonl"))?.last().map_or(0, |line| line.tokens_seen))
-}
-
 /// What the five buckets mean, from facts.json beside the questions if it is there.
 fn buckets(run: &Run) -> Result<Vec<String>> {
-    let plain = || (1..=evaluate::N_BUCKETS).map(|bucket| format!("bucket {bucket}")).collect();
+    let plain = || (1..=eval::N_BUCKETS).map(|bucket| format!("bucket {bucket}")).collect();
     let Some(folder) = run.config.eval.questions.as_deref().and_then(Path::parent) else {
         return Ok(plain());
     };
@@ -127,8 +130,7 @@ fn relations(evaluations: &[Evaluation]) -> Vec<RelationRow> {
             match rows.iter_mut().find(|row| row.relation == *relation) {
                 Some(row) => row.by_memory.push(value),
                 None => {
-                    let asked =
-                        |q: &&eval::Question| q.relation == *relation && q.phrasing == evaluate::TRAIN;
+                    let asked = |q: &&eval::Question| q.relation == *relation && q.phrasing == eval::TRAIN;
                     let n = evaluations[0].questions.iter().filter(asked).count();
                     rows.push(RelationRow { relation: relation.clone(), n, by_memory: vec![value] });
                 }

@@ -21,6 +21,12 @@ pub enum Error {
         /// The pattern as given.
         pattern: String,
     },
+    /// A file that is named for training and for validation.
+    #[error("{url}: expected in files or in validation_files, found in both")]
+    TrainedAndHeldOut {
+        /// The file.
+        url: String,
+    },
     /// A pattern or URL that cannot be read as one.
     #[error("{url}: {reason}")]
     Url {

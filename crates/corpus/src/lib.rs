@@ -21,6 +21,7 @@ pub use batch::{Batch, IGNORE};
 pub use error::{Error, Result};
 pub use prepared::corpus::{Corpus, Sequence};
 pub use prepared::embeddings::{EmbeddingWriter, Embeddings};
+pub use prepared::files::lock;
 pub use prepared::fingerprint::Fingerprint;
 pub use prepared::pack::{PackOptions, PackSummary, pack};
 pub use prepared::stages::{begin_stage, finish_stage, hash_inputs, stage_is_current};

@@ -47,6 +47,26 @@ impl Default for HashedOptions {
     }
 }
 
+impl HashedOptions {
+    /// Fails on an option out of range.
+    pub fn check(&self) -> Result<()> {
+        let HashedOptions { dim, .. } = *self;
+        if dim == 0 || !dim.is_multiple_of(WORD_POSITIONS) || dim > MAX_DIM {
+            let expected = "a multiple of 16 from 16 to 4096";
+            return Err(Error::Option { option: "dim", expected, found: dim.to_string() });
+        }
+        if !self.char_weight.is_finite() || self.char_weight < 0.0 {
+            let found = self.char_weight.to_string();
+            return Err(Error::Option {
+                option: "char_weight",
+                expected: "a finite number from 0 up",
+                found,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// TF-IDF over words and their character n-grams, hashed and projected to D dimensions.
 ///
 /// A word that the text has `tf` times adds (1 + ln tf) · idf(word)² times its own random direction,
@@ -80,7 +100,7 @@ impl Hashed {
         options: HashedOptions,
         texts: impl IntoIterator<Item = T>,
     ) -> Result<Self> {
-        check(&options)?;
+        options.check()?;
         let mut texts = texts.into_iter();
         let mut frequencies = vec![0u32; N_BUCKETS];
         let mut n_texts = 0u64;
@@ -189,19 +209,6 @@ impl Embedder for Hashed {
             Ok(())
         })
     }
-}
-
-fn check(options: &HashedOptions) -> Result<()> {
-    let HashedOptions { dim, .. } = *options;
-    if dim == 0 || !dim.is_multiple_of(WORD_POSITIONS) || dim > MAX_DIM {
-        let expected = "a multiple of 16 from 16 to 4096";
-        return Err(Error::Option { option: "dim", expected, found: dim.to_string() });
-    }
-    if !options.char_weight.is_finite() || options.char_weight < 0.0 {
-        let found = options.char_weight.to_string();
-        return Err(Error::Option { option: "char_weight", expected: "a finite number from 0 up", found });
-    }
-    Ok(())
 }
 
 fn bucket(hash: u64) -> u32 {

@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anchor::{Input, Targets};
 use cluster_tree::ClusterPath;
@@ -46,7 +46,10 @@ pub struct HeldOut {
 }
 
 /// The loss of `model` on `n` held-out sequences, `batch` at a time; fewer than all are spread evenly, as
-/// they are stored leaf by leaf.
+/// they are stored leaf by leaf. A random path is one of `leaves`.
+///
+/// A sequence's own path is that of its documents' windows, which were embedded whole: what is scored had a
+/// part in choosing its memory, by at most ln(leaves) nats a window.
 ///
 /// # Errors
 /// When data or memory cannot be read.
@@ -55,17 +58,16 @@ pub fn held_out<S: BlockStore>(
     corpus: &Corpus,
     mode: MemoryMode,
     (n, batch): (u64, usize),
+    leaves: &[ClusterPath],
 ) -> Result<HeldOut> {
     let all = corpus.n_validation();
     let n = n.min(all);
     let sequences = (0..n).map(|i| corpus.validation(i * all / n)).collect::<corpus::Result<Vec<_>>>()?;
-    let leaves: BTreeSet<ClusterPath> = sequences.iter().map(|s| s.path.clone()).collect();
-    let leaves: Vec<ClusterPath> = leaves.into_iter().collect();
     let mut result = HeldOut::default();
     for (chunk, sequences) in sequences.chunks(batch).enumerate() {
         let rerouted = |(i, sequence): (usize, &Sequence)| -> Result<Sequence> {
             let index = (chunk * batch + i) as u64;
-            let path = mode.path(&sequence.path, (index, &leaves))?;
+            let path = mode.path(&sequence.path, (index, leaves))?;
             Ok(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence.clone() })
         };
         let sequences = sequences.iter().enumerate().map(rerouted).collect::<Result<Vec<_>>>()?;

@@ -10,5 +10,5 @@ mod statistics;
 pub use error::{Error, Result};
 pub use held_out::{HeldOut, TokenSum, held_out, input};
 pub use mode::{MemoryMode, random_other};
-pub use questions::{Answer, AskOptions, Question, ask, read_questions};
+pub use questions::{Answer, AskOptions, N_BUCKETS, Question, TRAIN, ask, read_questions};
 pub use statistics::{Rate, bootstrap_mean};

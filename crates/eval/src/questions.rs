@@ -10,6 +10,15 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
+/// Frequency buckets of questions.
+pub const N_BUCKETS: usize = 5;
+
+/// The phrasing of a question in words that the corpus uses.
+pub const TRAIN: &str = "train";
+
+/// The phrasing of a question in words that it does not.
+const HELD_OUT: &str = "held_out";
+
 /// A closed-book question: a text to complete.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Question {
@@ -61,6 +70,13 @@ pub fn read_questions(path: &Path) -> Result<Vec<Question>> {
         let question: Question = serde_json::from_str(&line).map_err(|e| line_error(e.to_string()))?;
         if !question.choices.contains(&question.answer) {
             return Err(line_error(format!("choices lack the answer {:?}", question.answer)));
+        }
+        if !(1..=N_BUCKETS).contains(&question.bucket) {
+            return Err(line_error(format!("bucket is {}, expected 1 to {N_BUCKETS}", question.bucket)));
+        }
+        if ![TRAIN, HELD_OUT].contains(&question.phrasing.as_str()) {
+            let found = &question.phrasing;
+            return Err(line_error(format!("phrasing is {found:?}, expected {TRAIN:?} or {HELD_OUT:?}")));
         }
         questions.push(question);
     }

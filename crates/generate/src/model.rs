@@ -36,7 +36,8 @@ impl<S: BlockStore> Model<'_, S> {
         Ok(FetchedMemory::to_device(blocks, paths, bank.store().spec(), place)?)
     }
 
-    /// The memory of a batch: one path a sequence, or no path at all for the plain anchor.
+    /// The memory of a batch to be read, not trained: one path a sequence, or no path at all for the plain
+    /// anchor.
     ///
     /// # Errors
     /// When only some sequences have a path, or there is no bank to fetch from.
@@ -46,7 +47,7 @@ impl<S: BlockStore> Model<'_, S> {
             (0, _) => Ok(FetchedMemory::none()),
             (_, None) => Err(Error::NoBank { path: with[0].to_string() }),
             (n, _) if n < paths.len() => Err(Error::Mixed { with: n, without: paths.len() - n }),
-            _ => self.place(&self.fetch(&with)?, &with),
+            _ => Ok(self.place(&self.fetch(&with)?, &with)?.freeze()),
         }
     }
 }

@@ -32,7 +32,8 @@ impl Default for Options {
 }
 
 impl Options {
-    fn check(&self) -> Result<()> {
+    /// Fails on an option out of range.
+    pub fn check(&self) -> Result<()> {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return Err(Error::Option { key: "temperature", expected: "0 or more", found: self.temperature });
         }

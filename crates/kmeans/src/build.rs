@@ -41,6 +41,32 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// Fails on an option out of range.
+    pub fn check(&self) -> Result<()> {
+        let error = |option, expected: String, found: String| Err(Error::Option { option, expected, found });
+        let Options { branching, iterations, points_per_iteration, max_share, .. } = self;
+        let n_clusters = branching.iter().try_fold(1u64, |n, &k| n.checked_mul(k as u64));
+        let fits = n_clusters.is_some_and(|n| n < u64::from(u32::MAX));
+        if branching.is_empty() || branching.iter().any(|&k| k < 2) || !fits {
+            let expected = "numbers from 2 up with a product below 4294967295".to_owned();
+            return error("branching", expected, format!("{branching:?}"));
+        }
+        if *iterations == 0 {
+            return error("iterations", "at least 1".to_owned(), "0".to_owned());
+        }
+        let (min, max) = branching.iter().fold((usize::MAX, 0), |(min, max), &k| (k.min(min), k.max(max)));
+        if let Some(n) = points_per_iteration.filter(|&n| n < max) {
+            return error("points_per_iteration", format!("at least the branching {max}"), n.to_string());
+        }
+        let least = 1.0 / min as f64;
+        if let Some(share) = max_share.filter(|share| !(least..=1.0).contains(share)) {
+            return error("max_share", format!("{least} to 1 for the branching {min}"), share.to_string());
+        }
+        Ok(())
+    }
+}
+
 /// How far a build is.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct Progress {
@@ -78,7 +104,7 @@ pub fn build(
     options: &Options,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<ClusterTree> {
-    check(options)?;
+    options.check()?;
     let points = Points::new(embeddings, dim)?;
     let mut order: Vec<u32> = (0..points.len() as u32).collect();
     let mut levels: Vec<Level> = Vec::with_capacity(options.branching.len());
@@ -145,27 +171,4 @@ fn train_node(points: &Points, node: &mut Node<'_>, options: &Options) {
             to.copy_from_slice(from);
         }
     }
-}
-
-fn check(options: &Options) -> Result<()> {
-    let error = |option, expected: String, found: String| Err(Error::Option { option, expected, found });
-    let Options { branching, iterations, points_per_iteration, max_share, .. } = options;
-    let n_clusters = branching.iter().try_fold(1u64, |n, &k| n.checked_mul(k as u64));
-    let fits = n_clusters.is_some_and(|n| n < u64::from(u32::MAX));
-    if branching.is_empty() || branching.iter().any(|&k| k < 2) || !fits {
-        let expected = "numbers from 2 up with a product below 4294967295".to_owned();
-        return error("branching", expected, format!("{branching:?}"));
-    }
-    if *iterations == 0 {
-        return error("iterations", "at least 1".to_owned(), "0".to_owned());
-    }
-    let (min, max) = branching.iter().fold((usize::MAX, 0), |(min, max), &k| (k.min(min), k.max(max)));
-    if let Some(n) = points_per_iteration.filter(|&n| n < max) {
-        return error("points_per_iteration", format!("at least the branching {max}"), n.to_string());
-    }
-    let least = 1.0 / min as f64;
-    if let Some(share) = max_share.filter(|share| !(least..=1.0).contains(share)) {
-        return error("max_share", format!("{least} to 1 for the branching {min}"), share.to_string());
-    }
-    Ok(())
 }

@@ -97,7 +97,7 @@ fn clip_scale(grad: &[f32], clip: f64) -> f32 {
 }
 
 /// The sum of squares in 16 partial sums, which the compiler keeps in vector registers.
-pub(crate) fn squared_norm(values: &[f32]) -> f64 {
+pub fn squared_norm(values: &[f32]) -> f64 {
     let (chunks, rest) = values.as_chunks::<16>();
     let mut sums = [0f64; 16];
     for chunk in chunks {

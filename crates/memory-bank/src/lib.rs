@@ -21,7 +21,7 @@ mod spec;
 mod store;
 mod tensor_file;
 
-pub use adamw::AdamW;
+pub use adamw::{AdamW, squared_norm};
 pub use blocking::Blocking;
 pub use error::{Error, Result};
 pub use gradients::{Gradients, MAX_GRADIENT};

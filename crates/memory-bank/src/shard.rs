@@ -111,8 +111,7 @@ impl Shard {
         }
         self.pending[rank] = Some(grads);
         if self.pending.iter().all(Option::is_some) {
-            run(self.updates(step));
-            self.applied = step;
+            self.apply(step, run);
         }
         Ok(())
     }
@@ -127,24 +126,23 @@ impl Shard {
         self.rows[level].len()
     }
 
-    /// Takes the pending gradients and pairs them with their blocks.
-    fn updates(&mut self, step: Step) -> Vec<Update<'_>> {
+    /// Has every block that got gradients updated; the work is of their number, not of the bank's.
+    fn apply(&mut self, step: Step, run: impl FnOnce(Vec<Update<'_>>)) {
         let mut grads: BTreeMap<ClusterId, Vec<Vec<f32>>> = BTreeMap::new();
         for (id, values) in self.pending.iter_mut().filter_map(Option::take).flat_map(Gradients::into_blocks)
         {
             grads.entry(id).or_default().push(values);
         }
-        for id in grads.keys() {
-            self.rows[usize::from(id.level)].entry(id.index).or_default();
-        }
+        let take = |id: &ClusterId| self.rows[usize::from(id.level)].remove(&id.index).unwrap_or_default();
+        let mut rows: Vec<Row> = grads.keys().map(take).collect();
+        let ids: Vec<ClusterId> = grads.keys().copied().collect();
         let (spec, options) = (&self.spec, self.options);
-        let rows = self.rows.iter_mut().enumerate().flat_map(|(level, rows)| {
-            rows.iter_mut().map(move |(&index, row)| (ClusterId { level: level as u8, index }, row))
-        });
-        rows.filter_map(|(id, row)| {
-            grads.remove(&id).map(|grads| Update { spec, options, step, id, row, grads })
-        })
-        .collect()
+        let update = |((id, grads), row)| Update { spec, options, step, id, row, grads };
+        run(grads.into_iter().zip(&mut rows).map(update).collect());
+        for (id, row) in ids.into_iter().zip(rows) {
+            self.rows[usize::from(id.level)].insert(id.index, row);
+        }
+        self.applied = step;
     }
 }
 

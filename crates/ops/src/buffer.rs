@@ -29,8 +29,8 @@ pub(crate) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
 /// up to a quarter of a training step).
 pub(crate) fn output(len: usize) -> Vec<f32> {
     let mut buffer = Vec::with_capacity(len);
-    // SAFETY: the capacity is `len`, any bit pattern is an f32, and every caller in this crate writes
-    // each element before it reads it.
+    // SAFETY: the capacity is `len`, f32 has no drop, and every op in this crate checks its shapes and
+    // then writes each element before anything reads it, which is what is relied on here.
     #[allow(clippy::uninit_vec)]
     unsafe {
         buffer.set_len(len)

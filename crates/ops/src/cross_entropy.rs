@@ -57,6 +57,7 @@ pub fn linear_cross_entropy(
         scale: options.scale as f32,
         z_loss: options.z_loss as f32,
         train: options.train,
+        frozen: !weight.track_op(),
         token_loss: token_loss.clone(),
         gradients: Mutex::new(None),
     };
@@ -88,6 +89,8 @@ struct LinearCrossEntropy {
     scale: f32,
     z_loss: f32,
     train: bool,
+    /// Whether the output matrix needs no gradient.
+    frozen: bool,
     token_loss: Arc<Mutex<TokenLoss>>,
     gradients: Mutex<Option<(Vec<f32>, Vec<f32>)>>,
 }
@@ -128,8 +131,9 @@ impl CustomOp2 for LinearCrossEntropy {
         let (hidden, weight) = (values(hidden, hidden_layout)?, values(weight, weight_layout)?);
         let n = self.targets.len();
         let mut logits = output(ROWS.min(n) * v);
-        let (mut dhidden, mut dweight) =
-            if self.train { (output(n * d), output(v * d)) } else { (vec![], vec![]) };
+        let mut dhidden = output(if self.train { n * d } else { 0 });
+        let with_weight = self.train && !self.frozen && n > 0;
+        let mut dweight = output(if with_weight { v * d } else { 0 });
         let mut losses = Vec::with_capacity(n);
         for first in (0..n).step_by(ROWS) {
             let m = ROWS.min(n - first);
@@ -143,6 +147,8 @@ impl CustomOp2 for LinearCrossEntropy {
                 let size = Size { m, n: d, k: v };
                 let dst = (&mut dhidden[first * d..], d);
                 gemm(size, dst, View::rows(logits, v), View::rows(weight, d), Into::Overwrite, Threads::All);
+            }
+            if with_weight {
                 let into = if first == 0 { Into::Overwrite } else { Into::Add };
                 let size = Size { m: v, n: d, k: m };
                 gemm(size, (&mut dweight, d), View::transposed(logits, v), rows, into, Threads::All);
@@ -173,6 +179,7 @@ impl CustomOp2 for LinearCrossEntropy {
             scale(&mut dhidden, dloss);
             scale(&mut dweight, dloss);
         }
-        Ok((Some(tensor_like(dhidden, hidden)?), Some(tensor_like(dweight, weight)?)))
+        let dweight = if dweight.is_empty() { None } else { Some(tensor_like(dweight, weight)?) };
+        Ok((Some(tensor_like(dhidden, hidden)?), dweight))
     }
 }

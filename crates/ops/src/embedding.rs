@@ -11,11 +11,14 @@ const ROWS: usize = 256;
 /// `table` [V, D] at `ids` (B·T of them) as [B, T, D].
 ///
 /// # Errors
-/// When an id is not below V.
+/// When an id is not below V, or there are not B·T of them.
 pub fn embedding(table: &Tensor, ids: &[u32], (b, t): (usize, usize)) -> Result<Tensor> {
     let (v, d) = table.dims2()?;
     if let Some(&id) = ids.iter().find(|&&id| id as usize >= v) {
         candle_core::bail!("embedding: token {id} of a vocabulary of {v}");
+    }
+    if ids.len() != b * t {
+        candle_core::bail!("embedding: {} tokens for a batch of {b} x {t}", ids.len());
     }
     if crate::fused(table) {
         return table.apply_op1(Embedding { ids: ids.to_vec(), shape: (b, t, d) });

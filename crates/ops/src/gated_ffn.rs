@@ -161,12 +161,13 @@ impl GatedFfn {
         gemm(size, (y, d), View::rows(&hidden, r), View::rows(&w[2 * r * d..], d), Into::Add, threads);
     }
 
-    /// Gradients of one run: adds (or writes, for a block's first run) into `dw`, writes its rows of `dx`.
+    /// Gradients of one run: adds (or writes, for a block's first run) into `dw` unless the weights are
+    /// frozen, writes its rows of `dx`.
     fn backward_run(
         &self,
         run: &Run,
         [x, w, dy]: [&[f32]; 3],
-        (dx, dw): (Shared, &mut [f32]),
+        (dx, dw): (Shared, Option<&mut [f32]>),
         (into, threads): (Into, Threads),
     ) {
         let (r, d, m) = (self.width, self.d, run.n_rows);
@@ -182,32 +183,35 @@ impl GatedFfn {
         let out_of_hidden = View::transposed(&w[2 * r * d..], d);
         gemm(size, (&mut dhidden, r), dy_rows, out_of_hidden, Into::Overwrite, threads);
         activate_backward(products, &dhidden, &mut hidden, &mut dproducts, r);
-        let (dw_in, dw_out) = dw.split_at_mut(2 * r * d);
-        let size = Size { m: r, n: d, k: m };
-        gemm(size, (dw_out, d), View::transposed(&hidden, r), dy_rows, into, threads);
-        let size = Size { m: 2 * r, n: d, k: m };
-        gemm(size, (dw_in, d), View::transposed(&dproducts, 2 * r), x_rows, into, threads);
+        if let Some(dw) = dw {
+            let (dw_in, dw_out) = dw.split_at_mut(2 * r * d);
+            let size = Size { m: r, n: d, k: m };
+            gemm(size, (dw_out, d), View::transposed(&hidden, r), dy_rows, into, threads);
+            let size = Size { m: 2 * r, n: d, k: m };
+            gemm(size, (dw_in, d), View::transposed(&dproducts, 2 * r), x_rows, into, threads);
+        }
         let size = Size { m, n: d, k: 2 * r };
         let dproducts = View::rows(&dproducts, 2 * r);
         gemm(size, (dx, d), dproducts, View::rows(&w[..2 * r * d], d), Into::Overwrite, threads);
     }
 
-    fn backward(&self, [x, w, dy]: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
+    /// Gradients of x and, unless they are frozen, of the weights (else empty).
+    fn backward(&self, [x, w, dy]: [&[f32]; 3], frozen: bool) -> (Vec<f32>, Vec<f32>) {
         let block_len = 3 * self.width * self.d;
-        let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; w.len()]);
+        let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; if frozen { 0 } else { w.len() }]);
         let dx_shared = Shared::new(&mut dx);
         let by_block = self.by_block();
         let threads = Self::split(by_block.len());
         let mut dw_blocks: Vec<_> = dw.chunks_exact_mut(block_len).map(Some).collect();
         let mut tasks: Vec<_> = by_block
             .iter()
-            .map(|(block, runs)| (*block, runs, dw_blocks[*block].take().expect("blocks are unique")))
+            .map(|(block, runs)| (*block, runs, dw_blocks.get_mut(*block).and_then(Option::take)))
             .collect();
-        let backward_block = |(block, runs, dw): &mut (usize, &Vec<Run>, &mut [f32])| {
+        let backward_block = |(block, runs, dw): &mut (usize, &Vec<Run>, Option<&mut [f32]>)| {
             let w = &w[*block * block_len..][..block_len];
             for (i, run) in runs.iter().enumerate() {
                 let into = if i == 0 { Into::Overwrite } else { Into::Add };
-                self.backward_run(run, [x, w, dy], (dx_shared, dw), (into, threads));
+                self.backward_run(run, [x, w, dy], (dx_shared, dw.as_deref_mut()), (into, threads));
             }
         };
         match threads {
@@ -257,7 +261,10 @@ impl CustomOp3 for GatedFfn {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (dx, dw) = with(x, |x| with(w, |w| with(dy, |dy| self.backward([x, w, dy]))))???;
-        Ok((Some(dy.clone()), Some(tensor_like(dx, x)?), Some(tensor_like(dw, w)?)))
+        let frozen = !w.track_op();
+        let (dx, dw) =
+            with(x, |x| with(w, |weights| with(dy, |dy| self.backward([x, weights, dy], frozen))))???;
+        let dw = if frozen { None } else { Some(tensor_like(dw, w)?) };
+        Ok((Some(dy.clone()), Some(tensor_like(dx, x)?), dw))
     }
 }

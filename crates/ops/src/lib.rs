@@ -43,10 +43,13 @@ fn fused(t: &Tensor) -> bool {
 /// Sets up this process for training on the CPU: `n_threads` for the matrix products and our own
 /// loops, and one for candle's second, spinning pool, which would otherwise fight for the same cores.
 ///
-/// Call it once, first thing in `main`, before any other thread exists.
+/// The first thing to do in `main`: candle is told by an environment variable, which is set only while no
+/// other thread exists. A second call keeps the pool of the first.
 pub fn init_threads(n_threads: usize) {
-    // SAFETY: called at the start of main (documented above), when no other thread reads the environment.
-    unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    // A second call (tests) finds the pool built already and keeps it.
+    let is_alone = std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
+    if is_alone {
+        // SAFETY: no other thread exists that could read or write the environment meanwhile.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
     let _ = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build_global();
 }

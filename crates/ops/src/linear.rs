@@ -54,26 +54,21 @@ impl CustomOp2 for Linear {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (o, i) = w.dims2()?;
         let n = x.elem_count() / i;
-        let (dx, dw) = with(x, |x| {
-            with(w, |w| {
-                with(dy, |dy| {
-                    let (mut dx, mut dw) = (output(n * i), output(o * i));
-                    let size = Size { m: n, n: i, k: o };
-                    gemm(
-                        size,
-                        (&mut dx, i),
-                        View::rows(dy, o),
-                        View::rows(w, i),
-                        Into::Overwrite,
-                        Threads::All,
-                    );
-                    let size = Size { m: o, n: i, k: n };
-                    let dy = View::transposed(dy, o);
-                    gemm(size, (&mut dw, i), dy, View::rows(x, i), Into::Overwrite, Threads::All);
-                    (dx, dw)
-                })
-            })
-        })???;
-        Ok((Some(tensor_like(dx, x)?), Some(tensor_like(dw, w)?)))
+        let product = |size: Size, a: View, b: View| {
+            let mut c = output(size.m * size.n);
+            gemm(size, (&mut c, size.n), a, b, Into::Overwrite, Threads::All);
+            c
+        };
+        let dx = with(w, |w| {
+            with(dy, |dy| product(Size { m: n, n: i, k: o }, View::rows(dy, o), View::rows(w, i)))
+        })??;
+        // Frozen weights need none.
+        let dw = match w.track_op() {
+            true => Some(with(x, |x| {
+                with(dy, |dy| product(Size { m: o, n: i, k: n }, View::transposed(dy, o), View::rows(x, i)))
+            })??),
+            false => None,
+        };
+        Ok((Some(tensor_like(dx, x)?), dw.map(|dw| tensor_like(dw, w)).transpose()?))
     }
 }

@@ -13,6 +13,9 @@ const ROWS: usize = 64;
 ///
 /// `x` [.., D], `gain` [D]; y has the shape of x.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
+    if gain.dims() != [x.dim(D::Minus1)?] {
+        candle_core::bail!("rms norm: gain {:?} for x {:?}", gain.dims(), x.dims());
+    }
     if crate::fused(x) {
         return x.contiguous()?.apply_op2(gain, RmsNorm { eps: eps as f32 });
     }

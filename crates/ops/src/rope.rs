@@ -32,11 +32,6 @@ impl RopeTable {
             n_positions,
         }
     }
-
-    /// Positions the table holds.
-    pub fn n_positions(&self) -> usize {
-        self.n_positions
-    }
 }
 
 /// Rotates every head of `x` [B, T, H·K] by its position: row t stands at `first_position + t`.
@@ -54,6 +49,9 @@ pub fn rope(x: &Tensor, table: &RopeTable, first_position: usize) -> Result<Tens
             first_position + t - 1,
             table.n_positions
         );
+    }
+    if d % table.head_width != 0 {
+        candle_core::bail!("rope: x {:?} is not of heads of width {}", x.dims(), table.head_width);
     }
     if crate::fused(x) {
         let op = Rope { table: table.clone(), first_position, n_rows: t, inverse: false };

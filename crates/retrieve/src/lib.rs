@@ -1,8 +1,7 @@
-//! Text → embedding → cluster path → memory blocks.
+//! Text → embedding → cluster path, which names the memory blocks to fetch.
 
 use cluster_tree::{ClusterPath, ClusterTree};
 use embed::Embedder;
-use memory_bank::{Block, BlockStore, Blocking, Step};
 
 /// What can go wrong while retrieving.
 #[derive(Debug, thiserror::Error)]
@@ -27,9 +26,6 @@ pub enum Error {
     /// From the tree.
     #[error(transparent)]
     Tree(#[from] cluster_tree::Error),
-    /// From the bank.
-    #[error(transparent)]
-    Bank(#[from] memory_bank::Error),
 }
 
 /// The crate's result.
@@ -92,21 +88,5 @@ impl Router {
             Some(index) => Err(Error::EmptyText { index }),
             None => Ok(self.embedder.embed(texts)?),
         }
-    }
-
-    /// The blocks on the path of `text`, coarse to fine, from `bank` as of `step`.
-    ///
-    /// # Errors
-    /// When the text is blank or the bank fails.
-    pub fn retrieve<S: BlockStore>(
-        &self,
-        text: &str,
-        bank: &Blocking<S>,
-        step: Step,
-    ) -> Result<(ClusterPath, Vec<Block>)> {
-        let path = self.paths(&[text])?.swap_remove(0);
-        let spec = bank.store().spec();
-        let ids: Vec<_> = path.ids().filter(|id| spec.width[usize::from(id.level)] > 0).collect();
-        Ok((path, bank.fetch(step, &ids)?))
     }
 }

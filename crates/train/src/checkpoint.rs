@@ -15,8 +15,8 @@ pub struct TrainState {
     pub step: u64,
     /// Targets scored so far.
     pub tokens_seen: u64,
-    /// Index of the next sequence of the global shuffle.
-    pub next_sequence: u64,
+    /// Targets that the initial anchor had been trained on before this run.
+    pub tokens_before: u64,
 }
 
 /// The folder `checkpoints` of a run.
@@ -119,7 +119,11 @@ impl Checkpoints {
         let mut folders = vec![];
         for entry in entries {
             let entry = entry.map_err(|e| Error::file(&self.root, e))?;
-            if let Some(step) = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()) {
+            let Some(step) = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok()) else {
+                continue;
+            };
+            // A folder of another form of the same number is not ours.
+            if entry.path() == self.dir(step) {
                 folders.push((step, entry.path().join(DONE).exists()));
             }
         }

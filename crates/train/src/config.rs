@@ -116,7 +116,7 @@ impl Default for TrainConfig {
             log_every: 10,
             validate_every: 0,
             validate_sequences: 64,
-            save_every: 0,
+            save_every: 250,
             keep: 2,
         }
     }
@@ -149,14 +149,17 @@ impl TrainConfig {
         if let Some((key, found)) = rates.into_iter().find(|&(_, x)| !(x.is_finite() && x > 0.0)) {
             return fail(key, "a number above 0", found.to_string());
         }
-        let shares = [
-            ("generic_share", self.generic_share),
-            ("final_share", self.final_share),
-            ("beta1", self.beta1),
-            ("beta2", self.beta2),
-        ];
+        let shares = [("generic_share", self.generic_share), ("final_share", self.final_share)];
         if let Some((key, found)) = shares.into_iter().find(|(_, x)| !(0.0..=1.0).contains(x)) {
             return fail(key, "a number in 0..=1", found.to_string());
+        }
+        let betas = [("beta1", self.beta1), ("beta2", self.beta2)];
+        if let Some((key, found)) = betas.into_iter().find(|(_, x)| !(0.0..1.0).contains(x)) {
+            return fail(key, "a number from 0 to below 1", found.to_string());
+        }
+        if self.warmup_steps > self.steps {
+            let expected = format!("at most train.steps ({})", self.steps);
+            return fail("warmup_steps", &expected, self.warmup_steps.to_string());
         }
         let not_negative = [
             ("weight_decay", self.weight_decay),

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use anchor::{Anchor, Targets};
 use corpus::{Batch, Corpus};
 use generate::Model;
-use memory_bank::{Block, BlockStore, Blocking, Step};
+use memory_bank::{Block, BlockStore, Blocking, Step, squared_norm};
+use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
@@ -65,15 +66,15 @@ struct Backward {
 }
 
 impl<S: BlockStore> Trainer<S> {
-    /// A run that begins at step 0.
+    /// A run that begins at step 0, from an anchor trained on `tokens_before` targets already.
     ///
     /// # Errors
     /// When the configuration cannot be trained with, or its phase has memory and there is no bank (or the
     /// other way round).
-    pub fn new(parts: Parts<S>) -> Result<Self> {
+    pub fn new(parts: Parts<S>, tokens_before: u64) -> Result<Self> {
         parts.check()?;
         let optimizer = Optimizer::new(&parts.anchor);
-        Ok(Self::with(parts, optimizer, TrainState::default()))
+        Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..TrainState::default() }))
     }
 
     /// A run that continues from its checkpoint of `step`; `parts.anchor` and the bank are those of it.
@@ -117,8 +118,13 @@ impl<S: BlockStore> Trainer<S> {
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
         while self.state.step < self.config.steps {
             let step = self.state.step + 1;
-            let mut line = self.step(&loader.next(step)?)?;
+            let batch = loader.next(step)?;
+            let mut line = self.step(&batch)?;
             let last = step == self.config.steps;
+            let saves = last || due(step, self.config.save_every);
+            if saves {
+                self.check_update(&batch)?;
+            }
             if last || due(step, self.config.validate_every) {
                 line.validation_loss = self.validation_loss()?;
             }
@@ -126,7 +132,7 @@ impl<S: BlockStore> Trainer<S> {
                 line = metrics.write(line)?;
             }
             progress(&line);
-            if last || due(step, self.config.save_every) {
+            if saves {
                 self.save()?;
             }
         }
@@ -141,11 +147,11 @@ impl<S: BlockStore> Trainer<S> {
         let step = self.state.step + 1;
         let blocks = self.model().fetch(&batch.paths)?;
         let Backward { loss, anchor: gradients, blocks: block_gradients } = self.backward(batch, &blocks)?;
-        self.check_finite("loss", loss)?;
+        self.check_finite(step, "loss", loss)?;
         let norm = gradients.norm()?;
-        self.check_finite("gradient norm", norm)?;
+        self.check_finite(step, "gradient norm", norm)?;
         let memory_norm = block_norm(&block_gradients);
-        self.check_finite("memory gradient norm", memory_norm)?;
+        self.check_finite(step, "memory gradient norm", memory_norm)?;
         if let Some(memory) = &self.memory {
             memory.push(Step(step), 0, block_gradients)?;
         }
@@ -155,11 +161,8 @@ impl<S: BlockStore> Trainer<S> {
             self.optimizer.step(&self.anchor, &gradients, (&self.config, step, scale))?;
         }
         self.last_loss = loss;
-        self.state = TrainState {
-            step,
-            tokens_seen: self.state.tokens_seen + batch.n_scored() as u64,
-            next_sequence: self.state.next_sequence + batch.n_sequences() as u64,
-        };
+        self.state =
+            TrainState { step, tokens_seen: self.state.tokens_seen + batch.n_scored() as u64, ..self.state };
         let has_memory = self.memory.is_some();
         Ok(StepMetrics {
             step,
@@ -192,11 +195,23 @@ impl<S: BlockStore> Trainer<S> {
         Ok(total)
     }
 
-    fn check_finite(&self, what: &'static str, found: f64) -> Result<()> {
+    fn check_finite(&self, step: u64, what: &'static str, found: f64) -> Result<()> {
         if found.is_finite() {
             return Ok(());
         }
-        Err(Error::Diverged { step: self.state.step + 1, what, found, last_loss: self.last_loss })
+        Err(Error::Diverged { step, what, found, last_loss: self.last_loss })
+    }
+
+    /// Fails when the model as the last step left it has no finite loss, so that every checkpoint can be
+    /// gone on with.
+    fn check_update(&self, batch: &Batch) -> Result<()> {
+        let Some(part) = batch.split(self.config.micro_batch).next() else { return Ok(()) };
+        let model = self.model();
+        let memory = model.place(&model.fetch(&part.paths)?, &part.paths)?;
+        let targets = Targets { targets: &part.targets, scale: 1.0, z_loss: 0.0, train: false };
+        let (_, losses) = self.anchor.loss(eval::input(&part), targets, &memory)?;
+        let loss: f64 = losses.into_iter().map(f64::from).sum();
+        self.check_finite(self.state.step, "loss after the update", loss)
     }
 
     /// Mean loss on some held-out sequences, with the memory that they were trained to fetch.
@@ -213,8 +228,11 @@ impl<S: BlockStore> Trainer<S> {
             (Some(_), crate::Assign::AlwaysOn) => eval::MemoryMode::Generic,
             (Some(_), crate::Assign::Fetched) => eval::MemoryMode::Fetched,
         };
-        let held_out = eval::held_out(&self.model(), &self.corpus, memory, (n, self.config.micro_batch))?;
-        Ok(Some(held_out.total.mean()))
+        let held_out =
+            eval::held_out(&self.model(), &self.corpus, memory, (n, self.config.micro_batch), &[])?;
+        let loss = held_out.total.mean();
+        self.check_finite(self.state.step, "held-out loss", loss)?;
+        Ok(Some(loss))
     }
 
     /// The model after the last step.
@@ -258,7 +276,7 @@ fn add_blocks(total: &mut Vec<Block>, part: Vec<Block>) {
 }
 
 fn block_norm(blocks: &[Block]) -> f64 {
-    let square = |block: &Block| block.values.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    // `sum` of nothing is -0.
-    blocks.iter().map(square).fold(0.0, |sum, x| sum + x).sqrt()
+    // Summed in order, whatever the threads; `sum` of nothing is -0.
+    let squares: Vec<f64> = blocks.par_iter().map(|block| squared_norm(&block.values)).collect();
+    squares.into_iter().fold(0.0, |sum, x| sum + x).sqrt()
 }

@@ -77,6 +77,19 @@ impl Corpus {
         self.assemble(&self.validation, index)
     }
 
+    /// Leaf and document of every training window, leaf by leaf.
+    pub fn train_windows(&self) -> impl Iterator<Item = Result<(u32, u32)>> {
+        let (sequences, pieces) = (self.train.sequences(), self.train.pieces());
+        // A piece belongs to the sequence it begins in; the next one may go on with its rest.
+        let begins = |record: &PackedSequence| record.first_piece as usize + usize::from(record.offset > 0);
+        sequences.iter().enumerate().flat_map(move |(i, record)| {
+            let end = sequences.get(i + 1).map_or(pieces.len(), begins);
+            pieces[begins(record).min(end)..end]
+                .iter()
+                .map(move |&window| Ok((record.leaf, self.store.window(window as usize)?.document)))
+        })
+    }
+
     /// Training sequences of one epoch.
     pub fn n_sequences(&self) -> u64 {
         self.train.n_sequences()

@@ -66,6 +66,10 @@ impl EmbeddingWriter {
             Some(file) => (file, n_rows),
             None => (NewFile::create(&target)?, 0),
         };
+        if n_rows == 0 {
+            // What an earlier run of other inputs noted is not of the file that begins now.
+            remove(&dir.join(PARTIAL))?;
+        }
         Ok(Self { dir: dir.into(), file, inputs: inputs.into(), n_rows, n_synced: n_rows, dim })
     }
 
@@ -109,7 +113,11 @@ mod tests {
         }
         drop(writer); // killed: the rows after the sync are lost
         assert!(matches!(Embeddings::open(dir, 1, 2), Err(Error::NotPrepared { .. })));
-        assert_eq!(EmbeddingWriter::open(dir, "other inputs", 2).unwrap().n_rows(), 0);
+        // Rows of other inputs, killed before their first sync but not before they reached the file.
+        let mut other = EmbeddingWriter::open(dir, "other inputs", 4).unwrap();
+        assert_eq!(other.n_rows(), 0);
+        (0..SYNC_ROWS - 1).for_each(|_| other.append(&[7.0; 4]).unwrap());
+        drop(other);
         let mut writer = EmbeddingWriter::open(dir, "a", 2).unwrap();
         assert_eq!(writer.n_rows(), 0, "the file of other inputs took its place");
         for i in 0..SYNC_ROWS + 10 {

@@ -108,17 +108,9 @@ pub(crate) fn map(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(Error::io(path))
 }
 
-/// Holds a prepared folder for one process: a second one gets an error instead of mixed files. The
-/// folder is free again when the value is dropped or the process ends.
-pub(crate) fn lock(dir: &Path) -> Result<File> {
+/// Holds a prepared folder for one process, for as long as the value lives: two that prepared it at a
+/// time would mix their files. Every stage expects its caller to hold it.
+pub fn lock(dir: &Path) -> Result<File> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    let path = dir.join(".lock");
-    let file = File::create(&path).map_err(Error::io(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(Error::Locked { dir: dir.to_owned() }),
-        // Some cluster file systems have no locks; the folder is then prepared without this guard.
-        Err(fs::TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(file),
-        Err(fs::TryLockError::Error(e)) => Err(Error::io(&path)(e)),
-    }
+    atomic_file::lock(dir).map_err(Error::io(dir))?.ok_or_else(|| Error::Locked { dir: dir.to_owned() })
 }

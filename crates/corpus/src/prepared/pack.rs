@@ -6,7 +6,6 @@ use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::files::lock;
 use super::fingerprint::Fingerprint;
 use super::packed_set::{PackedSequence, Packing};
 use super::shuffle::mix2;
@@ -68,7 +67,6 @@ pub fn pack(
         let found = options.seq_len.to_string();
         return Err(Error::Option { key: "seq_len", expected: "from 1 to 2^32 - 2", found });
     }
-    let _lock = lock(dir)?;
     let store = TokenStore::open(dir)?;
     let n_leaves = check_leaves(&store, leaf_of_window, branching)?;
     begin_stage(dir, "pack")?;

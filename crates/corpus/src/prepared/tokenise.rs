@@ -1,13 +1,13 @@
 //! The stage `tokenise`: documents to token ids.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::files::lock;
 use super::journal::{Layout, Writer};
 use super::stages::{begin_stage, hash_inputs};
 use super::tokens::{FORMAT, Manifest};
@@ -77,7 +77,7 @@ pub struct TokeniseSummary {
 /// token files in `dir` (made if need be). Memory is bounded whatever the size of the corpus. A run
 /// that was killed goes on after the last source file of its journal, to the same bytes. Calls
 /// `progress` after every batch and every file. Fails on the first unreadable document, on a corpus
-/// without documents, and when another process is preparing the folder.
+/// without documents. The caller holds the folder ([`lock`](crate::lock)).
 pub fn tokenise(
     source: &SourceOptions,
     tokenizer: &Tokenizer,
@@ -101,8 +101,8 @@ pub(super) fn run(job: &Job, progress: &mut dyn FnMut(TokeniseProgress)) -> Resu
     check(job.options)?;
     let mut files = source::list(job.source)?;
     let n_training_files = files.len();
-    files.extend(source::list_held_out(job.source)?);
-    let _lock = lock(job.dir)?;
+    files.extend(source::list_held_out(job.source, &files)?);
+    fs::create_dir_all(job.dir).map_err(Error::io(job.dir))?;
     begin_stage(job.dir, "tokenise")?;
     let layout = Layout {
         vocab_size: job.tokenizer.vocab_size(),

@@ -29,9 +29,14 @@ pub fn list(options: &SourceOptions) -> Result<Vec<SourceFile>> {
     matching(&options.files, options)
 }
 
-/// The files of `validation_files`, in the same way; none when there are no patterns.
-pub fn list_held_out(options: &SourceOptions) -> Result<Vec<SourceFile>> {
-    matching(&options.validation_files, options)
+/// The files of `validation_files`, in the same way; none when there are no patterns. Fails on a file
+/// that is among the `training` files too.
+pub fn list_held_out(options: &SourceOptions, training: &[SourceFile]) -> Result<Vec<SourceFile>> {
+    let held_out = matching(&options.validation_files, options)?;
+    match held_out.iter().find(|file| training.iter().any(|other| other.url == file.url)) {
+        Some(file) => Err(Error::TrainedAndHeldOut { url: file.url.clone() }),
+        None => Ok(held_out),
+    }
 }
 
 fn matching(patterns: &[String], options: &SourceOptions) -> Result<Vec<SourceFile>> {
@@ -52,7 +57,7 @@ fn matching(patterns: &[String], options: &SourceOptions) -> Result<Vec<SourceFi
 
 /// A hash of what a listing knows of its files (path, size, tag, time of change): equal listings mean
 /// unchanged files without reading them.
-pub fn identity(files: &[SourceFile]) -> String {
+pub(crate) fn identity(files: &[SourceFile]) -> String {
     let parts: Vec<String> = files
         .iter()
         .map(|file| format!("{} {} {:?} {:?}", file.url, file.bytes, file.etag, file.modified_ns))

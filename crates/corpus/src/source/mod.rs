@@ -19,7 +19,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
-pub use listing::{identity, list, list_held_out};
+pub(crate) use listing::identity;
+pub use listing::{list, list_held_out};
 pub(crate) use object::hex;
 use object::{Object, ObjectReader};
 

@@ -246,14 +246,6 @@ fn a_link_is_read_under_its_own_name() {
 }
 
 #[test]
-fn an_identity_tells_changed_files() {
-    let file = |bytes| SourceFile { url: "/a".to_owned(), bytes, etag: None, modified_ns: Some(1) };
-    assert_eq!(identity(&[file(1)]), identity(&[file(1)]));
-    assert_ne!(identity(&[file(1)]), identity(&[file(2)]));
-    assert_ne!(identity(&[file(1)]), identity(&[file(1), file(1)]));
-}
-
-#[test]
 fn what_cannot_be_listed_is_named() {
     let error = |pattern: &str| {
         let options = SourceOptions { files: vec![pattern.to_owned()], ..SourceOptions::default() };
@@ -461,4 +453,12 @@ fn reading_works_inside_an_async_context() {
         documents(Arc::new(object), &options(&[])).unwrap().count()
     });
     assert_eq!(n, 20);
+}
+
+#[test]
+fn an_identity_tells_changed_files() {
+    let file = |bytes| SourceFile { url: "/a".to_owned(), bytes, etag: None, modified_ns: Some(1) };
+    assert_eq!(identity(&[file(1)]), identity(&[file(1)]));
+    assert_ne!(identity(&[file(1)]), identity(&[file(2)]));
+    assert_ne!(identity(&[file(1)]), identity(&[file(1), file(1)]));
 }

@@ -9,7 +9,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
-use super::{Hashed, HashedOptions, N_BUCKETS, check};
+use super::{Hashed, HashedOptions, N_BUCKETS};
 use crate::table::{parse, tensor_error, view};
 use crate::{Error, Result};
 
@@ -56,7 +56,7 @@ impl Hashed {
         let header = header.ok_or_else(|| metadata_error("a JSON header", "missing".to_owned()))?;
         let Header { options, n_texts } = serde_json::from_str(header)
             .map_err(|error| metadata_error("options and n_texts as JSON", format!("{header} ({error})")))?;
-        check(&options).map_err(|error| metadata_error("options in range", error.to_string()))?;
+        options.check().map_err(|error| metadata_error("options in range", error.to_string()))?;
         Ok(Self::new(options, n_texts, table(path, &tensors)?))
     }
 }

@@ -24,6 +24,7 @@ pub(super) fn report() -> Report {
         curves: curves(4_000),
         memories: memories(),
         recall: recall([0.02, 0.04, 0.09, 0.41, 0.01], 0.12),
+        recall_held_out: recall([0.01, 0.02, 0.03, 0.13, 0.01], 0.05),
         recall_choice: recall([0.21, 0.24, 0.31, 0.66, 0.19], 0.06),
         buckets: ["4–9", "10–29", "30–99", "100–299", "300–999"].map(|b| format!("{b} exposures")).to_vec(),
         relations: relations(),

@@ -42,6 +42,8 @@ pub struct Report {
     pub memories: Vec<MemoryRow>,
     /// Exact match by frequency bucket.
     pub recall: Vec<RecallRow>,
+    /// The same questions in a wording that the training text never uses.
+    pub recall_held_out: Vec<RecallRow>,
     /// The same by choice scoring: is the true answer the likeliest of the choices?
     pub recall_choice: Vec<RecallRow>,
     /// Labels of the buckets, rarest first. A last word that all share ("4–9 exposures") names the axis.

@@ -21,6 +21,7 @@ const SAMPLE_TEXT: usize = 400;
 pub(super) fn sections(report: &Report) -> String {
     let all = [
         recall(report),
+        recall_held_out(report),
         choice(report),
         memories(report),
         relations(report),
@@ -53,11 +54,20 @@ fn figure(draw: impl Fn(f64, f64) -> String) -> String {
 fn recall(report: &Report) -> Option<String> {
     let (rows, buckets) = (&report.recall[..], &report.buckets[..]);
     let chart = RecallChart { rows, buckets, measure: "exact match" };
-    let about = "Closed-book questions: the share answered to the letter, by how often the training text names \
-                 the entity. Rarest entities at the left; bars are 95\u{202f}% intervals.";
+    let about = "Closed-book questions in the wording of the training text: the share answered to the letter, by \
+                 how often that text names the entity. Rarest entities at the left; bars are 95\u{202f}% intervals.";
     let body =
         figure(|width, height| chart.draw(width, height)) + &recall_table(rows, buckets, "exact match, %");
     (!rows.is_empty()).then(|| section("Recall by frequency", about, &body))
+}
+
+fn recall_held_out(report: &Report) -> Option<String> {
+    let (rows, buckets) = (&report.recall_held_out[..], &report.buckets[..]);
+    let chart = RecallChart { rows, buckets, measure: "exact match" };
+    let about = "The same facts asked in a wording that the training text never uses.";
+    let body = figure(|width, height| chart.draw(width, height * 0.85))
+        + &recall_table(rows, buckets, "exact match, %");
+    (!rows.is_empty()).then(|| section("Recall in a new wording", about, &body))
 }
 
 fn choice(report: &Report) -> Option<String> {

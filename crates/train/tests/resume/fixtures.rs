@@ -68,7 +68,7 @@ impl World {
 
     /// A run from its beginning, as one process would make it.
     pub(crate) fn begin(&self, name: &str, config: &TrainConfig) -> Trainer<LocalBank> {
-        Trainer::new(self.parts(name, config)).unwrap()
+        Trainer::new(self.parts(name, config), 700).unwrap()
     }
 
     pub(crate) fn parts(&self, name: &str, config: &TrainConfig) -> Parts<LocalBank> {

@@ -10,7 +10,7 @@ fn a_killed_and_resumed_run_is_the_straight_one_to_the_byte() {
     let straight = train(world.begin("straight", &config));
     train_until_killed(world.begin("killed", &config), 7);
     let (step, resumed) = world.resume("killed", &config);
-    assert_eq!((step, resumed.state().step, resumed.state().next_sequence), (5, 5, 40));
+    assert_eq!((step, resumed.state().step, resumed.state().tokens_before), (5, 5, 700));
     let rest = train(resumed);
     assert_eq!(timeless(rest), timeless(straight[5..].to_vec()));
 
@@ -94,7 +94,7 @@ fn a_cut_last_line_of_metrics_is_left_out() {
 
 #[test]
 fn a_checkpoint_of_another_anchor_or_without_a_file_is_refused() {
-    let (world, config) = (World::new(), TrainConfig { steps: 1, ..config(Phase::Anchor) });
+    let (world, config) = (World::new(), TrainConfig { steps: 1, warmup_steps: 1, ..config(Phase::Anchor) });
     train(world.begin("run", &config));
     let dir = Checkpoints::of(&world.run_dir("run")).dir(1);
     let resume_error = || -> String {
@@ -113,5 +113,5 @@ fn a_checkpoint_of_another_anchor_or_without_a_file_is_refused() {
     assert!(error.contains("m.final_norm: expected 16 values, found 1"), "{error}");
 
     fs::write(dir.join("state.json"), r#"{"step": 1, "tokens_seen": 3}"#).unwrap();
-    assert!(resume_error().contains("state.json: missing field `next_sequence`"));
+    assert!(resume_error().contains("state.json: missing field `tokens_before`"));
 }

@@ -1,0 +1,259 @@
+//! What one or more evaluations come to: rates with intervals, the line of JSON, the table.
+
+use std::collections::BTreeMap;
+
+use eval::{Answer, N_BUCKETS, Question, Rate, TRAIN, bootstrap_mean};
+use serde::{Deserialize, Serialize};
+
+use crate::evaluate::{Evaluation, MEMORIES, Measured};
+
+/// 2.5th and 97.5th percentile of a bootstrap.
+type Interval = [f64; 2];
+
+/// 95 % intervals of what [`Summary`] has under the same names.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Intervals {
+    pub(crate) loss: BTreeMap<String, Option<Interval>>,
+    pub(crate) exact_match: BTreeMap<String, Vec<Option<Interval>>>,
+    pub(crate) exact_match_held_out: BTreeMap<String, Vec<Option<Interval>>>,
+    pub(crate) choice: BTreeMap<String, Vec<Option<Interval>>>,
+}
+
+/// The last line of `eval --json` and `quickstart --json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Summary {
+    pub(crate) loss: BTreeMap<String, Option<f64>>,
+    pub(crate) perplexity: BTreeMap<String, Option<f64>>,
+    /// By bucket, rarest first; questions in the wording of the corpus.
+    pub(crate) exact_match: BTreeMap<String, Vec<Option<f64>>>,
+    /// The same in a wording that the corpus never uses.
+    pub(crate) exact_match_held_out: BTreeMap<String, Vec<Option<f64>>>,
+    /// Whether the answer is the likeliest of the choices, questions in the wording of the corpus.
+    pub(crate) choice: BTreeMap<String, Vec<Option<f64>>>,
+    pub(crate) intervals: Intervals,
+    /// Nats a token by which the first memory's loss is above the second's: mean, and the interval of the
+    /// differences by sequence.
+    pub(crate) loss_difference: BTreeMap<String, (f64, Interval)>,
+    pub(crate) parameters: BTreeMap<String, Option<u64>>,
+    /// Targets trained on, the initial anchor's included.
+    pub(crate) tokens: BTreeMap<String, Option<u64>>,
+    pub(crate) exact_match_by_relation: BTreeMap<String, BTreeMap<String, f64>>,
+    pub(crate) perplexity_by_label: BTreeMap<String, BTreeMap<String, f64>>,
+    pub(crate) purity_by_level: Vec<f64>,
+    pub(crate) seconds: f64,
+    pub(crate) peak_rss_mb: u64,
+    pub(crate) tokens_per_s: f64,
+    pub(crate) seeds: Vec<u64>,
+}
+
+/// Mean and interval of a property of the answers to questions that `keep` admits, over evaluations.
+pub(crate) fn rate(
+    evaluations: &[Evaluation],
+    memory: &str,
+    keep: impl Fn(&Question) -> bool,
+    property: impl Fn(&Answer) -> bool,
+) -> Option<Rate> {
+    let mut values = vec![];
+    for evaluation in evaluations {
+        let measured = evaluation.memories.get(memory)?;
+        for (question, answer) in evaluation.questions.iter().zip(&measured.answers) {
+            if keep(question) {
+                values.push(f64::from(u8::from(property(answer))));
+            }
+        }
+    }
+    bootstrap_mean(&values)
+}
+
+/// Mean and interval of the held-out loss, resampled by sequence, over evaluations.
+pub(crate) fn loss(evaluations: &[Evaluation], memory: &str) -> Option<Rate> {
+    let mut sequences: Vec<&eval::TokenSum> = vec![];
+    let (mut nats, mut tokens) = (0.0, 0);
+    for evaluation in evaluations {
+        let held_out = &evaluation.memories.get(memory)?.held_out;
+        sequences.extend(held_out.sequences.iter().filter(|s| s.tokens > 0));
+        nats += held_out.total.nats;
+        tokens += held_out.total.tokens;
+    }
+    if tokens == 0 {
+        return None;
+    }
+    // The loss is a ratio of sums; a sequence's part of it is its sum over the mean length.
+    let mean_len = tokens as f64 / sequences.len() as f64;
+    let parts: Vec<f64> = sequences.iter().map(|s| s.nats / mean_len).collect();
+    bootstrap_mean(&parts).map(|rate| Rate { mean: nats / tokens as f64, ..rate })
+}
+
+fn interval(rate: Rate) -> Interval {
+    [rate.low, rate.high]
+}
+
+/// Differences of loss that say what memory is worth, as far as both sides were measured.
+fn differences(evaluations: &[Evaluation]) -> impl Iterator<Item = (String, Rate)> {
+    let pairs = [
+        ("fetched", "always_on"),
+        ("fetched", "none"),
+        ("fetched", "generic"),
+        ("fetched", "random"),
+        ("always_on", "none"),
+    ];
+    let name = |a: &str, b: &str| format!("{a} - {b}");
+    pairs.into_iter().filter_map(move |(a, b)| Some((name(a, b), loss_difference(evaluations, a, b)?)))
+}
+
+/// Loss with memory `a` less that with `b`, nats a token; resampled by sequence, each against itself.
+fn loss_difference(evaluations: &[Evaluation], a: &str, b: &str) -> Option<Rate> {
+    let (mut nats, mut tokens) = (vec![], 0);
+    for evaluation in evaluations {
+        let sequences = |memory| Some(&evaluation.memories.get(memory)?.held_out.sequences);
+        for (a, b) in sequences(a)?.iter().zip(sequences(b)?).filter(|(a, _)| a.tokens > 0) {
+            nats.push(a.nats - b.nats);
+            tokens += a.tokens;
+        }
+    }
+    let mean_len = tokens as f64 / nats.len() as f64;
+    bootstrap_mean(&nats.iter().map(|nats| nats / mean_len).collect::<Vec<_>>())
+}
+
+/// A kind of recall.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recall {
+    /// Greedy completion to the letter, questions in the wording of the corpus.
+    Exact,
+    /// The same in a wording that the corpus never uses.
+    ExactHeldOut,
+    /// The likeliest of the choices, in the wording of the corpus.
+    Chosen,
+}
+
+/// Recall by frequency bucket, rarest first.
+pub(crate) fn recall(evaluations: &[Evaluation], memory: &str, what: Recall) -> Vec<Option<Rate>> {
+    let held_out = what == Recall::ExactHeldOut;
+    let property = |answer: &Answer| if what == Recall::Chosen { answer.chosen } else { answer.exact };
+    let bucket = |b: usize| {
+        rate(evaluations, memory, |q| q.bucket == b && (q.phrasing == TRAIN) != held_out, property)
+    };
+    match what == Recall::Chosen && evaluations.iter().any(|evaluation| !evaluation.choices) {
+        true => vec![None; N_BUCKETS],
+        false => (1..=N_BUCKETS).map(bucket).collect(),
+    }
+}
+
+/// The figures of one or more evaluations (seeds) taken together.
+pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
+    let by_memory = |value: &dyn Fn(&str) -> Option<f64>| -> BTreeMap<String, Option<f64>> {
+        MEMORIES.iter().map(|memory| (memory.to_string(), value(memory))).collect()
+    };
+    let rates = |what: Recall| -> BTreeMap<String, Vec<Option<Rate>>> {
+        MEMORIES.iter().map(|memory| (memory.to_string(), recall(evaluations, memory, what))).collect()
+    };
+    let means = |what: Recall| -> BTreeMap<String, Vec<Option<f64>>> {
+        let row = |rates: Vec<Option<Rate>>| rates.into_iter().map(|rate| rate.map(|r| r.mean)).collect();
+        rates(what).into_iter().map(|(memory, rates)| (memory, row(rates))).collect()
+    };
+    let intervals = |what: Recall| -> BTreeMap<String, Vec<Option<Interval>>> {
+        let row = |rates: Vec<Option<Rate>>| rates.into_iter().map(|rate| rate.map(interval)).collect();
+        rates(what).into_iter().map(|(memory, rates)| (memory, row(rates))).collect()
+    };
+    let of_memory = |value: &dyn Fn(&Measured) -> u64| -> BTreeMap<String, Option<u64>> {
+        let measured = |memory: &str| evaluations.first().and_then(|e| e.memories.get(memory));
+        MEMORIES.iter().map(|memory| (memory.to_string(), measured(memory).map(value))).collect()
+    };
+    let grouped = |key: &dyn Fn(&Question) -> String| -> BTreeMap<String, BTreeMap<String, f64>> {
+        let mut groups: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
+        let keys: std::collections::BTreeSet<String> =
+            evaluations.iter().flat_map(|e| e.questions.iter().map(key)).collect();
+        for memory in MEMORIES {
+            for group in &keys {
+                let keep = |q: &Question| q.phrasing == TRAIN && key(q) == *group;
+                if let Some(rate) = rate(evaluations, memory, keep, |a| a.exact) {
+                    groups.entry(memory.into()).or_default().insert(group.clone(), rate.mean);
+                }
+            }
+        }
+        groups
+    };
+    Summary {
+        loss: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean)),
+        perplexity: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean.exp())),
+        exact_match: means(Recall::Exact),
+        exact_match_held_out: means(Recall::ExactHeldOut),
+        choice: means(Recall::Chosen),
+        intervals: Intervals {
+            loss: MEMORIES.map(|memory| (memory.into(), loss(evaluations, memory).map(interval))).into(),
+            exact_match: intervals(Recall::Exact),
+            exact_match_held_out: intervals(Recall::ExactHeldOut),
+            choice: intervals(Recall::Chosen),
+        },
+        loss_difference: differences(evaluations)
+            .map(|(pair, rate)| (pair, (rate.mean, interval(rate))))
+            .collect(),
+        parameters: of_memory(&|measured| measured.parameters),
+        tokens: of_memory(&|measured| measured.tokens),
+        exact_match_by_relation: grouped(&|question| question.relation.clone()),
+        perplexity_by_label: labels(evaluations),
+        purity_by_level: evaluations.first().map_or(vec![], |e| e.purity.clone()),
+        seconds: evaluations.iter().map(|e| e.seconds).sum(),
+        peak_rss_mb: peak_rss_mb(),
+        tokens_per_s: evaluations.iter().map(|e| e.tokens_per_s).sum::<f64>() / evaluations.len() as f64,
+        seeds: evaluations.iter().map(|e| e.seed).collect(),
+    }
+}
+
+/// Perplexity by label of the held-out documents, first evaluation.
+fn labels(evaluations: &[Evaluation]) -> BTreeMap<String, BTreeMap<String, f64>> {
+    let Some(first) = evaluations.first() else { return BTreeMap::new() };
+    let perplexities = |measured: &Measured| {
+        measured.held_out.by_label.iter().map(|(label, sum)| (label.clone(), sum.perplexity())).collect()
+    };
+    first.memories.iter().map(|(memory, measured)| (memory.to_string(), perplexities(measured))).collect()
+}
+
+/// Most memory this process ever held, MiB; 0 where the kernel does not tell.
+pub(crate) fn peak_rss_mb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}
+
+/// The table of memories that ends every evaluation; a dash is what was not measured.
+pub(crate) fn table(evaluations: &[Evaluation]) -> String {
+    let mut text = format!(
+        "{:<10} {:>7} {:>18} {:>10} {:>11} {:>12}",
+        "memory", "loss", "95 %", "perplexity", "parameters", "tokens"
+    );
+    let has_questions = evaluations.iter().any(|e| !e.questions.is_empty());
+    if has_questions {
+        text += "   exact match, rarest bucket first";
+    }
+    text.push('\n');
+    let dash = || "–".to_string();
+    for memory in MEMORIES {
+        let Some(measured) = evaluations[0].memories.get(memory) else { continue };
+        let loss = loss(evaluations, memory);
+        text += &format!(
+            "{memory:<10} {:>7} {:>18} {:>10} {:>11} {:>12}",
+            loss.map_or_else(dash, |loss| format!("{:.4}", loss.mean)),
+            loss.map_or_else(dash, |loss| format!("[{:.4}, {:.4}]", loss.low, loss.high)),
+            loss.map_or_else(dash, |loss| format!("{:.2}", loss.mean.exp())),
+            measured.parameters,
+            measured.tokens
+        );
+        for rate in recall(evaluations, memory, Recall::Exact).into_iter().filter(|_| has_questions) {
+            text += &rate.map_or("      –".into(), |rate| {
+                format!("  {:>5.1} % [{:.1}, {:.1}]", rate.mean * 100.0, rate.low * 100.0, rate.high * 100.0)
+            });
+        }
+        text.push('\n');
+    }
+    for (pair, rate) in differences(evaluations) {
+        text += &format!("loss, {pair}: {:+.4} [{:+.4}, {:+.4}]\n", rate.mean, rate.low, rate.high);
+    }
+    let notes =
+        MEMORIES.iter().filter_map(|memory| Some((memory, evaluations[0].memories.get(memory)?.note)));
+    for (memory, note) in notes.filter(|(_, note)| !note.is_empty()) {
+        text += &format!("{memory}: {note}\n");
+    }
+    text
+}
