@@ -2,16 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use anchor::{Anchor, AnchorConfig, FetchedMemory, Input, Targets};
 use candle_core::{DType, Device};
-use cluster_tree::{ClusterId, ClusterPath};
+use cluster_tree::ClusterPath;
 use corpus::{Corpus, IGNORE, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
 use eval::{AskOptions, Error, HeldOut, MemoryMode, Question, ask, held_out, read_questions};
 use generate::Model;
-use memory_bank::{AdamW, BankOptions, Block, BlockSpec, Blocking, LocalBank, MemoryKind, Schedule, Step};
+use memory_bank::{LocalBank, Step};
+
+#[path = "../../../tests/fixtures/bank.rs"]
+mod fixtures;
+
+use fixtures::{bank, leaf};
 
 const CPU: (&Device, DType) = (&Device::Cpu, DType::F32);
 
@@ -40,40 +44,6 @@ fn anchor(tokenizer: &Tokenizer) -> Anchor {
         norm_eps: 1e-5,
     };
     Anchor::new(config, 1, CPU).unwrap()
-}
-
-fn leaf(index: u32) -> ClusterPath {
-    ClusterPath::new(vec![index / 2, index]).unwrap()
-}
-
-/// A bank whose every block has its own random M3 after one large step.
-fn bank() -> Blocking<LocalBank> {
-    let spec = BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 32,
-        width: vec![4, 2],
-        branching: vec![2, 2],
-    };
-    let schedule = Schedule { peak: 0.2, floor: 0.2, warmup_steps: 0, total_steps: 1 };
-    let adamw = AdamW { schedule, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip: None };
-    let options = BankOptions {
-        seed: 2,
-        adamw,
-        world_size: 1,
-        checkpoint_root: PathBuf::from("never-saved"),
-        hashes: BTreeMap::new(),
-    };
-    let gradient = |id: ClusterId| {
-        let sign = |i: u32| (i.wrapping_mul(id.index.wrapping_add(3)).wrapping_mul(0x9e37_79b9) >> 16) & 1;
-        let len = spec.block_len(usize::from(id.level)) as u32;
-        Block { id, values: (0..len).map(|i| sign(i) as f32 - 0.5).collect() }
-    };
-    let paths = [leaf(0), leaf(1), leaf(2), leaf(3), ClusterPath::generic(2).unwrap()];
-    let gradients = anchor::unique_ids(&paths, &spec).into_iter().map(gradient).collect();
-    let bank = Blocking::new(Arc::new(LocalBank::create(spec.clone(), options).unwrap())).unwrap();
-    bank.push(Step(1), 0, gradients).unwrap();
-    bank
 }
 
 /// Documents of four leaves, half of them held out, with a label on every other one.
@@ -108,7 +78,8 @@ fn corpus(dir: &Path, tokenizer: &Tokenizer) -> Corpus {
 fn each_kind_of_memory_has_a_loss_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tokenizer();
-    let (anchor, bank, corpus) = (anchor(&tokenizer).freeze(), bank(), corpus(dir.path(), &tokenizer));
+    let (anchor, bank, corpus) =
+        (anchor(&tokenizer).freeze(), bank(32, [4, 2], 0.2), corpus(dir.path(), &tokenizer));
     let model = Model { anchor: &anchor, bank: Some(&bank), step: Step(1) };
     let n = corpus.n_validation();
     let leaves = [0, 1, 2, 3].map(leaf);
@@ -224,7 +195,7 @@ fn what_was_learnt_is_answered_and_what_was_not_is_not() {
     let anchor = anchor(&tokenizer);
     memorise(&anchor, &tokenizer, &SENTENCES);
     let anchor = anchor.freeze();
-    let bank = bank();
+    let bank = bank(32, [4, 2], 0.2);
     let model = Model { anchor: &anchor, bank: Some(&bank), step: Step(1) };
     let questions = [
         question("A boat of pine is", "white"),

@@ -1,16 +1,17 @@
 //! Generation and scoring with the memory of different paths in one batch, against loops without batch
 //! or cache.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use anchor::{Anchor, AnchorConfig, Input};
 use candle_core::{DType, Device};
-use cluster_tree::{ClusterId, ClusterPath};
+use cluster_tree::ClusterPath;
 use corpus::Tokenizer;
 use generate::{Continuation, Error, Model, Options, Prompt, generate, score};
-use memory_bank::{AdamW, BankOptions, Block, BlockSpec, Blocking, LocalBank, MemoryKind, Schedule, Step};
+use memory_bank::{Blocking, LocalBank, Step};
+
+#[path = "../../../tests/fixtures/bank.rs"]
+mod fixtures;
+
+use fixtures::{bank, leaf};
 
 const SENTENCES: [&str; 3] =
     ["The boat lies at the quay.", "A gull sits on the mast.", "Rope and chain hold the boat."];
@@ -38,7 +39,7 @@ impl Fixture {
             norm_eps: 1e-5,
         };
         let anchor = Anchor::new(config, 5, (&Device::Cpu, DType::F32)).unwrap().freeze();
-        Self { tokenizer, anchor, bank: bank() }
+        Self { tokenizer, anchor, bank: bank(16, [8, 4], 0.3) }
     }
 
     fn model(&self) -> Model<'_, LocalBank> {
@@ -83,41 +84,6 @@ impl Fixture {
         }
         tokens.split_off(first_new)
     }
-}
-
-fn leaf(index: u32) -> ClusterPath {
-    ClusterPath::new(vec![index / 2, index]).unwrap()
-}
-
-/// A bank after one step whose gradients differ from block to block: M3 is no longer 0.
-fn bank() -> Blocking<LocalBank> {
-    let spec = BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 16,
-        width: vec![8, 4],
-        branching: vec![2, 2],
-    };
-    let schedule = Schedule { peak: 0.3, floor: 0.3, warmup_steps: 0, total_steps: 1 };
-    let adamw = AdamW { schedule, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip: None };
-    let options = BankOptions {
-        seed: 2,
-        adamw,
-        world_size: 1,
-        checkpoint_root: PathBuf::from("never-saved"),
-        hashes: BTreeMap::new(),
-    };
-    let gradient = |level: u8, index: u32| {
-        let len = spec.block_len(usize::from(level));
-        let sign = |i: u32| (i.wrapping_mul(index.wrapping_add(3)).wrapping_mul(0x9e37_79b9) >> 16) & 1;
-        let values = (0..len as u32).map(|i| sign(i) as f32 - 0.5).collect();
-        Block { id: ClusterId { level, index }, values }
-    };
-    let ids = [(0, 0), (0, 1), (0, ClusterId::GENERIC), (1, 0), (1, 1), (1, 3), (1, ClusterId::GENERIC)];
-    let gradients = ids.map(|(level, index)| gradient(level, index)).to_vec();
-    let bank = Blocking::new(Arc::new(LocalBank::create(spec.clone(), options).unwrap())).unwrap();
-    bank.push(Step(1), 0, gradients).unwrap();
-    bank
 }
 
 #[test]

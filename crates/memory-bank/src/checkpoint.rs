@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::{self};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;

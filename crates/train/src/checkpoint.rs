@@ -1,6 +1,6 @@
 //! A run's checkpoints: `checkpoints/<step>/…` with DONE written last.
 
-use std::fs::{self};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};

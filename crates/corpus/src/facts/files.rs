@@ -1,7 +1,7 @@
 //! The world on disk.
 
 use std::collections::BTreeMap;
-use std::fs::{self};
+use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::error::{Error, Result};
 use super::options::N_BUCKETS;
 use super::{Facts, Options};
+use crate::source::hex;
 
 /// What `facts.json` says of the three files beside it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,7 +114,7 @@ fn json_lines<T: Serialize>(file: &'static str, records: &[T]) -> Result<Vec<u8>
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -1,7 +1,7 @@
 //! A fitted [`Hashed`] as a safetensors file.
 
 use std::collections::HashMap;
-use std::fs::{self};
+use std::fs;
 use std::io::{self};
 use std::path::Path;
 
