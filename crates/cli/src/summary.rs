@@ -67,21 +67,25 @@ pub(crate) fn rate(
 
 /// Mean and interval of the held-out loss, resampled by sequence, over evaluations.
 pub(crate) fn loss(evaluations: &[Evaluation], memory: &str) -> Option<Rate> {
-    let mut sequences: Vec<&eval::TokenSum> = vec![];
-    let (mut nats, mut tokens) = (0.0, 0);
+    let mut sums = vec![];
     for evaluation in evaluations {
-        let held_out = &evaluation.memories.get(memory)?.held_out;
-        sequences.extend(held_out.sequences.iter().filter(|s| s.tokens > 0));
-        nats += held_out.total.nats;
-        tokens += held_out.total.tokens;
+        let sequences = &evaluation.memories.get(memory)?.held_out.sequences;
+        sums.extend(sequences.iter().map(|sum| (sum.nats, sum.tokens)));
     }
+    per_token(&sums)
+}
+
+/// Σ nats / Σ tokens over sequences, with its interval. The bootstrap is of the ratio linearised at its
+/// mean R, R + (nats − R·tokens) / mean length, so that unequal lengths do not widen it.
+fn per_token(sums: &[(f64, u64)]) -> Option<Rate> {
+    let tokens: u64 = sums.iter().map(|(_, tokens)| tokens).sum();
     if tokens == 0 {
         return None;
     }
-    // The loss is a ratio of sums; a sequence's part of it is its sum over the mean length.
-    let mean_len = tokens as f64 / sequences.len() as f64;
-    let parts: Vec<f64> = sequences.iter().map(|s| s.nats / mean_len).collect();
-    bootstrap_mean(&parts).map(|rate| Rate { mean: nats / tokens as f64, ..rate })
+    let ratio = sums.iter().map(|(nats, _)| nats).sum::<f64>() / tokens as f64;
+    let mean_len = tokens as f64 / sums.len() as f64;
+    let part = |&(nats, tokens): &(f64, u64)| ratio + (nats - ratio * tokens as f64) / mean_len;
+    bootstrap_mean(&sums.iter().map(part).collect::<Vec<_>>()).map(|rate| Rate { mean: ratio, ..rate })
 }
 
 fn interval(rate: Rate) -> Interval {
@@ -103,16 +107,13 @@ fn differences(evaluations: &[Evaluation]) -> impl Iterator<Item = (String, Rate
 
 /// Loss with memory `a` less that with `b`, nats a token; resampled by sequence, each against itself.
 fn loss_difference(evaluations: &[Evaluation], a: &str, b: &str) -> Option<Rate> {
-    let (mut nats, mut tokens) = (vec![], 0);
+    let mut sums = vec![];
     for evaluation in evaluations {
         let sequences = |memory| Some(&evaluation.memories.get(memory)?.held_out.sequences);
-        for (a, b) in sequences(a)?.iter().zip(sequences(b)?).filter(|(a, _)| a.tokens > 0) {
-            nats.push(a.nats - b.nats);
-            tokens += a.tokens;
-        }
+        let pairs = sequences(a)?.iter().zip(sequences(b)?);
+        sums.extend(pairs.map(|(a, b)| (a.nats - b.nats, a.tokens)));
     }
-    let mean_len = tokens as f64 / nats.len() as f64;
-    bootstrap_mean(&nats.iter().map(|nats| nats / mean_len).collect::<Vec<_>>())
+    per_token(&sums)
 }
 
 /// A kind of recall.
@@ -256,4 +257,22 @@ pub(crate) fn table(evaluations: &[Evaluation]) -> String {
         text += &format!("{memory}: {note}\n");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_that_is_the_same_in_long_and_short_sequences_has_no_spread() {
+        let equal: Vec<(f64, u64)> = (1..60).map(|tokens| (2.5 * tokens as f64, tokens)).collect();
+        let rate = per_token(&equal).unwrap();
+        assert!((rate.mean - 2.5).abs() < 1e-12 && rate.high - rate.low < 1e-9, "{rate:?}");
+        // Each loss is 2 or 3 with equal chance: the mean of n has a standard error of 0.5 / √n.
+        let spread: Vec<(f64, u64)> =
+            (0..400).map(|i| (f64::from(2 + i % 2) * f64::from(1 + i % 7), 1 + (i % 7) as u64)).collect();
+        let rate = per_token(&spread).unwrap();
+        assert!(rate.low < 2.5 && 2.5 < rate.high && rate.high - rate.low < 0.14, "{rate:?}");
+        assert_eq!(per_token(&[]), None);
+    }
 }
