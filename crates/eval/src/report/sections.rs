@@ -21,8 +21,8 @@ const SAMPLE_TEXT: usize = 400;
 pub(super) fn sections(report: &Report) -> String {
     let all = [
         recall(report),
-        recall_held_out(report),
         choice(report),
+        recall_held_out(report),
         memories(report),
         relations(report),
         labels(report),
