@@ -46,10 +46,9 @@ pub(crate) struct Evaluation {
     pub(crate) seed: u64,
 }
 
-/// Measures the run in `dir` as its section `[eval]` says, with the changes of `set`.
-pub(crate) fn evaluate(dir: &Path, set: &[String]) -> Result<Evaluation> {
+/// Measures a run as its section `[eval]` says.
+pub(crate) fn evaluate(run: &Run) -> Result<Evaluation> {
     let began = Instant::now();
-    let run = Run::open_with(dir, set)?;
     let section = &run.config.eval;
     let corpus = run.corpus()?;
     let questions = match &section.questions {
@@ -64,11 +63,11 @@ pub(crate) fn evaluate(dir: &Path, set: &[String]) -> Result<Evaluation> {
     let mut memories = BTreeMap::new();
     match &section.none {
         Some(dir) => {
-            let none = control(&run, "none", dir)?;
+            let none = control(run, "none", dir)?;
             memories.insert("none", asked.measure(&none, MemoryMode::None)?);
         }
         None => {
-            let mut measured = asked.measure(&run, MemoryMode::None)?;
+            let mut measured = asked.measure(run, MemoryMode::None)?;
             if run.bank.is_some() {
                 measured.note = "this run's anchor with its memory taken away";
             }
@@ -76,21 +75,21 @@ pub(crate) fn evaluate(dir: &Path, set: &[String]) -> Result<Evaluation> {
         }
     }
     if let Some(dir) = &section.always_on {
-        let always_on = control(&run, "always_on", dir)?;
+        let always_on = control(run, "always_on", dir)?;
         memories.insert("always_on", asked.measure(&always_on, MemoryMode::Generic)?);
     }
     if run.is_always_on() {
-        memories.insert("always_on", asked.measure(&run, MemoryMode::Generic)?);
+        memories.insert("always_on", asked.measure(run, MemoryMode::Generic)?);
     } else if run.bank.is_some() {
-        memories.insert("generic", asked.measure(&run, MemoryMode::Generic)?);
-        memories.insert("fetched", asked.measure(&run, MemoryMode::Fetched)?);
+        memories.insert("generic", asked.measure(run, MemoryMode::Generic)?);
+        memories.insert("fetched", asked.measure(run, MemoryMode::Fetched)?);
         // A tree of one leaf has no other one to draw.
         if leaves.len() > 1 {
-            memories.insert("random", asked.measure(&run, MemoryMode::Random)?);
+            memories.insert("random", asked.measure(run, MemoryMode::Random)?);
         }
     }
     let seconds = began.elapsed().as_secs_f64();
-    let (tokens_per_s, seed) = (training_rate(dir)?, run.config.train.seed);
+    let (tokens_per_s, seed) = (training_rate(&run.dir)?, run.config.train.seed);
     let purity = purity(&corpus)?;
     let choices = section.choices;
     Ok(Evaluation { questions, memories, routed, purity, choices, seconds, tokens_per_s, seed })
@@ -116,17 +115,9 @@ fn control(run: &Run, key: &str, dir: &Path) -> Result<Run> {
 
 /// The paths of all leaves that hold documents.
 fn used_leaves(tree: &ClusterTree) -> Result<Vec<ClusterPath>> {
-    let last = tree.n_levels() - 1;
-    let used = (0..tree.n_clusters(last)).filter(|&leaf| tree.counts(last)[leaf] > 0);
-    let path = |leaf: usize| {
-        let mut below = tree.n_clusters(last);
-        let index = |level: usize| {
-            below /= tree.branching(level);
-            (leaf / below) as u32
-        };
-        ClusterPath::new((0..tree.n_levels()).map(index).collect())
-    };
-    Ok(used.map(path).collect::<cluster_tree::Result<_>>()?)
+    let counts = tree.counts(tree.n_levels() - 1);
+    let used = (0u32..).zip(counts).filter(|(_, n)| **n > 0);
+    Ok(used.map(|(leaf, _)| tree.path_of_leaf(leaf)).collect::<cluster_tree::Result<_>>()?)
 }
 
 /// Scored tokens a second over the run's last training process, validation and checkpoints included.

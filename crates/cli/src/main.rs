@@ -19,6 +19,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::Config;
+use crate::run::Run;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -193,12 +194,13 @@ fn run(command: Command) -> Result<()> {
                     "--set {setting}: expected a key of [eval]: the rest was decided when the run was trained"
                 );
             }
-            let evaluations = [evaluate::evaluate(&run, &set)?];
+            let run = Run::open_with(&run, &set)?;
+            let evaluations = [evaluate::evaluate(&run)?];
             print!("{}", summary::table(&evaluations));
             if json {
                 println!("{}", serde_json::to_string(&summary::summarise(&evaluations))?);
             }
-            let page = report::write(&run, &set, &evaluations[0])?;
+            let page = report::write(&run, &evaluations[0])?;
             eprintln!("report: {}", page.display());
         }
     }

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::config::Config;
 use crate::evaluate::{Evaluation, evaluate};
+use crate::run::Run;
 use crate::{facts, prepare, report, summary, training};
 
 /// The runs, in the order in which they are trained; the last one is compared with the others.
@@ -81,8 +82,9 @@ fn one_seed(dir: &Path, seed: u64, overrides: &[String]) -> Result<Evaluation> {
         let prepared = prepare::prepare(&config)?;
         training::train(&config, &prepared)?;
     }
-    let evaluation = evaluate(&memory, &[])?;
-    let page = report::write(&memory, &[], &evaluation)?;
+    let run = Run::open(&memory)?;
+    let evaluation = evaluate(&run)?;
+    let page = report::write(&run, &evaluation)?;
     eprintln!("{:>18}: {}", "report", page.display());
     Ok(evaluation)
 }

@@ -10,12 +10,11 @@ use crate::evaluate::{self, Evaluation, MEMORIES};
 use crate::run::{Run, write_whole};
 use crate::summary::{Recall, loss, recall, summarise};
 
-/// Writes the report of the run in `dir` beside its configuration.
-pub(crate) fn write(dir: &Path, set: &[String], evaluation: &Evaluation) -> Result<std::path::PathBuf> {
-    let run = Run::open_with(dir, set)?;
-    let report = build(&run, std::slice::from_ref(evaluation))?;
-    write_whole(&dir.join("report.json"), serde_json::to_string(&report)?.as_bytes())?;
-    let page = dir.join("report.html");
+/// Writes the report of a run beside its configuration.
+pub(crate) fn write(run: &Run, evaluation: &Evaluation) -> Result<std::path::PathBuf> {
+    let report = build(run, std::slice::from_ref(evaluation))?;
+    write_whole(&run.dir.join("report.json"), serde_json::to_string(&report)?.as_bytes())?;
+    let page = run.dir.join("report.html");
     write_whole(&page, report::html(&report).as_bytes())?;
     Ok(page)
 }

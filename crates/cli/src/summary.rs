@@ -142,20 +142,12 @@ pub(crate) fn recall(evaluations: &[Evaluation], memory: &str, what: Recall) -> 
 
 /// The figures of one or more evaluations (seeds) taken together.
 pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
-    let by_memory = |value: &dyn Fn(&str) -> Option<f64>| -> BTreeMap<String, Option<f64>> {
-        MEMORIES.iter().map(|memory| (memory.to_string(), value(memory))).collect()
+    let losses = MEMORIES.map(|memory| (memory.to_string(), loss(evaluations, memory)));
+    let of_loss = |value: &dyn Fn(Rate) -> f64| -> BTreeMap<String, Option<f64>> {
+        losses.iter().map(|(memory, loss)| (memory.clone(), loss.map(value))).collect()
     };
-    let rates = |what: Recall| -> BTreeMap<String, Vec<Option<Rate>>> {
-        MEMORIES.iter().map(|memory| (memory.to_string(), recall(evaluations, memory, what))).collect()
-    };
-    let means = |what: Recall| -> BTreeMap<String, Vec<Option<f64>>> {
-        let row = |rates: Vec<Option<Rate>>| rates.into_iter().map(|rate| rate.map(|r| r.mean)).collect();
-        rates(what).into_iter().map(|(memory, rates)| (memory, row(rates))).collect()
-    };
-    let intervals = |what: Recall| -> BTreeMap<String, Vec<Option<Interval>>> {
-        let row = |rates: Vec<Option<Rate>>| rates.into_iter().map(|rate| rate.map(interval)).collect();
-        rates(what).into_iter().map(|(memory, rates)| (memory, row(rates))).collect()
-    };
+    let [exact, held_out, chosen] = [Recall::Exact, Recall::ExactHeldOut, Recall::Chosen]
+        .map(|what| MEMORIES.map(|memory| (memory.to_string(), recall(evaluations, memory, what))));
     let of_memory = |value: &dyn Fn(&Measured) -> u64| -> BTreeMap<String, Option<u64>> {
         let measured = |memory: &str| evaluations.first().and_then(|e| e.memories.get(memory));
         MEMORIES.iter().map(|memory| (memory.to_string(), measured(memory).map(value))).collect()
@@ -175,16 +167,16 @@ pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
         groups
     };
     Summary {
-        loss: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean)),
-        perplexity: by_memory(&|memory| loss(evaluations, memory).map(|rate| rate.mean.exp())),
-        exact_match: means(Recall::Exact),
-        exact_match_held_out: means(Recall::ExactHeldOut),
-        choice: means(Recall::Chosen),
+        loss: of_loss(&|loss| loss.mean),
+        perplexity: of_loss(&|loss| loss.mean.exp()),
+        exact_match: each(&exact, |rate| rate.mean),
+        exact_match_held_out: each(&held_out, |rate| rate.mean),
+        choice: each(&chosen, |rate| rate.mean),
         intervals: Intervals {
-            loss: MEMORIES.map(|memory| (memory.into(), loss(evaluations, memory).map(interval))).into(),
-            exact_match: intervals(Recall::Exact),
-            exact_match_held_out: intervals(Recall::ExactHeldOut),
-            choice: intervals(Recall::Chosen),
+            loss: losses.iter().map(|(memory, loss)| (memory.clone(), loss.map(interval))).collect(),
+            exact_match: each(&exact, interval),
+            exact_match_held_out: each(&held_out, interval),
+            choice: each(&chosen, interval),
         },
         loss_difference: differences(evaluations)
             .map(|(pair, rate)| (pair, (rate.mean, interval(rate))))
@@ -199,6 +191,12 @@ pub(crate) fn summarise(evaluations: &[Evaluation]) -> Summary {
         tokens_per_s: evaluations.iter().map(|e| e.tokens_per_s).sum::<f64>() / evaluations.len() as f64,
         seeds: evaluations.iter().map(|e| e.seed).collect(),
     }
+}
+
+/// One value of each rate, by memory and bucket.
+fn each<T>(rates: &[(String, Vec<Option<Rate>>)], value: fn(Rate) -> T) -> BTreeMap<String, Vec<Option<T>>> {
+    let row = |rates: &Vec<Option<Rate>>| rates.iter().map(|rate| rate.map(value)).collect();
+    rates.iter().map(|(memory, rates)| (memory.clone(), row(rates))).collect()
 }
 
 /// Perplexity by label of the held-out documents, first evaluation.

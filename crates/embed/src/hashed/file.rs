@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self};
+use std::io;
 use std::path::Path;
 
 use safetensors::tensor::TensorView;
