@@ -32,13 +32,17 @@ fn outcome(run: &Path) -> (Vec<serde_json::Value>, BTreeMap<PathBuf, Vec<u8>>) {
     (metrics(run), files)
 }
 
+fn assert_same_files(expected: &BTreeMap<PathBuf, Vec<u8>>, found: &BTreeMap<PathBuf, Vec<u8>>) {
+    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
+    for (name, bytes) in expected {
+        assert!(found[name] == *bytes, "{}: other bytes", name.display());
+    }
+}
+
 fn assert_same(whole: &Path, resumed: &Path) {
     let (expected, found) = (outcome(whole), outcome(resumed));
     assert_eq!(expected.0, found.0);
-    assert_eq!(expected.1.keys().collect::<Vec<_>>(), found.1.keys().collect::<Vec<_>>());
-    for (name, bytes) in &expected.1 {
-        assert!(found.1[name] == *bytes, "{}: other bytes", name.display());
-    }
+    assert_same_files(&expected.1, &found.1);
     assert!(half_written(resumed).is_empty(), "{:?}", half_written(resumed));
 }
 
@@ -62,10 +66,7 @@ fn prepare_goes_on_after_each_kill() {
     for files in [&mut expected, &mut found] {
         assert!(files.remove(Path::new(".lock")).is_some());
     }
-    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
-    for (name, bytes) in expected {
-        assert!(found[&name] == bytes, "{}: other bytes", name.display());
-    }
+    assert_same_files(&expected, &found);
 }
 
 #[test]

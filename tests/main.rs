@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod comparison;
+#[path = "fixtures/files.rs"]
+mod fixtures;
 mod kill;
 mod pipeline;
 mod support;

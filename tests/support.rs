@@ -8,6 +8,8 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub(crate) use crate::fixtures::files;
+
 /// The configuration of every test: trained in a fraction of a second, a checkpoint every 4 steps.
 const CONFIG: &str = r#"[run]
 dir = "run"
@@ -119,24 +121,6 @@ pub(crate) fn failure(output: &Output, parts: &[&str]) -> String {
 fn texts(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
-}
-
-/// Every file under `folder` with its content, by its path within it.
-pub(crate) fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(&next).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                let bytes = fs::read(&path).unwrap();
-                found.insert(path.strip_prefix(folder).unwrap().to_path_buf(), bytes);
-            }
-        }
-    }
-    found
 }
 
 /// Files whose name says that they are being written.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anchor::{Anchor, AnchorConfig};
@@ -13,6 +13,8 @@ use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, To
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, MemoryKind};
 use tempfile::TempDir;
 use train::{Checkpoints, Parts, Phase, StepMetrics, TrainConfig, Trainer};
+
+pub(crate) use crate::files::files;
 
 pub(crate) const CPU: (&Device, DType) = (&Device::Cpu, DType::F32);
 
@@ -170,25 +172,6 @@ pub(crate) fn train_until_killed(mut trainer: Trainer<LocalBank>, step: u64) {
         })
     }));
     assert!(killed.is_err(), "the run ended before step {step}");
-}
-
-/// Every file below `dir` with its bytes.
-pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut folders = vec![dir.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => {
-                    let bytes = fs::read(&path).unwrap();
-                    found.insert(path.strip_prefix(dir).unwrap().to_path_buf(), bytes);
-                }
-            }
-        }
-    }
-    found
 }
 
 /// Metrics without the times.

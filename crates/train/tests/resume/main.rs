@@ -1,6 +1,8 @@
 //! Whole runs on a tiny corpus: resuming to the byte, phases, divergence, checkpoints and metrics.
 
 mod checkpoints;
+#[path = "../../../../tests/fixtures/files.rs"]
+mod files;
 mod fixtures;
 mod phases;
 mod resuming;
