@@ -78,7 +78,7 @@ class Anchor(nn.Module):
                     getattr(block, name).copy_(get(name))
                 for name in ("query", "key", "value", "attention_output"):
                     getattr(block, name).weight.copy_(get(name))
-                gate, up, down = get("ffn")[0]
+                gate, up, down = get("ffn")
                 block.gate.weight.copy_(gate)
                 block.up.weight.copy_(up)
                 block.down.weight.copy_(down.T)

@@ -1,4 +1,5 @@
 use candle_core::{Result, Tensor};
+use ops::Traced;
 
 /// Keys and values of the positions decoded so far, per layer [B, S, H·K].
 #[derive(Default)]
@@ -18,20 +19,19 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Appends the keys and values of new positions and returns those of all. They leave the autograd
-    /// graph: it would keep every step's activations alive.
-    pub(crate) fn append(&mut self, layer: usize, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
-        let (k, v) = (k.detach(), v.detach());
+    /// Appends the keys and values of new positions and returns those of all, as constants.
+    pub(crate) fn append(&mut self, layer: usize, k: &Traced, v: &Traced) -> Result<(Traced, Traced)> {
+        let (k, v) = (k.value(), v.value());
         let all = match self.layers.get(layer) {
-            None => (k, v),
-            Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 1)?, Tensor::cat(&[old_v, &v], 1)?),
+            None => (k.clone(), v.clone()),
+            Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 1)?, Tensor::cat(&[old_v, v], 1)?),
         };
         if layer < self.layers.len() {
             self.layers[layer] = all.clone();
         } else {
             self.layers.push(all.clone());
         }
-        Ok(all)
+        Ok((Traced::constant(all.0), Traced::constant(all.1)))
     }
 
     /// Marks `n` positions as decoded, once every layer has appended them.

@@ -98,7 +98,7 @@ impl AnchorConfig {
             add("key_norm", vec![a]);
             add("attention_output", vec![d, a]);
             add("ffn_norm", vec![d]);
-            add("ffn", vec![1, 3, f, d]);
+            add("ffn", vec![3, f, d]);
         }
         all.push(("final_norm".into(), vec![d]));
         if !self.tied_embeddings {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Deserialize;
 
@@ -25,10 +25,10 @@ impl Anchor {
     pub fn save(&self, path: &Path) -> Result<()> {
         let file_error = |problem: String| Error::File { path: path.into(), problem };
         let mut values: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
-        for (name, var) in self.variables() {
-            let flat = var.as_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+        for (name, parameter) in self.parameters() {
+            let flat = parameter.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
             let bytes = flat.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect();
-            values.push((name.clone(), var.dims().to_vec(), bytes));
+            values.push((name.clone(), parameter.dims().to_vec(), bytes));
         }
         let views = values
             .iter()
@@ -64,7 +64,7 @@ impl Anchor {
             .map_err(|e| file_error(format!("metadata {KEY}: config: {e}")))?;
         config.check()?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| file_error(e.to_string()))?;
-        let mut variables = BTreeMap::new();
+        let mut parameters = BTreeMap::new();
         for (name, shape) in config.parameters() {
             let Ok(view) = tensors.tensor(&name) else {
                 return Err(Error::Tensor { path: path.into(), tensor: name, problem: "missing" });
@@ -76,12 +76,12 @@ impl Anchor {
             let (values, _) = view.data().as_chunks::<4>();
             let values: Vec<f32> = values.iter().map(|&b| f32::from_le_bytes(b)).collect();
             let tensor = Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?;
-            variables.insert(name, Var::from_tensor(&tensor)?);
+            parameters.insert(name, tensor);
         }
-        if let Some(extra) = tensors.names().into_iter().find(|name| !variables.contains_key(*name)) {
+        if let Some(extra) = tensors.names().into_iter().find(|name| !parameters.contains_key(*name)) {
             let tensor = extra.to_string();
             return Err(Error::Tensor { path: path.into(), tensor, problem: "not part of this anchor" });
         }
-        Ok(Self::from_variables(config, variables))
+        Ok(Self::from_parameters(config, parameters))
     }
 }

@@ -17,4 +17,5 @@ pub use cache::KvCache;
 pub use config::AnchorConfig;
 pub use error::{Error, Result};
 pub use memory::{FetchedMemory, unique_ids};
-pub use model::{Anchor, Input, Targets};
+pub use model::{Anchor, Compute, Input, Targets};
+pub use ops::{Gradients, Precision};

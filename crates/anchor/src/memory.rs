@@ -1,12 +1,11 @@
-//! Fetched memory as the leaves of the autograd graph: the touched blocks, never the bank.
+//! Fetched memory as the leaves of a backward pass: the touched blocks, never the bank.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor};
 use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::{Block, BlockSpec};
-use ops::Run;
+use ops::{FfnPart, Gradients, Run, Traced};
 
 use crate::{Error, Result};
 
@@ -17,19 +16,20 @@ pub fn unique_ids(paths: &[ClusterPath], spec: &BlockSpec) -> Vec<ClusterId> {
     wanted.into_iter().collect()
 }
 
-/// The memory of one batch: per level the unique blocks as variables, and each sequence's block.
+/// The memory of one batch: per level the unique blocks, and each sequence's block.
 ///
 /// With no level it is the plain anchor.
 #[derive(Default)]
 pub struct FetchedMemory {
     levels: Vec<Level>,
+    frozen: bool,
     shape: Option<(usize, usize)>, // (n_layers, d_model)
 }
 
 struct Level {
     ids: Vec<ClusterId>,
-    /// One a layer, [U, 3, R, D]: variables, until they are frozen.
-    layers: Vec<Tensor>,
+    /// Per block its layers, each [3, R, D].
+    blocks: Vec<Vec<Tensor>>,
     /// Index into `ids` per sequence.
     block_of_sequence: Vec<usize>,
 }
@@ -40,7 +40,7 @@ impl FetchedMemory {
         Self::default()
     }
 
-    /// Moves `blocks` to the device as variables of `dtype`, for sequences that follow `paths`.
+    /// Moves `blocks` to the device in `dtype`, to be trained, for sequences that follow `paths`.
     ///
     /// # Errors
     /// When a path's block is missing or has another length than `spec` says.
@@ -60,7 +60,7 @@ impl FetchedMemory {
                     .expect("ids were gathered from these paths")
             };
             let block_of_sequence: Vec<usize> = paths.iter().map(place).collect();
-            let mut values = Vec::with_capacity(ids.len());
+            let mut values_of = Vec::with_capacity(ids.len());
             for (i, &id) in ids.iter().enumerate() {
                 let sequence = || block_of_sequence.iter().position(|&b| b == i).unwrap_or_default();
                 let block = by_id.get(&id).ok_or_else(|| Error::BlockNotFetched {
@@ -72,52 +72,47 @@ impl FetchedMemory {
                 if expected != found {
                     return Err(Error::BlockLength { id, expected, found });
                 }
-                values.push(&block.values[..]);
+                let shape = (spec.n_layers, 3, spec.width[level], spec.d_model);
+                let values = Tensor::from_slice(&block.values, shape, device)?.to_dtype(dtype)?;
+                values_of.push(
+                    (0..spec.n_layers).map(|layer| values.get(layer)).collect::<candle_core::Result<_>>()?,
+                );
             }
-            let shape = (ids.len(), 3, spec.width[level], spec.d_model);
-            let layer_len = spec.block_len(level) / spec.n_layers;
-            let layer = |layer: usize| -> Result<Tensor> {
-                let rows: Vec<&[f32]> = values.iter().map(|v| &v[layer * layer_len..][..layer_len]).collect();
-                let tensor = Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?;
-                Ok(Var::from_tensor(&tensor)?.into_inner())
-            };
-            let layers = (0..spec.n_layers).map(layer).collect::<Result<_>>()?;
-            Ok(Level { ids, layers, block_of_sequence })
+            Ok(Level { ids, blocks: values_of, block_of_sequence })
         };
         let levels = spec.levels().map(build).collect::<Result<_>>()?;
-        Ok(Self { levels, shape: Some((spec.n_layers, spec.d_model)) })
+        Ok(Self { levels, frozen: false, shape: Some((spec.n_layers, spec.d_model)) })
     }
 
-    /// The same memory outside the autograd graph: for evaluation and generation.
-    pub fn freeze(mut self) -> Self {
-        let layers = self.levels.iter_mut().flat_map(|level| &mut level.layers);
-        layers.for_each(|weights| *weights = weights.detach());
-        self
+    /// The same memory without gradients: for evaluation and generation.
+    pub fn freeze(self) -> Self {
+        Self { frozen: true, ..self }
     }
 
-    /// The gradients of all blocks, summed over the sequences that share one.
-    ///
-    /// # Errors
-    /// When the graph that made `grads` did not use this memory.
-    pub fn grads(&self, grads: &GradStore) -> Result<Vec<Block>> {
+    /// Slots that the gradients of all blocks take: one a block and layer.
+    pub(crate) fn n_slots(&self) -> usize {
+        self.levels.iter().flat_map(|level| &level.blocks).map(Vec::len).sum()
+    }
+
+    /// Takes the gradients of all blocks, which begin at `first_slot`; none when they are frozen.
+    pub(crate) fn take_gradients(&self, gradients: &mut Gradients, first_slot: usize) -> Result<Vec<Block>> {
         let mut blocks = vec![];
+        let mut slot = first_slot;
         for level in &self.levels {
-            let first = blocks.len();
-            let block_len = level.layers.iter().map(Tensor::elem_count).sum::<usize>() / level.ids.len();
-            let block = |&id| Block { id, values: Vec::with_capacity(block_len) };
-            blocks.extend(level.ids.iter().map(block));
-            for weights in &level.layers {
-                let gradient = grads.get(weights).ok_or_else(|| {
-                    candle_core::Error::Msg(
-                        "a memory block is not part of the graph that was differentiated".into(),
-                    )
-                })?;
-                let gradient = gradient.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
-                let gradient = gradient.to_vec1::<f32>()?;
-                let len = gradient.len() / level.ids.len();
-                for (block, values) in blocks[first..].iter_mut().zip(gradient.chunks_exact(len)) {
-                    block.values.extend_from_slice(values);
+            for (&id, layers) in level.ids.iter().zip(&level.blocks) {
+                if self.frozen {
+                    continue;
                 }
+                let mut values = Vec::with_capacity(layers.iter().map(Tensor::elem_count).sum());
+                for _ in layers {
+                    let gradient = gradients.take(slot).ok_or_else(|| {
+                        candle_core::Error::Msg(format!("an operation dropped the gradient of {id}"))
+                    })?;
+                    let gradient = gradient.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+                    values.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+                    slot += 1;
+                }
+                blocks.push(Block { id, values });
             }
         }
         Ok(blocks)
@@ -146,24 +141,45 @@ impl FetchedMemory {
         }
     }
 
-    /// Per level, the weights of one layer and the runs of rows by block, `rows_per_sequence` each.
-    pub(crate) fn layer(
+    /// Per level, the weights of one layer and the rows they serve, `rows_per_sequence` a sequence. Their
+    /// gradients go to the slots from `first_slot` on, or nowhere.
+    pub(crate) fn parts(
         &self,
         layer: usize,
         rows_per_sequence: usize,
-    ) -> impl Iterator<Item = (&Tensor, Vec<Run>)> {
-        self.levels.iter().map(move |level| {
-            let mut runs: Vec<Run> = vec![];
-            for (sequence, &block) in level.block_of_sequence.iter().enumerate() {
-                match runs.last_mut() {
-                    Some(run) if run.block == block => run.n_rows += rows_per_sequence,
-                    _ => {
-                        let first_row = sequence * rows_per_sequence;
-                        runs.push(Run { block, first_row, n_rows: rows_per_sequence });
-                    }
+        first_slot: Option<usize>,
+    ) -> Vec<FfnPart> {
+        let mut slot = first_slot.filter(|_| !self.frozen);
+        let mut parts = vec![];
+        for level in &self.levels {
+            let mut block = |layers: &Vec<Tensor>| {
+                let weights = layers[layer].clone();
+                let traced = match slot {
+                    Some(slot) => Traced::leaf(weights, slot + layer),
+                    None => Traced::constant(weights),
+                };
+                slot = slot.map(|slot| slot + layers.len());
+                traced
+            };
+            let blocks = level.blocks.iter().map(&mut block).collect();
+            parts.push(FfnPart { blocks, runs: level.runs(rows_per_sequence) });
+        }
+        parts
+    }
+}
+
+impl Level {
+    fn runs(&self, rows_per_sequence: usize) -> Vec<Run> {
+        let mut runs: Vec<Run> = vec![];
+        for (sequence, &block) in self.block_of_sequence.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if run.block == block => run.n_rows += rows_per_sequence,
+                _ => {
+                    let first_row = sequence * rows_per_sequence;
+                    runs.push(Run { block, first_row, n_rows: rows_per_sequence });
                 }
             }
-            (&level.layers[layer], runs)
-        })
+        }
+        runs
     }
 }

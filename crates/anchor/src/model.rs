@@ -1,7 +1,11 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor, Var};
-use ops::{AttentionShape, CrossEntropy, RopeTable, Run, TokenLoss};
+use candle_core::{DType, Device, Tensor};
+use memory_bank::Block;
+use ops::{
+    AttentionShape, CrossEntropy, FfnPart, Gradients, NormRope, Precision, RopeTable, Tape, TokenLoss, Traced,
+};
 
 use crate::{AnchorConfig, Error, FetchedMemory, KvCache, Result, init};
 
@@ -22,31 +26,52 @@ pub struct Input<'a> {
 /// What a loss is computed against.
 pub type Targets<'a> = CrossEntropy<'a>;
 
+/// How a loss and its gradients are computed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Compute {
+    /// How matrix products are made.
+    pub precision: Precision,
+    /// Whether the backward pass computes the activations of each block again instead of keeping them.
+    pub checkpoint: bool,
+}
+
 /// The decoder of method.md §4: pre-norm, RMSNorm, QK-norm over the full width, RoPE, SwiGLU, no biases.
 pub struct Anchor {
     config: AnchorConfig,
-    variables: BTreeMap<String, Var>,
+    parameters: BTreeMap<String, Tensor>,
     weights: Weights,
     rope: RopeTable,
 }
 
+/// The parameters again, by use; their slots are their places in the order of names.
 struct Weights {
-    token_embedding: Tensor, // [V, D]
+    token_embedding: Traced, // [V, D]
     layers: Vec<Layer>,
-    final_norm: Tensor,     // [D]
-    output: Option<Tensor>, // [V, D], none when tied
+    final_norm: Traced,     // [D]
+    output: Option<Traced>, // [V, D], none when tied
 }
 
+#[derive(Clone)]
 struct Layer {
-    attention_norm: Tensor,   // [D]
-    query: Tensor,            // [H·K, D]
-    key: Tensor,              // [H·K, D]
-    value: Tensor,            // [H·K, D]
-    query_norm: Tensor,       // [H·K]
-    key_norm: Tensor,         // [H·K]
-    attention_output: Tensor, // [D, H·K]
-    ffn_norm: Tensor,         // [D]
-    ffn: Tensor,              // [1, 3, F, D]
+    attention_norm: Traced,   // [D]
+    query: Traced,            // [H·K, D]
+    key: Traced,              // [H·K, D]
+    value: Traced,            // [H·K, D]
+    query_norm: Traced,       // [H·K]
+    key_norm: Traced,         // [H·K]
+    attention_output: Traced, // [D, H·K]
+    ffn_norm: Traced,         // [D]
+    ffn: Traced,              // [3, F, D]
+}
+
+/// What every block of one pass needs beside its weights and the memory.
+#[derive(Clone)]
+struct Pass {
+    config: AnchorConfig,
+    rope: RopeTable,
+    starts: Arc<[u32]>,
+    batch: usize,
+    len: usize,
 }
 
 impl Anchor {
@@ -56,25 +81,25 @@ impl Anchor {
     /// When the configuration fits no model.
     pub fn new(config: AnchorConfig, seed: u64, (device, dtype): (&Device, DType)) -> Result<Self> {
         config.check()?;
-        let mut variables = BTreeMap::new();
+        let mut parameters = BTreeMap::new();
         for (name, shape) in config.parameters() {
             let values = init::values(&config, &name, &shape, seed);
             let tensor = Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?;
-            variables.insert(name, Var::from_tensor(&tensor)?);
+            parameters.insert(name, tensor);
         }
-        Ok(Self::from_variables(config, variables))
+        Ok(Self::from_parameters(config, parameters))
     }
 
-    /// `variables` are those of `config.parameters()`; their gradients are computed.
-    pub(crate) fn from_variables(config: AnchorConfig, variables: BTreeMap<String, Var>) -> Self {
-        let weights = Weights::of(&config, |name| variables[name].as_tensor().clone());
+    /// `parameters` are those of `config.parameters()`; their gradients are computed.
+    pub(crate) fn from_parameters(config: AnchorConfig, parameters: BTreeMap<String, Tensor>) -> Self {
+        let weights = Weights::of(&config, &parameters, |slot, tensor| Traced::leaf(tensor, slot));
         let rope = RopeTable::new(config.max_seq_len, config.head_width, config.rope_base);
-        Self { config, variables, weights, rope }
+        Self { config, parameters, weights, rope }
     }
 
-    /// The same weights outside the autograd graph: for evaluation, generation and frozen training.
+    /// The same weights without gradients: for evaluation, generation and frozen training.
     pub fn freeze(mut self) -> Self {
-        self.weights = Weights::of(&self.config, |name| self.variables[name].as_detached_tensor());
+        self.weights = Weights::of(&self.config, &self.parameters, |_, tensor| Traced::constant(tensor));
         self
     }
 
@@ -83,19 +108,19 @@ impl Anchor {
         &self.config
     }
 
-    /// Every parameter by name, in name order.
-    pub fn variables(&self) -> &BTreeMap<String, Var> {
-        &self.variables
+    /// Every parameter by name, in name order: the i-th has slot i in gradients. They are updated in place.
+    pub fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        &self.parameters
     }
 
     /// Where the weights are.
     pub fn device(&self) -> &Device {
-        self.weights.token_embedding.device()
+        self.weights.token_embedding.value().device()
     }
 
     /// The type of the weights.
     pub fn dtype(&self) -> DType {
-        self.weights.token_embedding.dtype()
+        self.weights.token_embedding.value().dtype()
     }
 
     /// Hidden states after the final norm, [B, T, D]. With a cache, `input` continues what it holds.
@@ -107,8 +132,62 @@ impl Anchor {
         &self,
         input: Input,
         memory: &FetchedMemory,
-        mut cache: Option<&mut KvCache>,
+        cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
+        let mut tape = Tape::off(Precision::F32);
+        let pass = self.pass(input, memory)?;
+        let Some(cache) = cache else {
+            return Ok(self.decoder(&mut tape, input, &pass, memory, false)?.value().clone());
+        };
+        let mut x =
+            ops::embedding(&mut tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))?;
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            x = pass.block(&mut tape, &x, layer, memory.parts(i, input.len, None), Some((i, cache)))?;
+        }
+        cache.advance(input.len);
+        Ok(pass.norm(&mut tape, &x, &self.weights.final_norm)?.value().clone())
+    }
+
+    /// Scores of the next token, [.., V], from hidden states [.., D].
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let hidden = Traced::constant(hidden.clone());
+        Ok(ops::linear(&mut Tape::off(Precision::F32), None, &hidden, self.output())?.value().clone())
+    }
+
+    /// The loss of a batch and of each of its B·T tokens.
+    ///
+    /// # Errors
+    /// As [`Anchor::hidden`], and when the targets do not match the batch.
+    pub fn loss(&self, input: Input, targets: Targets, memory: &FetchedMemory) -> Result<(f64, TokenLoss)> {
+        let mut tape = Tape::off(Precision::F32);
+        let hidden = self.decoder(&mut tape, input, &self.pass(input, memory)?, memory, false)?;
+        Ok(ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?)
+    }
+
+    /// The loss of a batch, its gradients by parameter added to `gradients`, and those of the memory's blocks,
+    /// each summed over the sequences that share it.
+    ///
+    /// # Errors
+    /// As [`Anchor::loss`].
+    pub fn loss_and_gradients(
+        &self,
+        (input, targets): (Input, Targets),
+        memory: &FetchedMemory,
+        compute: Compute,
+        gradients: &mut Gradients,
+    ) -> Result<(f64, Vec<Block>)> {
+        let pass = self.pass(input, memory)?;
+        let n_parameters = self.parameters.len();
+        let mut tape = Tape::recording(compute.precision, gradients, n_parameters + memory.n_slots());
+        let hidden = self.decoder(&mut tape, input, &pass, memory, compute.checkpoint)?;
+        let (loss, _) = ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?;
+        drop(hidden);
+        tape.backward()?;
+        Ok((loss, memory.take_gradients(gradients, n_parameters)?))
+    }
+
+    /// Fails when the parts of the batch disagree.
+    fn pass(&self, input: Input, memory: &FetchedMemory) -> Result<Pass> {
         let Input { tokens, starts, batch, len } = input;
         for (what, found) in [("tokens", tokens.len()), ("document starts", starts.len())] {
             if found != batch * len {
@@ -116,90 +195,109 @@ impl Anchor {
             }
         }
         memory.check((self.config.n_layers, self.config.d_model), (batch, len))?;
-        let mut x = ops::embedding(&self.weights.token_embedding, tokens, (batch, len))?;
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            x = self.attend(i, layer, x, input, cache.as_deref_mut())?;
-            x = self.feed_forward(i, layer, x, memory)?;
-        }
-        if let Some(cache) = cache {
-            cache.advance(len);
-        }
-        Ok(self.norm(&x, &self.weights.final_norm)?)
+        let config = self.config.clone();
+        Ok(Pass { config, rope: self.rope.clone(), starts: starts.into(), batch, len })
     }
 
-    /// Scores of the next token, [.., V], from hidden states [.., D].
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(ops::linear(hidden, self.output())?)
-    }
-
-    /// The loss of a batch and of each of its B·T tokens.
-    ///
-    /// # Errors
-    /// As [`Anchor::hidden`], and when the targets do not match the batch.
-    pub fn loss(
+    /// Hidden states after the final norm.
+    fn decoder(
         &self,
+        tape: &mut Tape,
         input: Input,
-        targets: Targets,
+        pass: &Pass,
         memory: &FetchedMemory,
-    ) -> Result<(Tensor, TokenLoss)> {
-        let hidden = self.hidden(input, memory, None)?;
-        Ok(ops::linear_cross_entropy(&hidden, self.output(), targets)?)
+        checkpoint: bool,
+    ) -> candle_core::Result<Traced> {
+        let mut x =
+            ops::embedding(tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))?;
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            let memory = memory.parts(i, input.len, Some(self.parameters.len()));
+            x = match checkpoint {
+                true => {
+                    let (pass, layer) = (pass.clone(), layer.clone());
+                    tape.checkpoint(&x, move |tape, x| pass.block(tape, x, &layer, memory.clone(), None))?
+                }
+                false => pass.block(tape, &x, layer, memory, None)?,
+            };
+        }
+        pass.norm(tape, &x, &self.weights.final_norm)
     }
 
-    fn output(&self) -> &Tensor {
+    fn output(&self) -> &Traced {
         self.weights.output.as_ref().unwrap_or(&self.weights.token_embedding)
     }
+}
 
-    fn norm(&self, x: &Tensor, gain: &Tensor) -> candle_core::Result<Tensor> {
-        ops::rms_norm(x, gain, self.config.norm_eps)
+impl Pass {
+    fn norm(&self, tape: &mut Tape, x: &Traced, gain: &Traced) -> candle_core::Result<Traced> {
+        ops::rms_norm(tape, x, gain, self.config.norm_eps)
+    }
+
+    /// One block of the decoder; with a cache, that of the layer of this index.
+    fn block(
+        &self,
+        tape: &mut Tape,
+        x: &Traced,
+        layer: &Layer,
+        memory: Vec<FfnPart>,
+        cache: Option<(usize, &mut KvCache)>,
+    ) -> candle_core::Result<Traced> {
+        let x = self.attend(tape, x, layer, cache)?;
+        self.feed_forward(tape, &x, layer, memory)
     }
 
     /// x + attention(norm(x))
     fn attend(
         &self,
-        index: usize,
+        tape: &mut Tape,
+        x: &Traced,
         layer: &Layer,
-        x: Tensor,
-        input: Input,
-        cache: Option<&mut KvCache>,
-    ) -> Result<Tensor> {
-        let first_position = cache.as_ref().map_or(0, |cache| cache.len());
-        let normed = self.norm(&x, &layer.attention_norm)?;
-        let q = self.norm(&ops::linear(&normed, &layer.query)?, &layer.query_norm)?;
-        let k = self.norm(&ops::linear(&normed, &layer.key)?, &layer.key_norm)?;
-        let v = ops::linear(&normed, &layer.value)?;
-        let q = ops::rope(&q, &self.rope, first_position)?;
-        let k = ops::rope(&k, &self.rope, first_position)?;
+        cache: Option<(usize, &mut KvCache)>,
+    ) -> candle_core::Result<Traced> {
+        let first_position = cache.as_ref().map_or(0, |(_, cache)| cache.len());
+        let normed = self.norm(tape, x, &layer.attention_norm)?;
+        let mut linear = |weight: &Traced| ops::linear(tape, None, &normed, weight);
+        let (q, k, v) = (linear(&layer.query)?, linear(&layer.key)?, linear(&layer.value)?);
+        let rotation = NormRope { table: &self.rope, first_position, eps: self.config.norm_eps };
+        let q = ops::norm_rope(tape, &q, &layer.query_norm, rotation)?;
+        let k = ops::norm_rope(tape, &k, &layer.key_norm, rotation)?;
         let (k, v) = match cache {
-            Some(cache) => cache.append(index, k, v)?,
+            Some((index, cache)) => cache.append(index, &k, &v)?,
             None => (k, v),
         };
         let shape = AttentionShape {
-            batch: input.batch,
-            queries: input.len,
-            keys: k.dim(1)?,
+            batch: self.batch,
+            queries: self.len,
+            keys: k.value().dim(1)?,
             heads: self.config.n_heads,
             head_width: self.config.head_width,
         };
-        let mixed = ops::attention(&q, &k, &v, input.starts, shape)?;
-        Ok((x + ops::linear(&mixed, &layer.attention_output)?)?)
+        let mixed = ops::attention(tape, [&q, &k, &v], &self.starts, shape)?;
+        ops::linear(tape, Some(x), &mixed, &layer.attention_output)
     }
 
     /// x + FFN(norm(x)) + Σ_levels memory(norm(x))
-    fn feed_forward(&self, index: usize, layer: &Layer, x: Tensor, memory: &FetchedMemory) -> Result<Tensor> {
-        let (batch, len, _) = x.dims3()?;
-        let normed = self.norm(&x, &layer.ffn_norm)?;
-        let everything = [Run { block: 0, first_row: 0, n_rows: batch * len }];
-        let mut x = ops::gated_ffn(&x, &normed, &layer.ffn, &everything)?;
-        for (weights, runs) in memory.layer(index, len) {
-            x = ops::gated_ffn(&x, &normed, weights, &runs)?;
-        }
-        Ok(x)
+    fn feed_forward(
+        &self,
+        tape: &mut Tape,
+        x: &Traced,
+        layer: &Layer,
+        memory: Vec<FfnPart>,
+    ) -> candle_core::Result<Traced> {
+        let normed = self.norm(tape, x, &layer.ffn_norm)?;
+        let anchor = FfnPart::everywhere(layer.ffn.clone(), self.batch * self.len);
+        ops::gated_ffn(tape, x, &normed, [vec![anchor], memory].concat())
     }
 }
 
 impl Weights {
-    fn of(config: &AnchorConfig, get: impl Fn(&str) -> Tensor) -> Self {
+    fn of(
+        config: &AnchorConfig,
+        parameters: &BTreeMap<String, Tensor>,
+        traced: impl Fn(usize, Tensor) -> Traced,
+    ) -> Self {
+        let slots: BTreeMap<&str, usize> = parameters.keys().map(String::as_str).zip(0..).collect();
+        let get = |name: &str| traced(slots[name], parameters[name].clone());
         let layer = |i: usize| {
             let get = |name: &str| get(&format!("layers.{i}.{name}"));
             Layer {

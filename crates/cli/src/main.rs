@@ -142,7 +142,7 @@ enum CorpusKind {
 
 fn main() -> ExitCode {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    ops::init_threads(threads);
+    ops::init_process(threads);
     match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

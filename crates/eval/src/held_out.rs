@@ -84,7 +84,7 @@ fn add_batch<S: BlockStore>(
 ) -> Result<()> {
     let paths: Vec<Option<ClusterPath>> =
         batch.paths.iter().map(|path| (mode != MemoryMode::None).then(|| path.clone())).collect();
-    let targets = Targets { targets: &batch.targets, scale: 1.0, z_loss: 0.0, train: false };
+    let targets = Targets { targets: &batch.targets, scale: 1.0, z_loss: 0.0 };
     let (_, losses) = model.anchor.loss(input(batch), targets, &model.memory(&paths)?)?;
     let tokens: Vec<(u32, u32, f32)> = (batch.targets.iter().zip(&batch.documents).zip(losses))
         .map(|((&target, &document), nats)| (target, document, nats))

@@ -1,10 +1,9 @@
 //! Held-out loss and closed-book questions with every kind of memory, on a tiny corpus and a tiny model.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use anchor::{Anchor, AnchorConfig, FetchedMemory, Input, Targets};
+use anchor::{Anchor, AnchorConfig, Compute, FetchedMemory, Gradients, Input, Targets};
 use candle_core::{DType, Device};
 use cluster_tree::ClusterPath;
 use corpus::{Corpus, IGNORE, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
@@ -120,7 +119,7 @@ fn reference(model: &Model<LocalBank>, corpus: &Corpus, mode: MemoryMode) -> f64
             MemoryMode::Random => Some(eval::random_other(&sequence.path, i, &leaves).unwrap()),
         };
         let batch = corpus::Batch::new(vec![sequence], corpus.eot());
-        let targets = Targets { targets: &batch.targets, scale: 1.0, z_loss: 0.0, train: false };
+        let targets = Targets { targets: &batch.targets, scale: 1.0, z_loss: 0.0 };
         let memory = model.memory(&[path]).unwrap();
         let (_, losses) = model.anchor.loss(eval::input(&batch), targets, &memory).unwrap();
         nats += losses.iter().map(|&x| f64::from(x)).sum::<f64>();
@@ -144,9 +143,9 @@ fn without_a_bank_only_the_plain_anchor_can_be_measured() {
 
 /// Trains `anchor` on `text` until it knows it by heart.
 fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
-    let moments = |var: &candle_core::Var| (vec![0f32; var.elem_count()], vec![0f32; var.elem_count()]);
-    let mut moments: BTreeMap<_, _> =
-        anchor.variables().iter().map(|(name, var)| (name.clone(), moments(var))).collect();
+    let zeros = |parameter: &candle_core::Tensor| vec![0f32; parameter.elem_count()];
+    let mut moments: Vec<_> = anchor.parameters().values().map(|p| (zeros(p), zeros(p))).collect();
+    let mut gradients = Gradients::default();
     let rows: Vec<Vec<u32>> = texts
         .iter()
         .map(|text| [vec![tokenizer.eot()], tokenizer.encode(text).unwrap(), vec![tokenizer.eot()]].concat())
@@ -159,11 +158,12 @@ fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
     for step in 1..=120 {
         let input = Input { tokens: &tokens, starts: &starts, batch: rows.len(), len };
         let scale = 1.0 / targets.len() as f64;
-        let targets = Targets { targets: &targets, scale, z_loss: 0.0, train: true };
-        let (loss, _) = anchor.loss(input, targets, &FetchedMemory::none()).unwrap();
-        let grads = loss.backward().unwrap();
-        for (name, var) in anchor.variables() {
-            let (m, v) = moments.get_mut(name).unwrap();
+        let targets = Targets { targets: &targets, scale, z_loss: 0.0 };
+        let (memory, compute) = (FetchedMemory::none(), Compute::default());
+        gradients.clear();
+        anchor.loss_and_gradients((input, targets), &memory, compute, &mut gradients).unwrap();
+        for (slot, parameter) in anchor.parameters().values().enumerate() {
+            let (m, v) = &mut moments[slot];
             let adamw = ops::AdamW {
                 learning_rate: 1e-2,
                 beta1: 0.9,
@@ -173,7 +173,7 @@ fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
                 step,
                 gradient_scale: 1.0,
             };
-            ops::adamw_step(var, grads.get(var).unwrap(), m, v, adamw).unwrap();
+            ops::adamw_step(parameter, gradients.get(slot).unwrap(), m, v, adamw).unwrap();
         }
     }
 }

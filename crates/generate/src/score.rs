@@ -42,7 +42,7 @@ pub fn score<S: BlockStore>(model: &Model<S>, continuations: &[Continuation]) ->
     let starts = vec![0; tokens.len()];
     let paths: Vec<_> = continuations.iter().map(|c| c.path.clone()).collect();
     let input = Input { tokens: &tokens, starts: &starts, batch: continuations.len(), len };
-    let targets = Targets { targets: &targets, scale: 1.0, z_loss: 0.0, train: false };
+    let targets = Targets { targets: &targets, scale: 1.0, z_loss: 0.0 };
     let (_, losses) = model.anchor.loss(input, targets, &model.memory(&paths)?)?;
     Ok(losses.chunks_exact(len).map(|row| -row.iter().map(|&x| f64::from(x)).sum::<f64>()).collect())
 }

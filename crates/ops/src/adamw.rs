@@ -1,11 +1,9 @@
 //! AdamW (Loshchilov & Hutter, arXiv 1711.05101) in one pass over weights, moments and gradient.
 
-use std::sync::Mutex;
-
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor, Var};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{values, with};
+use crate::buffer::{read, with_mut};
 
 /// Elements a task takes; fixed, so that sums never depend on the thread count.
 const CHUNK: usize = 16_384;
@@ -29,12 +27,18 @@ pub struct AdamW {
     pub gradient_scale: f64,
 }
 
-/// Updates `var` and its moments (each as long as `var`) in place from `gradient`.
+/// Updates `weights` and their moments (each as long) in place from `gradient`.
 ///
 /// # Errors
-/// When the moments or the gradient have another length than the variable, or when it is not f32 on the CPU.
-pub fn adamw_step(var: &Var, gradient: &Tensor, m: &mut [f32], v: &mut [f32], adamw: AdamW) -> Result<()> {
-    let n = var.elem_count();
+/// When the moments or the gradient have another length than the weights, or when they are not f32 on the CPU.
+pub fn adamw_step(
+    weights: &Tensor,
+    gradient: &Tensor,
+    m: &mut [f32],
+    v: &mut [f32],
+    adamw: AdamW,
+) -> Result<()> {
+    let n = weights.elem_count();
     if gradient.elem_count() != n || m.len() != n || v.len() != n {
         candle_core::bail!(
             "adamw: {n} weights, {} gradients, {} first and {} second moments",
@@ -43,46 +47,31 @@ pub fn adamw_step(var: &Var, gradient: &Tensor, m: &mut [f32], v: &mut [f32], ad
             v.len()
         );
     }
-    let gradient = gradient.contiguous()?;
-    var.inplace_op2(&gradient, &Update { moments: Mutex::new((m, v)), adamw })
+    let gradient = read(gradient)?;
+    with_mut(weights, |weights| adamw.update(weights, &gradient, m, v))
 }
 
 /// Σ x² in f64, in a fixed order.
+///
+/// # Errors
+/// When x is not f32 on the CPU.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    with(x, |x| {
-        let parts: Vec<f64> = x
-            .par_chunks(CHUNK)
-            .map(|x| x.chunks(256).map(|x| f64::from(crate::math::dot(x, x))).sum())
-            .collect();
-        parts.iter().sum()
-    })
+    let parts: Vec<f64> = read(x)?
+        .par_chunks(CHUNK)
+        .map(|x| x.chunks(256).map(|x| f64::from(crate::math::dot(x, x))).sum())
+        .collect();
+    Ok(parts.iter().sum())
 }
 
-struct Update<'a> {
-    moments: Mutex<(&'a mut [f32], &'a mut [f32])>,
-    adamw: AdamW,
-}
-
-impl InplaceOp2 for Update<'_> {
-    fn name(&self) -> &'static str {
-        "adamw"
-    }
-
-    fn cpu_fwd(&self, p: &mut CpuStorage, layout: &Layout, g: &CpuStorage, g_layout: &Layout) -> Result<()> {
-        let g = values(g, g_layout)?;
-        let (CpuStorage::F32(p), Some((start, end))) = (p, layout.contiguous_offsets()) else {
-            candle_core::bail!("adamw: expected a contiguous f32 variable");
-        };
-        let mut moments = self.moments.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (m, v) = &mut *moments;
-        let a = self.adamw;
+impl AdamW {
+    fn update(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+        let a = self;
         let (beta1, beta2, eps, scale) =
             (a.beta1 as f32, a.beta2 as f32, a.eps as f32, a.gradient_scale as f32);
         let keep = (1.0 - a.learning_rate * a.weight_decay) as f32;
         let rate = (a.learning_rate / (1.0 - a.beta1.powf(a.step as f64))) as f32;
         let correction2 = (1.0 / (1.0 - a.beta2.powf(a.step as f64))) as f32;
-        p[start..end]
-            .par_chunks_mut(CHUNK)
+        p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks_mut(CHUNK))
             .zip(v.par_chunks_mut(CHUNK))
             .zip(g.par_chunks(CHUNK))
@@ -94,6 +83,5 @@ impl InplaceOp2 for Update<'_> {
                     p[i] = p[i] * keep - rate * m[i] / ((v[i] * correction2).sqrt() + eps);
                 }
             });
-        Ok(())
     }
 }

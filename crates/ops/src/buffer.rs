@@ -1,28 +1,40 @@
 //! Access to candle's CPU storage as slices, and uninitialised outputs.
 
-use candle_core::{CpuStorage, Device, Layout, Result, Storage, Tensor};
+use std::ops::{Deref, Range};
+use std::sync::{Mutex, PoisonError};
 
-/// The values of a contiguous f32 operand of a custom op.
-pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => candle_core::bail!("a fused op was given a strided tensor of shape {:?}", layout.shape()),
-    }
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+
+/// Values behind a lock.
+struct Read<G> {
+    storage: G,
+    range: Range<usize>,
 }
 
-/// Runs `f` on the values of an f32 CPU tensor (copied first if it is strided).
-pub(crate) fn with<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let t = t.contiguous()?;
+/// The values of a contiguous f32 CPU tensor, locked for reading.
+pub(crate) fn read(t: &Tensor) -> Result<impl Deref<Target = [f32]>> {
     let (storage, layout) = t.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(cpu) => Ok(f(values(cpu, layout)?)),
-        _ => candle_core::bail!("a fused CPU op was given a tensor on {:?}", t.device()),
+    let range = match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => start..end,
+        _ => candle_core::bail!("expected a contiguous f32 tensor on the CPU, found {t:?}"),
+    };
+    Ok(Read { storage, range })
+}
+
+impl<G: Deref<Target = Storage>> Deref for Read<G> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => &[],
+        }
     }
 }
 
-/// A CPU tensor over `values`, shaped like `like`.
-pub(crate) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Tensor::from_vec(values, like.shape(), &Device::Cpu)
+/// A CPU tensor over `values`.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
 }
 
 /// An output buffer whose pages are not touched before the op writes them (zeroing every output costs
@@ -38,6 +50,47 @@ pub(crate) fn output(len: usize) -> Vec<f32> {
     buffer
 }
 
+/// Makes `buffer` hold `len` lanes that are all written before they are read.
+pub(crate) fn output_lanes(buffer: &mut Vec<u32>, len: usize) {
+    buffer.clear();
+    buffer.reserve(len);
+    // SAFETY: the capacity is `len`, and u32 has no drop; packing writes every lane it is asked for, and a
+    // product reads no others.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        buffer.set_len(len)
+    };
+}
+
+/// Runs `f` on the values of a contiguous f32 CPU tensor, in place.
+pub(crate) fn with_mut<R: Send>(t: &Tensor, f: impl FnOnce(&mut [f32]) -> R + Send) -> Result<R> {
+    let op = InPlace { f: Mutex::new(Some(f)), result: Mutex::new(None) };
+    t.inplace_op1(&op)?;
+    let result = op.result.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(result.expect("the operation ran"))
+}
+
+struct InPlace<F, R> {
+    f: Mutex<Option<F>>,
+    result: Mutex<Option<R>>,
+}
+
+impl<R: Send, F: FnOnce(&mut [f32]) -> R + Send> InplaceOp1 for InPlace<F, R> {
+    fn name(&self) -> &'static str {
+        "in-place"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (CpuStorage::F32(values), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("expected a contiguous f32 tensor, found one of shape {:?}", layout.shape());
+        };
+        let f = self.f.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let result = f.map(|f| f(&mut values[start..end]));
+        *self.result.lock().unwrap_or_else(PoisonError::into_inner) = result;
+        Ok(())
+    }
+}
+
 /// A raw pointer that tasks share to write disjoint elements of one output.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared(*mut f32);
@@ -50,6 +103,11 @@ unsafe impl Sync for Shared {}
 impl Shared {
     pub(crate) fn new(buffer: &mut [f32]) -> Self {
         Self(buffer.as_mut_ptr())
+    }
+
+    /// For reading only.
+    pub(crate) fn of(values: &[f32]) -> Self {
+        Self(values.as_ptr().cast_mut())
     }
 
     /// The pointer to element `offset`.

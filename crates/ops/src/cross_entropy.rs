@@ -1,14 +1,12 @@
 //! Output projection and cross-entropy in one, over chunks of rows: no [N, V] tensor ever exists.
 
-use std::sync::{Arc, Mutex, PoisonError};
-
-use candle_core::{CpuStorage, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::IGNORE;
-use crate::buffer::{output, tensor_like, values, with};
-use crate::gemm::{Into, Size, Threads, View, gemm};
+use crate::buffer::{Shared, output, read, with_mut};
+use crate::gemm::{From, Into, Output, Right, Size, Threads, View, gemm, multiply_all};
 use crate::math::{exp_sub_sum, max, scale};
+use crate::{IGNORE, Tape, Traced};
 
 /// Rows whose logits exist at one time.
 const ROWS: usize = 256;
@@ -22,51 +20,46 @@ pub struct CrossEntropy<'a> {
     pub scale: f64,
     /// Weight of logsumexp² per row, which keeps logits from drifting (PaLM, arXiv 2204.02311 §5); 0 is off.
     pub z_loss: f64,
-    /// Whether a backward will follow; the fused body makes the gradients in the forward.
-    pub train: bool,
 }
 
 /// Negative log-likelihood (nats) of each row's target, without the z-loss; 0 where ignored.
 pub type TokenLoss = Vec<f32>;
 
-/// `scale · Σ (logsumexp(h·Wᵀ) − (h·Wᵀ)[target] + z_loss · logsumexp²)` as a scalar, and the loss of each row.
+/// `scale · Σ (logsumexp(h·Wᵀ) − (h·Wᵀ)[target] + z_loss · logsumexp²)`, and the loss of each row.
 ///
-/// `hidden` [.., D] of N rows, `weight` [V, D].
+/// `hidden` [.., D] of N rows, `weight` [V, D]. On a recording tape the gradients are made in the same pass,
+/// so that a backward pass can follow at once.
 ///
 /// # Errors
 /// When the number of targets is not N, or one is not below V.
 pub fn linear_cross_entropy(
-    hidden: &Tensor,
-    weight: &Tensor,
+    tape: &mut Tape,
+    hidden: &Traced,
+    weight: &Traced,
     options: CrossEntropy,
-) -> Result<(Tensor, TokenLoss)> {
-    let (v, d) = weight.dims2()?;
-    let n = hidden.elem_count() / d;
+) -> Result<(f64, TokenLoss)> {
+    let (v, d) = weight.value().dims2()?;
+    let n = hidden.value().elem_count() / d;
     if options.targets.len() != n {
         candle_core::bail!("cross-entropy: {} targets for {n} rows", options.targets.len());
     }
     if let Some(target) = options.targets.iter().find(|&&t| t != IGNORE && t as usize >= v) {
         candle_core::bail!("cross-entropy: target {target} of a vocabulary of {v}");
     }
-    if !crate::fused(hidden) {
-        return composed(hidden, weight, options);
+    if crate::fused(hidden.value()) {
+        return fused(tape, hidden, weight, options);
     }
-    let token_loss = Arc::new(Mutex::new(vec![]));
-    let op = LinearCrossEntropy {
-        targets: options.targets.to_vec(),
-        scale: options.scale as f32,
-        z_loss: options.z_loss as f32,
-        train: options.train,
-        frozen: !weight.track_op(),
-        token_loss: token_loss.clone(),
-        gradients: Mutex::new(None),
-    };
-    let loss = hidden.contiguous()?.apply_op2(weight, op)?;
-    let token_loss = std::mem::take(&mut *token_loss.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok((loss, token_loss))
+    let mut rows = vec![];
+    let inputs = [hidden, weight];
+    let loss = tape.composed(&inputs, |inputs| composed(&inputs[0], &inputs[1], options, &mut rows))?;
+    if let Some(gradients) = tape.gradients() {
+        gradients.give(&loss, loss.value().ones_like()?)?;
+    }
+    Ok((loss.value().to_dtype(DType::F64)?.to_scalar()?, rows))
 }
 
-fn composed(hidden: &Tensor, weight: &Tensor, options: CrossEntropy) -> Result<(Tensor, TokenLoss)> {
+/// The loss as a scalar, and into `rows` that of each row.
+fn composed(hidden: &Tensor, weight: &Tensor, options: CrossEntropy, rows: &mut TokenLoss) -> Result<Tensor> {
     let (v, d) = weight.dims2()?;
     let n = hidden.elem_count() / d;
     let (device, dtype) = (hidden.device(), hidden.dtype());
@@ -81,105 +74,84 @@ fn composed(hidden: &Tensor, weight: &Tensor, options: CrossEntropy) -> Result<(
     let nll = ((&log_sum_exp - (logits * one_hot)?.sum_keepdim(D::Minus1)?)? * &scored)?;
     let z = ((log_sum_exp.sqr()? * options.z_loss)? * scored)?;
     let loss = ((&nll + z)?.sum_all()? * options.scale)?;
-    Ok((loss, nll.flatten_all()?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec1()?))
+    *rows = nll.flatten_all()?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec1()?;
+    Ok(loss)
 }
 
-struct LinearCrossEntropy {
-    targets: Vec<u32>,
-    scale: f32,
-    z_loss: f32,
-    train: bool,
-    /// Whether the output matrix needs no gradient.
-    frozen: bool,
-    token_loss: Arc<Mutex<TokenLoss>>,
-    gradients: Mutex<Option<(Vec<f32>, Vec<f32>)>>,
+fn fused(
+    tape: &mut Tape,
+    hidden: &Traced,
+    weight: &Traced,
+    options: CrossEntropy,
+) -> Result<(f64, TokenLoss)> {
+    let (v, d) = weight.value().dims2()?;
+    let n = options.targets.len();
+    if n == 0 {
+        return Ok((0.0, vec![]));
+    }
+    let precision = tape.precision();
+    let (h, w) = (read(hidden.value())?, read(weight.value())?);
+    // Both are used by every chunk of rows.
+    let into_logits = Right::pack(precision, View::transposed(&w, d), (d, v), Threads::All);
+    let out_of_logits = match tape.records(&[hidden]) {
+        true => Some(Right::pack(precision, View::rows(&w, d), (v, d), Threads::All)),
+        false => None,
+    };
+    let (mut dhidden, mut dweight) = (None, None);
+    if let Some(gradients) = tape.gradients() {
+        (dhidden, dweight) = (gradients.buffer(hidden)?, gradients.buffer(weight)?);
+    }
+    let mut logits = output(ROWS.min(n) * v);
+    let mut losses = Vec::with_capacity(n);
+    for first in (0..n).step_by(ROWS) {
+        let m = ROWS.min(n - first);
+        let rows = View::rows(&h[first * d..], d);
+        let logits = &mut logits[..m * v];
+        let to = Output { to: Shared::new(logits), offset: 0, row: v, from: From::Zero };
+        // SAFETY: the logits of m rows, uniquely borrowed.
+        unsafe { multiply_all((m, rows), into_logits.all(), to, Threads::All) };
+        let chunk = logits.par_chunks_mut(v).zip(&options.targets[first..first + m]);
+        losses.par_extend(chunk.map(|(logits, &target)| row(logits, target, options)));
+        if let (Some((dhidden, into)), Some(right)) = (&dhidden, &out_of_logits) {
+            with_mut(dhidden, |dhidden| {
+                let dhidden = &mut dhidden[first * d..][..m * d];
+                let to = Output { to: Shared::new(dhidden), offset: 0, row: d, from: (*into).into() };
+                // SAFETY: the gradient of m rows, uniquely borrowed.
+                unsafe { multiply_all((m, View::rows(logits, v)), right.all(), to, Threads::All) }
+            })?;
+        }
+        if let Some((dweight, into)) = &dweight {
+            let into = if first == 0 { *into } else { Into::Add };
+            let size = Size { m: v, n: d, k: m };
+            with_mut(dweight, |dweight| {
+                gemm(
+                    precision,
+                    size,
+                    (dweight, d),
+                    (View::transposed(logits, v), rows),
+                    (into, Threads::All),
+                );
+            })?;
+        }
+    }
+    let total: f64 = losses.iter().map(|&(_, loss)| f64::from(loss)).sum();
+    Ok((total * options.scale, losses.into_iter().map(|(nll, _)| nll).collect()))
 }
 
-impl LinearCrossEntropy {
-    /// Turns a row of logits into its gradient; returns (nll, loss with z), both unscaled.
-    fn row(&self, logits: &mut [f32], target: u32) -> (f32, f32) {
-        if target == IGNORE {
-            logits.fill(0.0);
-            return (0.0, 0.0);
-        }
-        let target = target as usize;
-        let target_logit = logits[target];
-        let largest = max(logits);
-        let sum = exp_sub_sum(logits, largest);
-        let log_sum_exp = sum.ln() + largest;
-        // d/dlogit_i = p_i·(1 + 2·z·lse) − [i = target]
-        scale(logits, self.scale / sum * (1.0 + 2.0 * self.z_loss * log_sum_exp));
-        logits[target] -= self.scale;
-        let nll = log_sum_exp - target_logit;
-        (nll, nll + self.z_loss * log_sum_exp * log_sum_exp)
+/// Turns a row of logits into its gradient; returns (nll, loss with z), both unscaled.
+fn row(logits: &mut [f32], target: u32, options: CrossEntropy) -> (f32, f32) {
+    if target == IGNORE {
+        logits.fill(0.0);
+        return (0.0, 0.0);
     }
-}
-
-impl CustomOp2 for LinearCrossEntropy {
-    fn name(&self) -> &'static str {
-        "linear-cross-entropy"
-    }
-
-    fn cpu_fwd(
-        &self,
-        hidden: &CpuStorage,
-        hidden_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (v, d) = weight_layout.shape().dims2()?;
-        let (hidden, weight) = (values(hidden, hidden_layout)?, values(weight, weight_layout)?);
-        let n = self.targets.len();
-        let mut logits = output(ROWS.min(n) * v);
-        let mut dhidden = output(if self.train { n * d } else { 0 });
-        let with_weight = self.train && !self.frozen && n > 0;
-        let mut dweight = output(if with_weight { v * d } else { 0 });
-        let mut losses = Vec::with_capacity(n);
-        for first in (0..n).step_by(ROWS) {
-            let m = ROWS.min(n - first);
-            let rows = View::rows(&hidden[first * d..], d);
-            let logits = &mut logits[..m * v];
-            let size = Size { m, n: v, k: d };
-            gemm(size, (logits, v), rows, View::transposed(weight, d), Into::Overwrite, Threads::All);
-            let chunk = logits.par_chunks_mut(v).zip(&self.targets[first..first + m]);
-            losses.par_extend(chunk.map(|(logits, &target)| self.row(logits, target)));
-            if self.train {
-                let size = Size { m, n: d, k: v };
-                let dst = (&mut dhidden[first * d..], d);
-                gemm(size, dst, View::rows(logits, v), View::rows(weight, d), Into::Overwrite, Threads::All);
-            }
-            if with_weight {
-                let into = if first == 0 { Into::Overwrite } else { Into::Add };
-                let size = Size { m: v, n: d, k: m };
-                gemm(size, (&mut dweight, d), View::transposed(logits, v), rows, into, Threads::All);
-            }
-        }
-        let total: f64 = losses.iter().map(|&(_, loss)| f64::from(loss)).sum();
-        *self.token_loss.lock().unwrap_or_else(PoisonError::into_inner) =
-            losses.into_iter().map(|(nll, _)| nll).collect();
-        if self.train {
-            *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some((dhidden, dweight));
-        }
-        Ok((CpuStorage::F32(vec![(total * f64::from(self.scale)) as f32]), Shape::from(())))
-    }
-
-    fn bwd(
-        &self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        _loss: &Tensor,
-        dloss: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let gradients = self.gradients.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((mut dhidden, mut dweight)) = gradients else {
-            candle_core::bail!("cross-entropy: backward asked of a forward made without `train`");
-        };
-        let dloss = with(dloss, |dloss| dloss[0])?;
-        if dloss != 1.0 {
-            scale(&mut dhidden, dloss);
-            scale(&mut dweight, dloss);
-        }
-        let dweight = if dweight.is_empty() { None } else { Some(tensor_like(dweight, weight)?) };
-        Ok((Some(tensor_like(dhidden, hidden)?), dweight))
-    }
+    let (target, z_loss, factor) = (target as usize, options.z_loss as f32, options.scale as f32);
+    let target_logit = logits[target];
+    let largest = max(logits);
+    let sum = exp_sub_sum(logits, largest);
+    let log_sum_exp = sum.ln() + largest;
+    // d/dlogit_i = p_i·(1 + 2·z·lse) − [i = target]
+    scale(logits, factor / sum * (1.0 + 2.0 * z_loss * log_sum_exp));
+    logits[target] -= factor;
+    let nll = log_sum_exp - target_logit;
+    (nll, nll + z_loss * log_sum_exp * log_sum_exp)
 }

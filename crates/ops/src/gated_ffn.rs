@@ -1,23 +1,27 @@
-//! The gated FFN (SwiGLU, Shazeer, arXiv 2002.05202) whose weights differ by run of rows: the anchor's
-//! own FFN is one block for all rows, FFN memory is one block per run of sequences that share it.
+//! The gated FFN (SwiGLU, Shazeer, arXiv 2002.05202) that memory widens: the anchor's own weights serve all
+//! rows, those of a memory block the rows of the sequences that fetched it.
+//!
+//! One pass over x computes all of them. Rows are cut into tiles that use one block of each part; a task
+//! takes a tile from x to y, so that the hidden activations never leave its cache. The weights of a block are
+//! packed once, whatever the number of sequences that share it.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{Shared, output, tensor_like, values, with};
-use crate::gemm::{Into, Size, Threads, View, gemm};
+use crate::buffer::{Shared, output, read, tensor, with_mut};
+use crate::gemm::{From, Into, Output, Right, Threads, View, multiply, multiply_all};
 use crate::math::sigmoid;
+use crate::{Gradients, Precision, Tape, Traced};
 
-/// Rows of an elementwise task.
-const ROWS: usize = 32;
+/// Rows of a tile, at most.
+const ROWS: usize = 128;
 
-/// Consecutive rows of x that use one block of the weights.
+/// Consecutive rows of x that use one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Index into the first dimension of the weights.
+    /// Index into the blocks.
     pub block: usize,
     /// First row of x, counting B·T rows.
     pub first_row: usize,
@@ -25,246 +29,389 @@ pub struct Run {
     pub n_rows: usize,
 }
 
-/// y = base + (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3, with [M1, M2, M3] = `weights[run.block]` for the rows of each
-/// run (arXiv 2510.02375 §3: FFN memory); rows in no run keep `base`.
-///
-/// `base`, `x` [.., D]; `weights` [U, 3, R, D], M3 being stored transposed; y is shaped like base. The
-/// gradient of a block is summed over the runs that share it.
-///
-/// # Errors
-/// When a run names a block or rows that do not exist, or runs overlap or are out of order.
-pub fn gated_ffn(base: &Tensor, x: &Tensor, weights: &Tensor, runs: &[Run]) -> Result<Tensor> {
-    let (u, three, r, d) = weights.dims4()?;
-    let n = x.elem_count() / d;
-    if three != 3 || base.dims() != x.dims() || !x.dims().ends_with(&[d]) {
-        candle_core::bail!(
-            "gated ffn: base {:?}, x {:?}, weights {:?}",
-            base.dims(),
-            x.dims(),
-            weights.dims()
-        );
-    }
-    let mut end = 0;
-    for run in runs {
-        if run.block >= u || run.first_row < end || run.first_row + run.n_rows > n || run.n_rows == 0 {
-            candle_core::bail!(
-                "gated ffn: {run:?} over {u} blocks and {n} rows, rows below {end} being taken"
-            );
-        }
-        end = run.first_row + run.n_rows;
-    }
-    if crate::fused(x) {
-        let op = GatedFfn { runs: runs.to_vec(), width: r, d, products: OnceLock::new() };
-        return base.contiguous()?.apply_op3(&x.contiguous()?, &weights.contiguous()?, op);
-    }
-    composed(base, x, weights, runs)
+/// Weights of one width, and the rows that each of them serves.
+#[derive(Clone, Debug)]
+pub struct FfnPart {
+    /// One a block, [M1, M2, M3] as [3, R, D], M3 being stored transposed.
+    pub blocks: Vec<Traced>,
+    /// In order of rows, without overlap; rows in no run are not served.
+    pub runs: Vec<Run>,
 }
 
-fn composed(base: &Tensor, x: &Tensor, weights: &Tensor, runs: &[Run]) -> Result<Tensor> {
-    let d = weights.dim(3)?;
-    let rows = x.elem_count() / d;
-    let (flat, flat_base) = (x.reshape((rows, d))?, base.reshape((rows, d))?);
-    let mut parts = vec![];
-    let mut next = 0;
-    for run in runs {
-        if run.first_row > next {
-            parts.push(flat_base.narrow(0, next, run.first_row - next)?);
+impl FfnPart {
+    /// One block for all `n_rows` rows.
+    pub fn everywhere(block: Traced, n_rows: usize) -> Self {
+        Self { blocks: vec![block], runs: vec![Run { block: 0, first_row: 0, n_rows }] }
+    }
+
+    /// The width R, after a check against `n_rows` rows of width `d`.
+    fn check(&self, n_rows: usize, d: usize) -> Result<usize> {
+        let mut width = None;
+        for block in &self.blocks {
+            match block.value().dims() {
+                &[3, r, width_of_x] if width_of_x == d && *width.get_or_insert(r) == r && r > 0 => {}
+                dims => candle_core::bail!("gated ffn: a block of {dims:?} for x of width {d}"),
+            }
         }
-        let w = weights.narrow(0, run.block, 1)?.squeeze(0)?;
-        let matrix = |i: usize| w.narrow(0, i, 1)?.squeeze(0);
-        let x = flat.narrow(0, run.first_row, run.n_rows)?;
-        let hidden = (x.matmul(&matrix(0)?.t()?)?.silu()? * x.matmul(&matrix(1)?.t()?)?)?;
-        parts.push((flat_base.narrow(0, run.first_row, run.n_rows)? + hidden.matmul(&matrix(2)?)?)?);
-        next = run.first_row + run.n_rows;
+        let mut end = 0;
+        for run in &self.runs {
+            let last = run.first_row + run.n_rows;
+            if run.block >= self.blocks.len() || run.first_row < end || last > n_rows || run.n_rows == 0 {
+                candle_core::bail!(
+                    "gated ffn: {run:?} over {} blocks and {n_rows} rows, rows below {end} being taken",
+                    self.blocks.len()
+                );
+            }
+            end = last;
+        }
+        Ok(width.unwrap_or(0))
     }
-    if next < rows {
-        parts.push(flat_base.narrow(0, next, rows - next)?);
+
+    /// The block of a row.
+    fn block_of(&self, row: usize) -> Option<usize> {
+        let next = self.runs.partition_point(|run| run.first_row <= row);
+        let run = self.runs[..next].last().filter(|run| row < run.first_row + run.n_rows)?;
+        Some(run.block)
     }
-    Tensor::cat(&parts, 0)?.reshape(base.dims())
+}
+
+/// y = base + Σ_parts (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3, with [M1, M2, M3] the block of the row in each part
+/// (arXiv 2510.02375 §3: FFN memory).
+///
+/// `base`, `x` [.., D]; y is shaped like base. The gradient of a block is summed over the runs that share it.
+///
+/// # Errors
+/// When a run names a block or rows that do not exist, runs overlap or are out of order, or blocks of a part
+/// differ in width.
+pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>) -> Result<Traced> {
+    let d = *x.value().dims().last().unwrap_or(&0);
+    if base.value().dims() != x.value().dims() || d == 0 {
+        candle_core::bail!("gated ffn: base {:?}, x {:?}", base.value().dims(), x.value().dims());
+    }
+    let n_rows = x.value().elem_count() / d;
+    let mut width = vec![];
+    for part in &parts {
+        width.push(part.check(n_rows, d)?);
+    }
+    let inputs: Vec<&Traced> =
+        [base, x].into_iter().chain(parts.iter().flat_map(|part| &part.blocks)).collect();
+    if !crate::fused(x.value()) {
+        return tape.composed(&inputs, |inputs| composed(inputs, &parts));
+    }
+    let records = tape.records(&inputs);
+    let op = GatedFfn::new(tape.precision(), parts, (n_rows, d), width);
+    let (y, products) = op.forward(base, x)?;
+    let y = tensor(y, base.value().shape())?;
+    if !records {
+        return Ok(Traced::constant(y));
+    }
+    let (base, x) = (base.clone(), x.clone());
+    Ok(tape.record(y, move |dy, gradients| {
+        op.backward(&x, &dy, products, gradients)?;
+        gradients.give(&base, dy)
+    }))
+}
+
+/// `inputs` are base, x and then all blocks.
+fn composed(inputs: &[Tensor], parts: &[FfnPart]) -> Result<Tensor> {
+    let [base, x, blocks @ ..] = inputs else { candle_core::bail!("gated ffn: base or x is missing") };
+    let d = x.dim(candle_core::D::Minus1)?;
+    let rows = x.elem_count() / d;
+    let (x, mut y) = (x.reshape((rows, d))?, base.reshape((rows, d))?);
+    let mut first_block = 0;
+    for part in parts {
+        let mut pieces = vec![];
+        let mut next = 0;
+        for run in &part.runs {
+            if run.first_row > next {
+                pieces.push(y.narrow(0, next, run.first_row - next)?);
+            }
+            let block = &blocks[first_block + run.block];
+            let matrix = |i: usize| block.narrow(0, i, 1)?.squeeze(0);
+            let x = x.narrow(0, run.first_row, run.n_rows)?;
+            let hidden = (x.matmul(&matrix(0)?.t()?)?.silu()? * x.matmul(&matrix(1)?.t()?)?)?;
+            pieces.push((y.narrow(0, run.first_row, run.n_rows)? + hidden.matmul(&matrix(2)?)?)?);
+            next = run.first_row + run.n_rows;
+        }
+        if next < rows {
+            pieces.push(y.narrow(0, next, rows - next)?);
+        }
+        y = Tensor::cat(&pieces, 0)?;
+        first_block += part.blocks.len();
+    }
+    y.reshape(base.dims())
+}
+
+/// Rows that use one block of each part.
+struct Tile {
+    first_row: usize,
+    n_rows: usize,
+    /// Per part.
+    blocks: Vec<Option<usize>>,
 }
 
 struct GatedFfn {
-    runs: Vec<Run>,
-    width: usize,
+    precision: Precision,
+    parts: Vec<FfnPart>,
     d: usize,
-    /// x·[M1; M2]ᵀ [N, 2R], kept by the forward for the backward.
-    products: OnceLock<Vec<f32>>,
+    /// Per part: its width, and the sum of the widths before it.
+    width: Vec<usize>,
+    first: Vec<usize>,
+    /// Sum of all widths.
+    total: usize,
+    tiles: Vec<Tile>,
 }
 
-/// hidden = silu(a) ⊙ b for rows `[a, b]` of `products`.
-fn activate(products: &[f32], hidden: &mut [f32], r: usize) {
-    hidden.par_chunks_mut(ROWS * r).zip(products.par_chunks(ROWS * 2 * r)).for_each(|(hidden, products)| {
-        for (hidden, row) in hidden.chunks_exact_mut(r).zip(products.chunks_exact(2 * r)) {
-            let (a, b) = row.split_at(r);
-            for i in 0..r {
-                hidden[i] = a[i] * sigmoid(a[i]) * b[i];
-            }
-        }
-    });
-}
-
-/// Overwrites `dhidden`'s counterpart: d[a, b] into `dproducts` and silu(a) ⊙ b into `hidden`.
-fn activate_backward(products: &[f32], dhidden: &[f32], hidden: &mut [f32], dproducts: &mut [f32], r: usize) {
-    let inputs = products.par_chunks(ROWS * 2 * r).zip(dhidden.par_chunks(ROWS * r));
-    let outputs = hidden.par_chunks_mut(ROWS * r).zip(dproducts.par_chunks_mut(ROWS * 2 * r));
-    inputs.zip(outputs).for_each(|((products, dhidden), (hidden, dproducts))| {
-        let inputs = products.chunks_exact(2 * r).zip(dhidden.chunks_exact(r));
-        let outputs = hidden.chunks_exact_mut(r).zip(dproducts.chunks_exact_mut(2 * r));
-        for ((row, dhidden), (hidden, drow)) in inputs.zip(outputs) {
-            let (a, b) = row.split_at(r);
-            let (da, db) = drow.split_at_mut(r);
-            for i in 0..r {
-                let s = sigmoid(a[i]);
-                let silu = a[i] * s;
-                hidden[i] = silu * b[i];
-                db[i] = dhidden[i] * silu;
-                da[i] = dhidden[i] * b[i] * (s + silu * (1.0 - s));
-            }
-        }
-    });
-}
+/// Two packed operands per block and part.
+type Packed = Vec<Vec<[Right; 2]>>;
 
 impl GatedFfn {
-    /// Runs by block, blocks in ascending order.
-    fn by_block(&self) -> Vec<(usize, Vec<Run>)> {
-        let mut blocks: BTreeMap<usize, Vec<Run>> = BTreeMap::new();
-        for run in &self.runs {
-            blocks.entry(run.block).or_default().push(*run);
+    fn new(
+        precision: Precision,
+        parts: Vec<FfnPart>,
+        (n_rows, d): (usize, usize),
+        width: Vec<usize>,
+    ) -> Self {
+        let first = (0..width.len()).map(|i| width[..i].iter().sum()).collect();
+        let total = width.iter().sum();
+        let runs = parts.iter().flat_map(|part| &part.runs);
+        let mut cuts: Vec<usize> = runs.flat_map(|run| [run.first_row, run.first_row + run.n_rows]).collect();
+        cuts.extend([0, n_rows]);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut tiles = vec![];
+        for cut in cuts.windows(2) {
+            // Of equal size as far as possible, whole groups of 8 rows.
+            let n_tiles = (cut[1] - cut[0]).div_ceil(ROWS);
+            let rows = (cut[1] - cut[0]).div_ceil(n_tiles).next_multiple_of(8);
+            let blocks: Vec<Option<usize>> = parts.iter().map(|part| part.block_of(cut[0])).collect();
+            tiles.extend((cut[0]..cut[1]).step_by(rows).map(|first_row| Tile {
+                first_row,
+                n_rows: rows.min(cut[1] - first_row),
+                blocks: blocks.clone(),
+            }));
         }
-        blocks.into_iter().collect()
+        Self { precision, parts, d, width, first, total, tiles }
     }
 
-    /// With at least as many tasks as threads, a task takes one thread; else each product takes all.
-    fn split(n_tasks: usize) -> Threads {
-        if n_tasks >= rayon::current_num_threads() { Threads::One } else { Threads::All }
-    }
-
-    fn forward_run(
-        &self,
-        run: &Run,
-        x: &[f32],
-        w: &[f32],
-        threads: Threads,
-        (y, products): (Shared, Shared),
-    ) {
-        let (r, d, m) = (self.width, self.d, run.n_rows);
-        // SAFETY: runs do not overlap (checked when the op is built), so their rows are this task's own.
-        let (y, products) =
-            unsafe { (y.slice(run.first_row * d, m * d), products.slice(run.first_row * 2 * r, m * 2 * r)) };
-        let x = View::rows(&x[run.first_row * d..], d);
-        let size = Size { m, n: 2 * r, k: d };
-        let into_hidden = View::transposed(&w[..2 * r * d], d);
-        gemm(size, (&mut *products, 2 * r), x, into_hidden, Into::Overwrite, threads);
-        let mut hidden = output(m * r);
-        activate(products, &mut hidden, r);
-        let size = Size { m, n: d, k: r };
-        gemm(size, (y, d), View::rows(&hidden, r), View::rows(&w[2 * r * d..], d), Into::Add, threads);
-    }
-
-    /// Gradients of one run: adds (or writes, for a block's first run) into `dw` unless the weights are
-    /// frozen, writes its rows of `dx`.
-    fn backward_run(
-        &self,
-        run: &Run,
-        [x, w, dy]: [&[f32]; 3],
-        (dx, dw): (Shared, Option<&mut [f32]>),
-        (into, threads): (Into, Threads),
-    ) {
-        let (r, d, m) = (self.width, self.d, run.n_rows);
-        // SAFETY: runs do not overlap, so the run's rows of dx are this task's own.
-        let dx = unsafe { dx.slice(run.first_row * d, m * d) };
-        let products = self.products.get().expect("the forward ran before its backward");
-        let products = &products[run.first_row * 2 * r..][..m * 2 * r];
-        let x_rows = View::rows(&x[run.first_row * d..][..m * d], d);
-        let dy = &dy[run.first_row * d..][..m * d];
-        let dy_rows = View::rows(dy, d);
-        let (mut dhidden, mut hidden, mut dproducts) = (output(m * r), output(m * r), output(m * 2 * r));
-        let size = Size { m, n: r, k: d };
-        let out_of_hidden = View::transposed(&w[2 * r * d..], d);
-        gemm(size, (&mut dhidden, r), dy_rows, out_of_hidden, Into::Overwrite, threads);
-        activate_backward(products, &dhidden, &mut hidden, &mut dproducts, r);
-        if let Some(dw) = dw {
-            let (dw_in, dw_out) = dw.split_at_mut(2 * r * d);
-            let size = Size { m: r, n: d, k: m };
-            gemm(size, (dw_out, d), View::transposed(&hidden, r), dy_rows, into, threads);
-            let size = Size { m: 2 * r, n: d, k: m };
-            gemm(size, (dw_in, d), View::transposed(&dproducts, 2 * r), x_rows, into, threads);
+    /// Packs two operands of every block: `pack(part, weights of the block, threads)`.
+    fn pack(&self, pack: impl Fn(usize, &[f32], Threads) -> [Right; 2] + Sync) -> Result<Packed> {
+        let mut packed = vec![];
+        for (i, part) in self.parts.iter().enumerate() {
+            // A single block is packed by all threads, many by one each.
+            let threads =
+                if part.blocks.len() < rayon::current_num_threads() { Threads::All } else { Threads::One };
+            let pack = |block: &Traced| Ok(pack(i, &read(block.value())?, threads));
+            packed.push(match threads {
+                Threads::All => part.blocks.iter().map(pack).collect::<Result<_>>()?,
+                Threads::One => part.blocks.par_iter().map(pack).collect::<Result<_>>()?,
+            });
         }
-        let size = Size { m, n: d, k: 2 * r };
-        let dproducts = View::rows(&dproducts, 2 * r);
-        gemm(size, (dx, d), dproducts, View::rows(&w[..2 * r * d], d), Into::Overwrite, threads);
+        Ok(packed)
     }
 
-    /// Gradients of x and, unless they are frozen, of the weights (else empty).
-    fn backward(&self, [x, w, dy]: [&[f32]; 3], frozen: bool) -> (Vec<f32>, Vec<f32>) {
-        let block_len = 3 * self.width * self.d;
-        let (mut dx, mut dw) = (vec![0f32; x.len()], vec![0f32; if frozen { 0 } else { w.len() }]);
-        let dx_shared = Shared::new(&mut dx);
-        let by_block = self.by_block();
-        let threads = Self::split(by_block.len());
-        let mut dw_blocks: Vec<_> = dw.chunks_exact_mut(block_len).map(Some).collect();
-        let mut tasks: Vec<_> = by_block
-            .iter()
-            .map(|(block, runs)| (*block, runs, dw_blocks.get_mut(*block).and_then(Option::take)))
-            .collect();
-        let backward_block = |(block, runs, dw): &mut (usize, &Vec<Run>, Option<&mut [f32]>)| {
-            let w = &w[*block * block_len..][..block_len];
-            for (i, run) in runs.iter().enumerate() {
-                let into = if i == 0 { Into::Overwrite } else { Into::Add };
-                self.backward_run(run, [x, w, dy], (dx_shared, dw.as_deref_mut()), (into, threads));
+    /// y, and x·[M1; M2]ᵀ of all parts [N, 2·ΣR] for the backward.
+    fn forward(&self, base: &Traced, x: &Traced) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (d, total) = (self.d, self.total);
+        let (base, x) = (&*read(base.value())?, &*read(x.value())?);
+        let packed = self.pack(|part, w, threads| {
+            let r = self.width[part];
+            let (w_in, w_out) = w.split_at(2 * r * d);
+            [
+                Right::pack(self.precision, View::transposed(w_in, d), (d, 2 * r), threads),
+                Right::pack(self.precision, View::rows(w_out, d), (r, d), threads),
+            ]
+        })?;
+        let (mut y, mut products) = (output(x.len()), output(x.len() / d * 2 * total));
+        let (y_shared, products_shared) = (Shared::new(&mut y), Shared::new(&mut products));
+        let tile = |hidden: &mut Vec<f32>, tile: &Tile| {
+            let m = tile.n_rows;
+            let first = tile.first_row * d;
+            let x_rows = View::rows(&x[first..][..m * d], d);
+            let from = From::Other { values: Shared::of(base), offset: first, row: d };
+            let mut to = Output { to: y_shared, offset: first, row: d, from };
+            for (part, block) in tile.blocks.iter().enumerate() {
+                let Some(block) = block else { continue };
+                let [w_in, w_out] = &packed[part][*block];
+                let (r, offset) = (self.width[part], self.products_of(tile, part));
+                let products = Output { to: products_shared, offset, row: 2 * total, from: From::Zero };
+                hidden.resize(m * r, 0.0);
+                // SAFETY: tiles do not overlap, so their rows of y and of the products are this task's own.
+                unsafe {
+                    multiply((m, x_rows), w_in.all(), products);
+                    for (i, hidden) in hidden.chunks_exact_mut(r).enumerate() {
+                        activate(products_shared.slice(offset + i * 2 * total, 2 * r), hidden);
+                    }
+                    multiply((m, View::rows(hidden, r)), w_out.all(), to);
+                }
+                to.from = From::Itself;
+            }
+            if let From::Other { .. } = to.from {
+                // SAFETY: as above.
+                unsafe { y_shared.slice(first, m * d) }.copy_from_slice(&base[first..][..m * d]);
             }
         };
-        match threads {
-            Threads::One => tasks.par_iter_mut().for_each(backward_block),
-            Threads::All => tasks.iter_mut().for_each(backward_block),
+        self.tiles.par_iter().for_each_init(Vec::new, tile);
+        Ok((y, products))
+    }
+
+    /// Where the products of a tile and a part begin.
+    fn products_of(&self, tile: &Tile, part: usize) -> usize {
+        (tile.first_row * self.total + self.first[part]) * 2
+    }
+
+    /// Adds to the gradients of x and of all blocks.
+    fn backward(&self, x: &Traced, dy: &Tensor, products: Vec<f32>, gradients: &mut Gradients) -> Result<()> {
+        let (x_values, dy) = (&*read(x.value())?, &*read(dy)?);
+        let n_rows = x_values.len() / self.d;
+        let (mut products, mut hidden) = (products, output(n_rows * self.total));
+        match gradients.buffer(x)? {
+            Some((dx, into)) => {
+                with_mut(&dx, |dx| self.backward_tiles(dy, (&mut products, &mut hidden), (dx, into)))??;
+            }
+            None => {
+                let unused = &mut output(x_values.len());
+                self.backward_tiles(dy, (&mut products, &mut hidden), (unused, Into::Overwrite))?;
+            }
         }
-        (dx, dw)
+        self.backward_weights([x_values, dy, &products, &hidden], gradients)
+    }
+
+    /// Replaces the products by their gradients, writes the hidden activations [N, ΣR] and the gradient of x.
+    fn backward_tiles(
+        &self,
+        dy: &[f32],
+        (products, hidden): (&mut [f32], &mut [f32]),
+        (dx, into): (&mut [f32], Into),
+    ) -> Result<()> {
+        let (d, total) = (self.d, self.total);
+        let packed = self.pack(|part, w, threads| {
+            let r = self.width[part];
+            let (w_in, w_out) = w.split_at(2 * r * d);
+            [
+                Right::pack(self.precision, View::transposed(w_out, d), (d, r), threads),
+                Right::pack(self.precision, View::rows(w_in, d), (2 * r, d), threads),
+            ]
+        })?;
+        let (products, hidden, dx) = (Shared::new(products), Shared::new(hidden), Shared::new(dx));
+        self.tiles.par_iter().for_each_init(Vec::new, |dhidden, tile| {
+            let (m, first) = (tile.n_rows, tile.first_row * d);
+            let dy_rows = View::rows(&dy[first..][..m * d], d);
+            let mut to = Output { to: dx, offset: first, row: d, from: into.into() };
+            for (part, block) in tile.blocks.iter().enumerate() {
+                let Some(block) = block else { continue };
+                let [out_of_hidden, out_of_products] = &packed[part][*block];
+                let (r, offset) = (self.width[part], self.products_of(tile, part));
+                dhidden.resize(m * r, 0.0);
+                let dhidden_to = Output { to: Shared::new(dhidden), offset: 0, row: r, from: From::Zero };
+                // SAFETY: tiles do not overlap, so their rows of every buffer are this task's own.
+                unsafe {
+                    multiply((m, dy_rows), out_of_hidden.all(), dhidden_to);
+                    for (i, dhidden) in dhidden.chunks_exact(r).enumerate() {
+                        let products = products.slice(offset + i * 2 * total, 2 * r);
+                        activate_backward(products, dhidden, hidden.slice(offset / 2 + i * total, r));
+                    }
+                    let dproducts = products.slice(offset, (m - 1) * 2 * total + 2 * r);
+                    multiply((m, View::rows(dproducts, 2 * total)), out_of_products.all(), to);
+                }
+                to.from = From::Itself;
+            }
+            if into == Into::Overwrite && tile.blocks.iter().all(Option::is_none) {
+                // SAFETY: as above.
+                unsafe { dx.slice(first, m * d) }.fill(0.0);
+            }
+        });
+        Ok(())
+    }
+
+    /// Adds to the gradients of the blocks: [dM1; dM2] = dproductsᵀ·x and dM3 = hiddenᵀ·dy over their rows.
+    fn backward_weights(
+        &self,
+        [x, dy, dproducts, hidden]: [&[f32]; 4],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        if self.parts.iter().flat_map(|part| &part.blocks).all(Traced::is_constant) {
+            return Ok(());
+        }
+        let (d, total, n_rows) = (self.d, self.total, x.len() / self.d);
+        let pack = |rows: &[f32]| Right::pack(self.precision, View::rows(rows, d), (n_rows, d), Threads::All);
+        let (x_packed, dy_packed) = (pack(x), pack(dy));
+        for (i, part) in self.parts.iter().enumerate() {
+            let (r, first) = (self.width[i], self.first[i]);
+            let mut runs_of = BTreeMap::<usize, Vec<&Run>>::new();
+            for run in &part.runs {
+                runs_of.entry(run.block).or_default().push(run);
+            }
+            let mut tasks = vec![];
+            for (block, runs) in runs_of {
+                if let Some((gradient, into)) = gradients.buffer(&part.blocks[block])? {
+                    tasks.push((gradient, into, runs));
+                }
+            }
+            let block = |(gradient, into, runs): (Tensor, Into, Vec<&Run>), threads: Threads| {
+                with_mut(&gradient, |gradient| {
+                    let (dw_in, dw_out) = gradient.split_at_mut(2 * r * d);
+                    for (n, run) in runs.into_iter().enumerate() {
+                        let into = if n == 0 { into } else { Into::Add };
+                        let rows = run.first_row..run.first_row + run.n_rows;
+                        let left = |values, stride: usize, first: usize| {
+                            let values: &[f32] = values;
+                            View::transposed(&values[rows.start * stride + first..], stride)
+                        };
+                        let products = (2 * r, left(dproducts, 2 * total, 2 * first));
+                        sum_over_rows(products, (&x_packed, x, rows.clone()), (dw_in, into), threads);
+                        let hidden = (r, left(hidden, total, first));
+                        sum_over_rows(hidden, (&dy_packed, dy, rows.clone()), (dw_out, into), threads);
+                    }
+                })
+            };
+            match tasks.len() < rayon::current_num_threads() {
+                true => tasks.into_iter().try_for_each(|task| block(task, Threads::All))?,
+                false => tasks.into_par_iter().try_for_each(|task| block(task, Threads::One))?,
+            }
+        }
+        Ok(())
     }
 }
 
-impl CustomOp3 for GatedFfn {
-    fn name(&self) -> &'static str {
-        "gated-ffn"
-    }
-
-    fn cpu_fwd(
-        &self,
-        base: &CpuStorage,
-        base_layout: &Layout,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, w) = (values(x, x_layout)?, values(w, w_layout)?);
-        let block_len = 3 * self.width * self.d;
-        let mut y = values(base, base_layout)?.to_vec();
-        let mut products = output(x.len() / self.d * 2 * self.width);
-        let outputs = (Shared::new(&mut y), Shared::new(&mut products));
-        let threads = Self::split(self.runs.len());
-        let forward_run =
-            |run: &Run| self.forward_run(run, x, &w[run.block * block_len..][..block_len], threads, outputs);
-        match threads {
-            Threads::One => self.runs.par_iter().for_each(forward_run),
-            Threads::All => self.runs.iter().for_each(forward_run),
+/// c [m, D] = or += left · right[rows], `right` being `values` packed.
+fn sum_over_rows(
+    (m, left): (usize, View),
+    (right, values, rows): (&Right, &[f32], std::ops::Range<usize>),
+    (c, into): (&mut [f32], Into),
+    threads: Threads,
+) {
+    let d = c.len() / m;
+    let to = Output { to: Shared::new(c), offset: 0, row: d, from: into.into() };
+    let own;
+    let right = match right.begins_a_lane(rows.start) {
+        true => right.part(rows, 0..d),
+        false => {
+            let view = View::rows(&values[rows.start * d..], d);
+            own = Right::pack(right.precision(), view, (rows.len(), d), Threads::One);
+            own.all()
         }
-        // An op is built for one call, so the cell is empty.
-        let _ = self.products.set(products);
-        Ok((CpuStorage::F32(y), base_layout.shape().clone()))
-    }
+    };
+    // SAFETY: c is m rows of d, uniquely borrowed.
+    unsafe { multiply_all((m, left), right, to, threads) }
+}
 
-    fn bwd(
-        &self,
-        _base: &Tensor,
-        x: &Tensor,
-        w: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let frozen = !w.track_op();
-        let (dx, dw) =
-            with(x, |x| with(w, |weights| with(dy, |dy| self.backward([x, weights, dy], frozen))))???;
-        let dw = if frozen { None } else { Some(tensor_like(dw, w)?) };
-        Ok((Some(dy.clone()), Some(tensor_like(dx, x)?), dw))
+/// hidden = silu(a) ⊙ b for a row `[a, b]` of products.
+fn activate(products: &[f32], hidden: &mut [f32]) {
+    let (a, b) = products.split_at(hidden.len());
+    for ((hidden, a), b) in hidden.iter_mut().zip(a).zip(b) {
+        *hidden = a * sigmoid(*a) * b;
+    }
+}
+
+/// Replaces a row `[a, b]` of products by its gradient, and writes silu(a) ⊙ b to `hidden`.
+fn activate_backward(products: &mut [f32], dhidden: &[f32], hidden: &mut [f32]) {
+    let (a, b) = products.split_at_mut(hidden.len());
+    for (((hidden, dhidden), a), b) in hidden.iter_mut().zip(dhidden).zip(a).zip(b) {
+        let s = sigmoid(*a);
+        let silu = *a * s;
+        *hidden = silu * *b;
+        *a = dhidden * *b * (s + silu * (1.0 - s));
+        *b = dhidden * silu;
     }
 }

@@ -1,8 +1,8 @@
 //! Fused tensor operations with forward and backward, for a decoder whose FFNs widen by memory.
 //!
-//! Every operation has two bodies: a fused one for f32 on the CPU (a candle custom op, the one that
-//! trains), and one composed of candle's differentiable tensor operations for any other type and
-//! device, which in f64 is also the reference that the tests hold the fused body against.
+//! Operations are functions of a [`Tape`], which goes through them backward. Each has two bodies: a fused one
+//! for f32 on the CPU (the one that trains), and one composed of candle's differentiable tensor operations for
+//! any other type and device, which in f64 is also the reference that the tests hold the fused body against.
 //! candle's own fused layers (`rms_norm`, `rope`, `softmax_last_dim`) are not used anywhere: they have
 //! no backward and drop gradients without an error.
 //!
@@ -20,36 +20,56 @@ mod linear;
 mod math;
 mod rms_norm;
 mod rope;
+mod tape;
 
 pub use adamw::{AdamW, adamw_step, sum_of_squares};
 pub use attention::{AttentionShape, attention};
 pub use cross_entropy::{CrossEntropy, TokenLoss, linear_cross_entropy};
 pub use embedding::embedding;
-pub use gated_ffn::{Run, gated_ffn};
+pub use gated_ffn::{FfnPart, Run, gated_ffn};
 pub use linear::linear;
 pub use rms_norm::rms_norm;
-pub use rope::{RopeTable, rope};
+pub use rope::{NormRope, RopeTable, norm_rope};
+pub use tape::{Gradients, Tape, Traced};
 
 /// A target that is not scored: padding.
 pub const IGNORE: u32 = u32::MAX;
 
+/// How matrix products are made; everything else, and every sum, is f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Of f32 operands.
+    #[default]
+    F32,
+    /// Of operands rounded to bf16, by the processor's own instructions where it has them.
+    Bf16,
+}
+
 use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Whether the fused f32 CPU body applies; everything else takes the composed body.
 fn fused(t: &Tensor) -> bool {
     t.device().is_cpu() && t.dtype() == DType::F32
 }
 
-/// Sets up this process for training on the CPU: `n_threads` for the matrix products and our own
-/// loops, and one for candle's second, spinning pool, which would otherwise fight for the same cores.
+/// Sets up this process for training on the CPU: `n_threads` for our own loops, one for candle's second,
+/// spinning pool, which would otherwise fight for the same cores; and freed memory stays with the allocator (where
+/// it is mimalloc), since a step needs again what the last one freed, and new pages cost more than a sum over them.
 ///
 /// The first thing to do in `main`: candle is told by an environment variable, which is set only while no
 /// other thread exists. A second call keeps the pool of the first.
-pub fn init_threads(n_threads: usize) {
+pub fn init_process(n_threads: usize) {
     let is_alone = std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
     if is_alone {
         // SAFETY: no other thread exists that could read or write the environment meanwhile.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
+    // SAFETY: sets a number that mimalloc reads atomically, whether or not it is the allocator.
+    unsafe { libmimalloc_sys::mi_option_set(MI_OPTION_PURGE_DELAY, -1) };
     let _ = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build_global();
 }
+
+/// `mi_option_purge_delay` of mimalloc.h (v3), which the binding does not name; -1 is never.
+const MI_OPTION_PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;

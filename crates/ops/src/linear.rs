@@ -1,74 +1,77 @@
-//! y = x·Wᵀ without the transposed copies that a composed product makes in its backward.
+//! y = x·Wᵀ, added to the residual stream where one is given.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::Result;
 
-use crate::buffer::{output, tensor_like, values, with};
-use crate::gemm::{Into, Size, Threads, View, gemm};
+use crate::buffer::{Shared, output, read, tensor};
+use crate::gemm::{From, Into, Output, Right, Size, Threads, View, gemm, multiply_all};
+use crate::{Tape, Traced};
 
-/// y = x·Wᵀ; `x` [.., I], `weight` [O, I], y [.., O].
-pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    if crate::fused(x) {
-        return x.contiguous()?.apply_op2(weight, Linear);
+/// y = base + x·Wᵀ; `x` [.., I], `weight` [O, I], `base` and y [.., O]. Without a base nothing is added.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn linear(tape: &mut Tape, base: Option<&Traced>, x: &Traced, weight: &Traced) -> Result<Traced> {
+    let (o, i) = weight.value().dims2()?;
+    let mut shape = x.value().dims().to_vec();
+    match shape.last_mut() {
+        Some(last) if *last == i => *last = o,
+        _ => candle_core::bail!("linear: x {shape:?} does not end in {i}"),
     }
-    let (o, i) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    let rows = x.elem_count() / i;
-    *shape.last_mut().expect("a matrix has a last dimension") = o;
-    x.reshape((rows, i))?.matmul(&weight.t()?)?.reshape(shape)
-}
-
-struct Linear;
-
-impl CustomOp2 for Linear {
-    fn name(&self) -> &'static str {
-        "linear"
+    if let Some(base) = base.filter(|base| base.value().dims() != shape) {
+        candle_core::bail!("linear: base {:?} for a result of {shape:?}", base.value().dims());
     }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        w: &CpuStorage,
-        w_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (o, i) = w_layout.shape().dims2()?;
-        let mut shape = x_layout.shape().dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == i => *last = o,
-            _ => candle_core::bail!("linear: x {:?} does not end in {i}", x_layout.shape()),
+    let n = x.value().elem_count() / i;
+    let inputs: Vec<&Traced> = [x, weight].into_iter().chain(base).collect();
+    if !crate::fused(x.value()) {
+        return tape.composed(&inputs, |inputs| {
+            let y = inputs[0].reshape((n, i))?.matmul(&inputs[1].t()?)?.reshape(shape)?;
+            if let [_, _, base] = inputs { y + base } else { Ok(y) }
+        });
+    }
+    let precision = tape.precision();
+    let mut y = output(n * o);
+    {
+        let (x, w) = (read(x.value())?, read(weight.value())?);
+        let (x, w) = (View::rows(&x, i), View::transposed(&w, i));
+        match base {
+            None => gemm(
+                precision,
+                Size { m: n, n: o, k: i },
+                (&mut y, o),
+                (x, w),
+                (Into::Overwrite, Threads::All),
+            ),
+            Some(base) => {
+                let base = read(base.value())?;
+                let right = Right::pack(precision, w, (i, o), Threads::All);
+                let from = From::Other { values: Shared::of(&base), offset: 0, row: o };
+                let to = Output { to: Shared::new(&mut y), offset: 0, row: o, from };
+                // SAFETY: y and the base are whole [n, o] matrices, and y is uniquely borrowed.
+                unsafe { multiply_all((n, x), right.all(), to, Threads::All) }
+            }
         }
-        let (x, w) = (values(x, x_layout)?, values(w, w_layout)?);
-        let n = x.len() / i;
-        let mut y = output(n * o);
-        let size = Size { m: n, n: o, k: i };
-        gemm(size, (&mut y, o), View::rows(x, i), View::transposed(w, i), Into::Overwrite, Threads::All);
-        Ok((CpuStorage::F32(y), Shape::from(shape)))
     }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (o, i) = w.dims2()?;
-        let n = x.elem_count() / i;
-        let product = |size: Size, a: View, b: View| {
-            let mut c = output(size.m * size.n);
-            gemm(size, (&mut c, size.n), a, b, Into::Overwrite, Threads::All);
-            c
-        };
-        let dx = with(w, |w| {
-            with(dy, |dy| product(Size { m: n, n: i, k: o }, View::rows(dy, o), View::rows(w, i)))
-        })??;
-        // Frozen weights need none.
-        let dw = match w.track_op() {
-            true => Some(with(x, |x| {
-                with(dy, |dy| product(Size { m: o, n: i, k: n }, View::transposed(dy, o), View::rows(x, i)))
-            })??),
-            false => None,
-        };
-        Ok((Some(tensor_like(dx, x)?), dw.map(|dw| tensor_like(dw, w)).transpose()?))
+    let y = tensor(y, shape)?;
+    if !tape.records(&inputs) {
+        return Ok(Traced::constant(y));
     }
+    let (x, weight, base) = (x.clone(), weight.clone(), base.cloned());
+    Ok(tape.record(y, move |dy, gradients| {
+        {
+            let (x_values, w, dy) = (read(x.value())?, read(weight.value())?, read(&dy)?);
+            gradients.write(&x, |dx, into| {
+                let size = Size { m: n, n: i, k: o };
+                gemm(precision, size, (dx, i), (View::rows(&dy, o), View::rows(&w, i)), (into, Threads::All));
+            })?;
+            gradients.write(&weight, |dw, into| {
+                let size = Size { m: o, n: i, k: n };
+                let operands = (View::transposed(&dy, o), View::rows(&x_values, i));
+                gemm(precision, size, (dw, i), operands, (into, Threads::All));
+            })?;
+        }
+        match base {
+            Some(base) => gradients.give(&base, dy),
+            None => Ok(()),
+        }
+    }))
 }

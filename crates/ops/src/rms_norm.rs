@@ -1,10 +1,12 @@
 //! RMSNorm with a gain (Zhang & Sennrich, arXiv 1910.07467).
 
-use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{output, tensor_like, values, with};
+use crate::buffer::{output, read, tensor};
+use crate::gemm::Into;
 use crate::math::dot;
+use crate::{Tape, Traced};
 
 /// Rows a task takes; fixed, so that the sums of the gain's gradient never depend on the thread count.
 const ROWS: usize = 64;
@@ -12,19 +14,53 @@ const ROWS: usize = 64;
 /// y = x / √(mean(x²) + eps) · gain over the last dimension.
 ///
 /// `x` [.., D], `gain` [D]; y has the shape of x.
-pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
-    if gain.dims() != [x.dim(D::Minus1)?] {
-        candle_core::bail!("rms norm: gain {:?} for x {:?}", gain.dims(), x.dims());
+///
+/// # Errors
+/// When the gain is not as long as the rows of x.
+pub fn rms_norm(tape: &mut Tape, x: &Traced, gain: &Traced, eps: f64) -> Result<Traced> {
+    check(x, gain)?;
+    if !crate::fused(x.value()) {
+        return tape.composed(&[x, gain], |inputs| composed(&inputs[0], &inputs[1], eps));
     }
-    if crate::fused(x) {
-        return x.contiguous()?.apply_op2(gain, RmsNorm { eps: eps as f32 });
+    let norm = RmsNorm { eps: eps as f32 };
+    let mut y = output(x.value().elem_count());
+    {
+        let (x, gain) = (read(x.value())?, read(gain.value())?);
+        let d = gain.len();
+        y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(y, x)| {
+            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                norm.row(x, &gain, y);
+            }
+        });
     }
+    let y = tensor(y, x.value().shape())?;
+    if !tape.records(&[x, gain]) {
+        return Ok(Traced::constant(y));
+    }
+    let (x, gain) = (x.clone(), gain.clone());
+    Ok(tape.record(y, move |dy, gradients| {
+        let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
+        norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
+            dy_row.copy_from_slice(&dy[row * g.len()..][..g.len()]);
+        })
+    }))
+}
+
+pub(crate) fn check(x: &Traced, gain: &Traced) -> Result<()> {
+    if gain.value().dims() != [x.value().dim(D::Minus1)?] {
+        candle_core::bail!("rms norm: gain {:?} for x {:?}", gain.value().dims(), x.value().dims());
+    }
+    Ok(())
+}
+
+pub(crate) fn composed(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     let inverse = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
     x.broadcast_mul(&inverse)?.broadcast_mul(gain)
 }
 
-struct RmsNorm {
-    eps: f32,
+#[derive(Clone, Copy)]
+pub(crate) struct RmsNorm {
+    pub(crate) eps: f32,
 }
 
 impl RmsNorm {
@@ -32,78 +68,76 @@ impl RmsNorm {
         1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
     }
 
-    /// Gradients of x [rows, D] and, summed over the rows, of the gain.
-    fn backward_rows(&self, dx: &mut [f32], x: &[f32], gain: &[f32], dy: &[f32]) -> Vec<f32> {
-        let d = gain.len();
-        let mut dgain = vec![0f32; d];
-        let mut dy_gain = vec![0f32; d];
-        for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
-            let r = self.inverse_rms(x);
-            for i in 0..d {
-                dy_gain[i] = dy[i] * gain[i];
-                dgain[i] += dy[i] * x[i] * r;
-            }
-            let c = dot(&dy_gain, x) * r * r * r / d as f32;
-            for i in 0..d {
-                dx[i] = dy_gain[i] * r - x[i] * c;
-            }
+    pub(crate) fn row(&self, x: &[f32], gain: &[f32], y: &mut [f32]) {
+        let r = self.inverse_rms(x);
+        for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
+            *y = x * r * gain;
         }
-        dgain
-    }
-}
-
-impl CustomOp2 for RmsNorm {
-    fn name(&self) -> &'static str {
-        "rms-norm"
     }
 
-    fn cpu_fwd(
+    /// Gradients of all rows of x, and of the gain summed over them; `output_gradient` fills in that of one row
+    /// of the norm's output.
+    pub(crate) fn backward(
         &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        gain: &CpuStorage,
-        gain_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, gain) = (values(x, x_layout)?, values(gain, gain_layout)?);
-        let d = gain.len();
-        let mut y = output(x.len());
-        y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                let r = self.inverse_rms(x);
-                for i in 0..d {
-                    y[i] = x[i] * r * gain[i];
+        (x, x_values): (&Traced, &[f32]),
+        (gain, gain_values): (&Traced, &[f32]),
+        gradients: &mut crate::Gradients,
+        output_gradient: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Result<()> {
+        let d = gain_values.len();
+        let mut parts: Vec<Vec<f32>> = vec![];
+        let mut rows = |dx: &mut [f32], into: Into| {
+            let chunks = dx.par_chunks_mut(d * ROWS).zip(x_values.par_chunks(d * ROWS)).enumerate();
+            parts = chunks
+                .map(|(chunk, (dx, x))| {
+                    let (mut dgain, mut dy) = (vec![0f32; d], vec![0f32; d]);
+                    for (row, (dx, x)) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
+                        output_gradient(chunk * ROWS + row, &mut dy);
+                        self.backward_row(x, gain_values, (&mut dy, &mut dgain), (dx, into));
+                    }
+                    dgain
+                })
+                .collect();
+        };
+        match x.is_constant() {
+            true => rows(&mut output(x_values.len()), Into::Overwrite),
+            false => gradients.write(x, rows)?,
+        }
+        gradients.write(gain, |dgain, into| {
+            if into == Into::Overwrite {
+                dgain.fill(0.0);
+            }
+            for part in &parts {
+                dgain.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+        })
+    }
+
+    /// Gradient of one row: dx = r·(g ⊙ dy) − x · (g ⊙ dy)·x · r³/D, dgain += dy ⊙ x · r. Overwrites `dy`.
+    fn backward_row(
+        &self,
+        x: &[f32],
+        gain: &[f32],
+        (dy, dgain): (&mut [f32], &mut [f32]),
+        (dx, into): (&mut [f32], Into),
+    ) {
+        let r = self.inverse_rms(x);
+        for (((dy, gain), dgain), x) in dy.iter_mut().zip(gain).zip(dgain).zip(x) {
+            *dgain += *dy * x * r;
+            *dy *= gain;
+        }
+        let c = dot(dy, x) * r * r * r / x.len() as f32;
+        match into {
+            Into::Overwrite => {
+                for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+                    *dx = *dy * r - x * c;
                 }
             }
-        });
-        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        gain: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let d = gain.elem_count();
-        let (dx, dgain) = with(x, |x_values| {
-            with(gain, |gain| {
-                with(dy, |dy| {
-                    let mut dx = output(x_values.len());
-                    let parts: Vec<Vec<f32>> = dx
-                        .par_chunks_mut(d * ROWS)
-                        .zip(x_values.par_chunks(d * ROWS))
-                        .zip(dy.par_chunks(d * ROWS))
-                        .map(|((dx, x), dy)| self.backward_rows(dx, x, gain, dy))
-                        .collect();
-                    let mut dgain = vec![0f32; d];
-                    for part in parts {
-                        dgain.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-                    }
-                    (dx, dgain)
-                })
-            })
-        })???;
-        Ok((Some(tensor_like(dx, x)?), Some(tensor_like(dgain, gain)?)))
+            Into::Add => {
+                for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+                    *dx += *dy * r - x * c;
+                }
+            }
+        }
     }
 }

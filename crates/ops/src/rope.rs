@@ -1,12 +1,14 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), halves layout: dimension i is rotated with
-//! dimension i + K/2.
+//! dimension i + K/2; in one pass with the norm of queries and keys that comes before it.
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::buffer::{output, tensor_like, values, with};
+use crate::buffer::{output, read, tensor};
+use crate::rms_norm::{self, RmsNorm};
+use crate::{Tape, Traced};
 
 /// Rows a task takes.
 const ROWS: usize = 32;
@@ -32,17 +34,60 @@ impl RopeTable {
             n_positions,
         }
     }
+
+    /// Rotates the heads of one row in place, back when `inverse`.
+    fn rotate(&self, row: &mut [f32], position: usize, inverse: bool) {
+        let (k, half) = (self.head_width, self.head_width / 2);
+        let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
+        let sign = if inverse { -1.0 } else { 1.0 };
+        for head in row.chunks_exact_mut(k) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (l, h, s) = (low[i], high[i], sin[i] * sign);
+                low[i] = l * cos[i] - h * s;
+                high[i] = h * cos[i] + l * s;
+            }
+        }
+    }
+
+    fn composed(&self, x: &Tensor, first_position: usize) -> Result<Tensor> {
+        let (b, t, d) = x.dims3()?;
+        let (k, half) = (self.head_width, self.head_width / 2);
+        let part = |values: &[f32]| -> Result<Tensor> {
+            let rows = values[first_position * half..][..t * half].to_vec();
+            Tensor::from_vec(rows, (1, t, 1, half), x.device())?.to_dtype(x.dtype())
+        };
+        let (cos, sin) = (part(&self.cos)?, part(&self.sin)?);
+        let x = x.reshape((b, t, d / k, k))?;
+        let (low, high) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+        let rotated_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+        let rotated_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[rotated_low, rotated_high], D::Minus1)?.reshape((b, t, d))
+    }
 }
 
-/// Rotates every head of `x` [B, T, H·K] by its position: row t stands at `first_position + t`.
+/// The norm of queries or keys, and its rotation.
+#[derive(Clone, Copy, Debug)]
+pub struct NormRope<'a> {
+    /// Cosines and sines.
+    pub table: &'a RopeTable,
+    /// Position of the first row of every sequence.
+    pub first_position: usize,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// RMSNorm over the full width with a gain, then every head rotated by its position: row t of `x` [B, T, H·K]
+/// stands at `first_position + t`. `gain` [H·K].
 ///
 /// Attention depends on differences of positions only, so documents packed in one sequence need no
 /// position of their own.
 ///
 /// # Errors
-/// When a position lies outside the table.
-pub fn rope(x: &Tensor, table: &RopeTable, first_position: usize) -> Result<Tensor> {
-    let (b, t, d) = x.dims3()?;
+/// When a position lies outside the table, or x is not made of heads of its width.
+pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) -> Result<Traced> {
+    let NormRope { table, first_position, eps } = options;
+    let (_, t, d) = x.value().dims3()?;
     if first_position + t > table.n_positions {
         candle_core::bail!(
             "rope: position {} asked for, the table holds {}",
@@ -51,69 +96,36 @@ pub fn rope(x: &Tensor, table: &RopeTable, first_position: usize) -> Result<Tens
         );
     }
     if d % table.head_width != 0 {
-        candle_core::bail!("rope: x {:?} is not of heads of width {}", x.dims(), table.head_width);
+        candle_core::bail!("rope: x {:?} is not of heads of width {}", x.value().dims(), table.head_width);
     }
-    if crate::fused(x) {
-        let op = Rope { table: table.clone(), first_position, n_rows: t, inverse: false };
-        return x.contiguous()?.apply_op1(op);
+    rms_norm::check(x, gain)?;
+    if !crate::fused(x.value()) {
+        return tape.composed(&[x, gain], |inputs| {
+            table.composed(&rms_norm::composed(&inputs[0], &inputs[1], eps)?, first_position)
+        });
     }
-    let (k, half) = (table.head_width, table.head_width / 2);
-    let part = |values: &[f32]| -> Result<Tensor> {
-        let rows = values[first_position * half..][..t * half].to_vec();
-        Tensor::from_vec(rows, (1, t, 1, half), x.device())?.to_dtype(x.dtype())
-    };
-    let (cos, sin) = (part(&table.cos)?, part(&table.sin)?);
-    let x = x.reshape((b, t, d / k, k))?;
-    let (low, high) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-    let rotated_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
-    let rotated_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[rotated_low, rotated_high], D::Minus1)?.reshape((b, t, d))
-}
-
-struct Rope {
-    table: RopeTable,
-    first_position: usize,
-    n_rows: usize,
-    inverse: bool,
-}
-
-impl Rope {
-    fn rotate(&self, x: &[f32], d: usize, inverse: bool) -> Vec<f32> {
-        let (k, half) = (self.table.head_width, self.table.head_width / 2);
-        let sign = if inverse { -1.0 } else { 1.0 };
-        let mut y = output(x.len());
-        y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate().for_each(|(chunk, (y, x))| {
+    let norm = RmsNorm { eps: eps as f32 };
+    let mut y = output(x.value().elem_count());
+    {
+        let (x, gain) = (read(x.value())?, read(gain.value())?);
+        let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate();
+        chunks.for_each(|(chunk, (y, x))| {
             for (row, (y, x)) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
-                let position = self.first_position + (chunk * ROWS + row) % self.n_rows;
-                let cos = &self.table.cos[position * half..][..half];
-                let sin = &self.table.sin[position * half..][..half];
-                for (y, x) in y.chunks_exact_mut(k).zip(x.chunks_exact(k)) {
-                    let (low, high) = x.split_at(half);
-                    let (y_low, y_high) = y.split_at_mut(half);
-                    for i in 0..half {
-                        let s = sin[i] * sign;
-                        y_low[i] = low[i] * cos[i] - high[i] * s;
-                        y_high[i] = high[i] * cos[i] + low[i] * s;
-                    }
-                }
+                norm.row(x, &gain, y);
+                table.rotate(y, first_position + (chunk * ROWS + row) % t, false);
             }
         });
-        y
     }
-}
-
-impl CustomOp1 for Rope {
-    fn name(&self) -> &'static str {
-        "rope"
+    let y = tensor(y, x.value().shape())?;
+    if !tape.records(&[x, gain]) {
+        return Ok(Traced::constant(y));
     }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let d = layout.shape().dims()[2];
-        Ok((CpuStorage::F32(self.rotate(values(x, layout)?, d, self.inverse)), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let d = x.dim(2)?;
-        Ok(Some(tensor_like(with(dy, |dy| self.rotate(dy, d, !self.inverse))?, x)?))
-    }
+    let (x, gain, table) = (x.clone(), gain.clone(), table.clone());
+    Ok(tape.record(y, move |dy, gradients| {
+        let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
+        norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
+            dy_row.copy_from_slice(&dy[row * d..][..d]);
+            table.rotate(dy_row, first_position + row % t, true);
+        })
+    }))
 }

@@ -1,14 +1,14 @@
 //! Our side of bench/train: times whole optimizer steps of one anchor, without a corpus behind them.
 //!
-//! `step FOLDER [--make SIZE] [--steps N] [--threads N] [--memory KIND]`: with `--make` it writes what both sides
-//! read (weights, tokens, settings) and ends; else it trains on that and prints one line of JSON.
+//! `step FOLDER [--make SIZE] [--steps N] [--threads N] [--memory different|shared] [--compute bf16,checkpoint]`:
+//! with `--make` it writes what both sides read (weights, tokens, settings) and ends; else it trains on that and prints one line of JSON.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anchor::{Anchor, AnchorConfig};
+use anchor::{Anchor, AnchorConfig, Precision};
 use candle_core::{DType, Device};
 use cluster_tree::ClusterPath;
 use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
@@ -95,7 +95,7 @@ struct Line {
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let folder = PathBuf::from(args.next().ok_or("expected a folder")?);
-    let (mut steps, mut threads, mut memory) = (8, 2, None);
+    let (mut steps, mut threads, mut memory, mut compute) = (8, 2, None, vec![]);
     while let Some(key) = args.next() {
         let value = args.next().ok_or_else(|| format!("{key}: expected a value"))?;
         match key.as_str() {
@@ -103,11 +103,16 @@ fn main() -> Result<()> {
             "--steps" => steps = value.parse()?,
             "--threads" => threads = value.parse()?,
             "--memory" => memory = Some(value),
-            _ => return Err(format!("{key}: expected --make, --steps, --threads or --memory").into()),
+            "--compute" => compute = value.split(',').map(String::from).collect(),
+            _ => {
+                return Err(
+                    format!("{key}: expected --make, --steps, --threads, --memory or --compute").into()
+                );
+            }
         }
     }
-    ops::init_threads(threads);
-    println!("{}", serde_json::to_string(&run(&folder, steps, memory.as_deref())?)?);
+    ops::init_process(threads);
+    println!("{}", serde_json::to_string(&run(&folder, steps, memory.as_deref(), &compute)?)?);
     Ok(())
 }
 
@@ -120,11 +125,18 @@ fn make(folder: &Path, bench: &Bench) -> Result<()> {
     Ok(())
 }
 
-fn run(folder: &Path, steps: usize, memory: Option<&str>) -> Result<Line> {
+fn run(folder: &Path, steps: usize, memory: Option<&str>, compute: &[String]) -> Result<Line> {
     let Bench { anchor, mut train, batch, len } = Bench::load(folder)?;
     let n_parameters = anchor.n_parameters();
     let bank = memory.map(|kind| bank(&anchor, kind)).transpose()?;
     train.steps = steps as u64;
+    for word in compute {
+        match word.as_str() {
+            "bf16" => train.precision = Precision::Bf16,
+            "checkpoint" => train.checkpoint_activations = true,
+            _ => return Err(format!("--compute {word}: expected bf16 or checkpoint").into()),
+        }
+    }
     if bank.is_some() {
         train.phase = Phase::Joint;
     }

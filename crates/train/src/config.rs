@@ -1,3 +1,4 @@
+use anchor::Precision;
 use memory_bank::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +81,11 @@ pub struct TrainConfig {
     pub clip: f64,
     /// Weight of the z-loss; 0 is off.
     pub z_loss: f64,
+    /// Operands of the matrix products: f32, or bf16 (weights, sums and all else stay f32).
+    pub precision: Precision,
+    /// Whether the backward pass computes the activations of each decoder block again instead of keeping
+    /// them: less memory, about a third more work.
+    pub checkpoint_activations: bool,
     /// Steps between lines of metrics.jsonl.
     pub log_every: u64,
     /// Steps between losses on held-out documents; 0 is only at the end.
@@ -113,6 +119,8 @@ impl Default for TrainConfig {
             eps: 1e-8,
             clip: 1.0,
             z_loss: 0.0,
+            precision: Precision::F32,
+            checkpoint_activations: false,
             log_every: 10,
             validate_every: 0,
             validate_sequences: 64,

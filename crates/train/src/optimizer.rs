@@ -1,9 +1,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anchor::Anchor;
+use anchor::{Anchor, Gradients};
 use candle_core::Tensor;
-use candle_core::backprop::GradStore;
 use ops::AdamW;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -15,37 +14,21 @@ pub struct Optimizer {
     moments: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
 }
 
-/// The gradients of a step, summed over its micro-batches.
-#[derive(Default)]
-pub(crate) struct Gradients(BTreeMap<String, Tensor>);
-
-impl Gradients {
-    /// Adds those of one backward pass.
-    ///
-    /// # Errors
-    /// When a parameter got none: an operation dropped it.
-    pub(crate) fn add(&mut self, anchor: &Anchor, grads: &GradStore) -> Result<()> {
-        for (name, var) in anchor.variables() {
-            let gradient = grads
-                .get(var)
-                .ok_or_else(|| candle_core::Error::Msg(format!("anchor parameter {name} got no gradient")))?;
-            let sum = match self.0.get(name) {
-                None => gradient.clone(),
-                Some(sum) => (sum + gradient)?,
-            };
-            self.0.insert(name.clone(), sum);
-        }
-        Ok(())
+/// √Σ g² over all parameters.
+///
+/// # Errors
+/// When a parameter got no gradient: an operation dropped it.
+pub(crate) fn gradient_norm(anchor: &Anchor, gradients: &Gradients) -> Result<f64> {
+    let mut sum = 0.0;
+    for (slot, name) in anchor.parameters().keys().enumerate() {
+        sum += ops::sum_of_squares(of_parameter(gradients, slot, name)?)?;
     }
+    Ok(sum.sqrt())
+}
 
-    /// √Σ g² over all parameters.
-    pub(crate) fn norm(&self) -> Result<f64> {
-        let mut sum = 0.0;
-        for gradient in self.0.values() {
-            sum += ops::sum_of_squares(gradient)?;
-        }
-        Ok(sum.sqrt())
-    }
+fn of_parameter<'g>(gradients: &'g Gradients, slot: usize, name: &str) -> Result<&'g Tensor> {
+    let gradient = gradients.get(slot);
+    Ok(gradient.ok_or_else(|| candle_core::Error::Msg(format!("anchor parameter {name} got no gradient")))?)
 }
 
 impl Optimizer {
@@ -53,7 +36,7 @@ impl Optimizer {
     pub fn new(anchor: &Anchor) -> Self {
         let zeros = |n: usize| (vec![0f32; n], vec![0f32; n]);
         let moments =
-            anchor.variables().iter().map(|(name, var)| (name.clone(), zeros(var.elem_count()))).collect();
+            anchor.parameters().iter().map(|(name, p)| (name.clone(), zeros(p.elem_count()))).collect();
         Self { moments }
     }
 
@@ -64,11 +47,11 @@ impl Optimizer {
         gradients: &Gradients,
         (config, step, scale): (&TrainConfig, u64, f64),
     ) -> Result<()> {
-        for (name, var) in anchor.variables() {
-            let (Some(gradient), Some((m, v))) = (gradients.0.get(name), self.moments.get_mut(name)) else {
-                return Err(candle_core::Error::Msg(format!("no gradient or moments for {name}")).into());
-            };
-            let decays = var.dims().len() > 1;
+        // Both maps are in the order of names.
+        let moments = self.moments.values_mut();
+        for ((slot, (name, weights)), (m, v)) in anchor.parameters().iter().enumerate().zip(moments) {
+            let gradient = of_parameter(gradients, slot, name)?;
+            let decays = weights.dims().len() > 1;
             let adamw = AdamW {
                 learning_rate: config.schedule().at(step),
                 beta1: config.beta1,
@@ -78,7 +61,7 @@ impl Optimizer {
                 step,
                 gradient_scale: scale,
             };
-            ops::adamw_step(var, gradient, m, v, adamw)?;
+            ops::adamw_step(weights, gradient, m, v, adamw)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anchor::{Anchor, Targets};
+use anchor::{Anchor, Compute, Gradients, Targets};
 use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step, squared_norm};
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
 use crate::metrics::{Metrics, StepMetrics};
-use crate::optimizer::{Gradients, Optimizer};
+use crate::optimizer::{Optimizer, gradient_norm};
 use crate::{Error, Result, TrainConfig};
 
 /// What a trainer is made of.
@@ -52,17 +52,11 @@ pub struct Trainer<S> {
     anchor: Anchor,
     memory: Option<Blocking<S>>,
     optimizer: Optimizer,
+    /// Of the anchor, kept from step to step for its buffers.
+    gradients: Gradients,
     checkpoints: Checkpoints,
     state: TrainState,
     last_loss: f64,
-}
-
-/// What one forward and backward leaves: the loss and all gradients.
-#[derive(Default)]
-struct Backward {
-    loss: f64,
-    anchor: Gradients,
-    blocks: Vec<Block>,
 }
 
 impl<S: BlockStore> Trainer<S> {
@@ -96,7 +90,18 @@ impl<S: BlockStore> Trainer<S> {
         let Parts { run_dir, config, corpus, anchor, memory } = parts;
         let checkpoints = Checkpoints::of(&run_dir);
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
-        Self { run_dir, config, corpus, anchor, memory, optimizer, checkpoints, state, last_loss: f64::NAN }
+        Self {
+            run_dir,
+            config,
+            corpus,
+            anchor,
+            memory,
+            optimizer,
+            gradients: Gradients::default(),
+            checkpoints,
+            state,
+            last_loss: f64::NAN,
+        }
     }
 
     /// Steps, tokens and sequences so far.
@@ -146,19 +151,20 @@ impl<S: BlockStore> Trainer<S> {
     pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
         let step = self.state.step + 1;
         let blocks = self.model().fetch(&batch.paths)?;
-        let Backward { loss, anchor: gradients, blocks: block_gradients } = self.backward(batch, &blocks)?;
+        let (loss, block_gradients) = self.backward(batch, &blocks)?;
         self.check_finite(step, "loss", loss)?;
-        let norm = gradients.norm()?;
+        let trains_anchor = self.config.phase.trains_anchor();
+        let norm = if trains_anchor { gradient_norm(&self.anchor, &self.gradients)? } else { 0.0 };
         self.check_finite(step, "gradient norm", norm)?;
         let memory_norm = block_norm(&block_gradients);
         self.check_finite(step, "memory gradient norm", memory_norm)?;
         if let Some(memory) = &self.memory {
             memory.push(Step(step), 0, block_gradients)?;
         }
-        if self.config.phase.trains_anchor() {
+        if trains_anchor {
             let clip = self.config.clip;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-            self.optimizer.step(&self.anchor, &gradients, (&self.config, step, scale))?;
+            self.optimizer.step(&self.anchor, &self.gradients, (&self.config, step, scale))?;
         }
         self.last_loss = loss;
         self.state =
@@ -177,22 +183,24 @@ impl<S: BlockStore> Trainer<S> {
         })
     }
 
-    /// Loss and gradients of a batch, in micro-batches whose gradients are summed.
-    fn backward(&self, batch: &Batch, blocks: &[Block]) -> Result<Backward> {
+    /// Loss of a batch and the gradients of its blocks, in micro-batches whose gradients are summed; those of
+    /// the anchor are left in `self.gradients`.
+    fn backward(&mut self, batch: &Batch, blocks: &[Block]) -> Result<(f64, Vec<Block>)> {
         let scale = 1.0 / batch.n_scored() as f64;
-        let mut total = Backward::default();
+        let (mut loss, mut block_gradients) = (0.0, vec![]);
+        let compute =
+            Compute { precision: self.config.precision, checkpoint: self.config.checkpoint_activations };
+        self.gradients.clear();
         for part in batch.split(self.config.micro_batch) {
             let memory = self.model().place(blocks, &part.paths)?;
-            let targets = Targets { targets: &part.targets, scale, z_loss: self.config.z_loss, train: true };
-            let (loss, _) = self.anchor.loss(eval::input(&part), targets, &memory)?;
-            total.loss += loss.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
-            let grads = loss.backward()?;
-            if self.config.phase.trains_anchor() {
-                total.anchor.add(&self.anchor, &grads)?;
-            }
-            add_blocks(&mut total.blocks, memory.grads(&grads)?);
+            let targets = Targets { targets: &part.targets, scale, z_loss: self.config.z_loss };
+            let work = (eval::input(&part), targets);
+            let (part_loss, part_gradients) =
+                self.anchor.loss_and_gradients(work, &memory, compute, &mut self.gradients)?;
+            loss += part_loss;
+            add_blocks(&mut block_gradients, part_gradients);
         }
-        Ok(total)
+        Ok((loss, block_gradients))
     }
 
     fn check_finite(&self, step: u64, what: &'static str, found: f64) -> Result<()> {
@@ -208,7 +216,7 @@ impl<S: BlockStore> Trainer<S> {
         let Some(part) = batch.split(self.config.micro_batch).next() else { return Ok(()) };
         let model = self.model();
         let memory = model.place(&model.fetch(&part.paths)?, &part.paths)?;
-        let targets = Targets { targets: &part.targets, scale: 1.0, z_loss: 0.0, train: false };
+        let targets = Targets { targets: &part.targets, scale: 1.0, z_loss: 0.0 };
         let (_, losses) = self.anchor.loss(eval::input(&part), targets, &memory)?;
         let loss: f64 = losses.into_iter().map(f64::from).sum();
         self.check_finite(self.state.step, "loss after the update", loss)

@@ -46,9 +46,9 @@ fn what_is_saved_is_loaded_to_the_bit() {
         let (dir, path, anchor) = saved(tied);
         let loaded = Anchor::load(&path, CPU).unwrap();
         assert_eq!(loaded.config(), anchor.config());
-        assert_eq!(loaded.variables().len(), anchor.variables().len());
-        for (name, var) in anchor.variables() {
-            assert_eq!(bits(&values(&loaded.variables()[name])), bits(&values(var)), "{name}");
+        assert_eq!(loaded.parameters().len(), anchor.parameters().len());
+        for (name, parameter) in anchor.parameters() {
+            assert_eq!(bits(&values(&loaded.parameters()[name])), bits(&values(parameter)), "{name}");
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
     }

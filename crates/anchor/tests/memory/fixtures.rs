@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anchor::{Anchor, AnchorConfig, FetchedMemory, Input, Targets, unique_ids};
+use anchor::{Anchor, AnchorConfig, Compute, FetchedMemory, Gradients, Input, Targets, unique_ids};
 use candle_core::{DType, Device, Tensor};
 use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::{AdamW, BankOptions, Block, BlockSpec, Blocking, LocalBank, MemoryKind, Schedule, Step};
@@ -125,7 +125,7 @@ impl Batch {
 
     /// The sum over tokens, with a little z-loss.
     pub(crate) fn targets(&self) -> Targets<'_> {
-        Targets { targets: &self.targets, scale: 1.0, z_loss: 1e-2, train: true }
+        Targets { targets: &self.targets, scale: 1.0, z_loss: 1e-2 }
     }
 }
 
@@ -138,10 +138,17 @@ pub(crate) fn losses(anchor: &Anchor, batch: &Batch, memory: &FetchedMemory) -> 
     anchor.loss(batch.input(), batch.targets(), memory).unwrap().1
 }
 
+/// The gradients of the anchor by slot, and those of every block.
+pub(crate) fn gradients(anchor: &Anchor, batch: &Batch, memory: &FetchedMemory) -> (Gradients, Vec<Block>) {
+    let mut gradients = Gradients::default();
+    let work = (batch.input(), batch.targets());
+    let (_, blocks) = anchor.loss_and_gradients(work, memory, Compute::default(), &mut gradients).unwrap();
+    (gradients, blocks)
+}
+
 /// The gradient of every block.
 pub(crate) fn block_gradients(anchor: &Anchor, batch: &Batch, memory: &FetchedMemory) -> Vec<Block> {
-    let (loss, _) = anchor.loss(batch.input(), batch.targets(), memory).unwrap();
-    memory.grads(&loss.backward().unwrap()).unwrap()
+    gradients(anchor, batch, memory).1
 }
 
 pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {

@@ -1,6 +1,6 @@
 //! Gradients of blocks against central finite differences in f64, and who gets a gradient at all.
 
-use anchor::{Anchor, FetchedMemory};
+use anchor::{Anchor, Compute, FetchedMemory, Gradients, Precision};
 use candle_core::DType;
 use memory_bank::Block;
 
@@ -19,8 +19,7 @@ fn block_gradients_are_those_of_finite_differences() {
     let exact = Anchor::new(config(true), 7, CPU_F64).unwrap();
     let loss = |blocks: &[Block]| -> f64 {
         let memory = FetchedMemory::to_device(blocks, &paths, &spec, CPU_F64).unwrap();
-        let (loss, _) = exact.loss(batch.input(), batch.targets(), &memory).unwrap();
-        loss.to_scalar().unwrap()
+        exact.loss(batch.input(), batch.targets(), &memory).unwrap().0
     };
     for (i, gradient) in gradients.iter().enumerate() {
         // 13 is coprime to the sizes, so the sample meets every matrix of every layer.
@@ -52,14 +51,12 @@ fn every_parameter_and_every_touched_block_gets_a_gradient() {
         let anchor = Anchor::new(config(tied), 7, dtype).unwrap();
         let (spec, batch, paths) = (spec([4, 2]), Batch::random(3, 6, 8), [leaf(0), leaf(3), generic()]);
         let memory = FetchedMemory::to_device(&trained_blocks(&spec, &paths), &paths, &spec, dtype).unwrap();
-        let (loss, _) = anchor.loss(batch.input(), batch.targets(), &memory).unwrap();
-        let grads = loss.backward().unwrap();
-        for (name, var) in anchor.variables() {
-            let gradient = grads.get(var).unwrap_or_else(|| panic!("{name} got no gradient"));
-            assert_eq!(gradient.dims(), var.dims(), "{name}");
+        let (gradients, blocks) = gradients(&anchor, &batch, &memory);
+        for (slot, (name, parameter)) in anchor.parameters().iter().enumerate() {
+            let gradient = gradients.get(slot).unwrap_or_else(|| panic!("{name} got no gradient"));
+            assert_eq!(gradient.dims(), parameter.dims(), "{name}");
             assert!(!is_zero(gradient), "gradient of {name} is 0");
         }
-        let blocks = memory.grads(&grads).unwrap();
         assert_eq!(blocks.len(), 6);
         let matrix_is_zero = |block: &Block| block.values.chunks(16).any(|row| row.iter().all(|&x| x == 0.0));
         assert!(!blocks.iter().any(matrix_is_zero), "every row of every matrix of a block is used");
@@ -86,20 +83,54 @@ fn a_frozen_anchor_gets_no_gradient_and_its_blocks_the_same() {
     let free = block_gradients(&anchor(), &batch, &memory);
     let frozen = anchor().freeze();
     assert_eq!(bits(&logits(&frozen, &batch, &memory)), bits(&logits(&anchor(), &batch, &memory)));
-    let (loss, _) = frozen.loss(batch.input(), batch.targets(), &memory).unwrap();
-    let grads = loss.backward().unwrap();
-    for (name, var) in frozen.variables() {
-        assert!(grads.get(var).is_none(), "{name} is frozen");
+    let (gradients, blocks) = gradients(&frozen, &batch, &memory);
+    for (slot, name) in frozen.parameters().keys().enumerate() {
+        assert!(gradients.get(slot).is_none(), "{name} is frozen");
     }
-    assert_eq!(memory.grads(&grads).unwrap(), free);
+    assert_eq!(blocks, free);
     assert_eq!(frozen.dtype(), DType::F32);
 }
 
 #[test]
-fn memory_that_was_not_used_is_an_error() {
-    let (anchor, spec, batch, paths) = (anchor(), spec([4, 2]), Batch::random(1, 6, 11), [leaf(0)]);
+fn frozen_memory_gets_no_gradient_and_the_anchor_the_same() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(2, 6, 11), [leaf(0), generic()]);
+    let blocks = trained_blocks(&spec, &paths);
+    let (free, _) = gradients(&anchor(), &batch, &memory(&blocks, &paths, &spec));
+    let (found, none) = gradients(&anchor(), &batch, &memory(&blocks, &paths, &spec).freeze());
+    assert!(none.is_empty());
+    for slot in 0..anchor().parameters().len() {
+        assert_eq!(values(found.get(slot).unwrap()), values(free.get(slot).unwrap()));
+    }
+}
+
+#[test]
+fn recomputed_activations_give_the_gradients_that_kept_ones_give() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(3, 7, 12), [leaf(0), leaf(3), leaf(0)]);
     let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
-    let (loss, _) = anchor.loss(batch.input(), batch.targets(), &FetchedMemory::none()).unwrap();
-    let error = memory.grads(&loss.backward().unwrap()).unwrap_err().to_string();
-    assert!(error.contains("not part of the graph"), "{error}");
+    for precision in [Precision::F32, Precision::Bf16] {
+        let both = [false, true].map(|checkpoint| {
+            let (anchor, mut gradients) = (anchor(), Gradients::default());
+            let work = (batch.input(), batch.targets());
+            let compute = Compute { precision, checkpoint };
+            let (loss, blocks) = anchor.loss_and_gradients(work, &memory, compute, &mut gradients).unwrap();
+            let of_anchor: Vec<Vec<f32>> =
+                (0..anchor.parameters().len()).map(|slot| values(gradients.get(slot).unwrap())).collect();
+            (loss, blocks, of_anchor)
+        });
+        assert_eq!(both[0], both[1], "{precision:?}");
+    }
+}
+
+#[test]
+fn products_in_bf16_give_gradients_close_to_those_in_f32() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(3, 7, 13), [leaf(0), leaf(3), generic()]);
+    let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
+    let exact = block_gradients(&anchor(), &batch, &memory);
+    let compute = Compute { precision: Precision::Bf16, checkpoint: false };
+    let work = (batch.input(), batch.targets());
+    let (_, blocks) = anchor().loss_and_gradients(work, &memory, compute, &mut Gradients::default()).unwrap();
+    for (found, exact) in blocks.iter().zip(&exact) {
+        let error = relative_error(&found.values, &exact.values);
+        assert!(error > 0.0 && error < 3e-2, "{}: {error}", found.id);
+    }
 }

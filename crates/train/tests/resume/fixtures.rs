@@ -180,9 +180,9 @@ pub(crate) fn timeless(metrics: Vec<StepMetrics>) -> Vec<StepMetrics> {
 }
 
 pub(crate) fn weights(anchor: &Anchor) -> Vec<Vec<u32>> {
-    let bits = |var: &candle_core::Var| {
-        let values: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
+    let bits = |parameter: &candle_core::Tensor| {
+        let values: Vec<f32> = parameter.flatten_all().unwrap().to_vec1().unwrap();
         values.into_iter().map(f32::to_bits).collect()
     };
-    anchor.variables().values().map(bits).collect()
+    anchor.parameters().values().map(bits).collect()
 }

@@ -1,4 +1,3 @@
-use candle_core::Tensor;
 use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::{BlockStore, Step, init_block};
 use train::{Assign, Checkpoints, Error, Phase, TrainConfig, Trainer};
@@ -80,8 +79,8 @@ fn always_on_fetches_two_blocks_a_step() {
 fn weights_that_are_no_numbers_diverge_at_once() {
     let (world, config) = (World::new(), TrainConfig { save_every: 1, ..config(Phase::Cotrain) });
     let mut trainer = world.begin("nan", &config);
-    let poison = &trainer.anchor().variables()["final_norm"];
-    poison.set(&Tensor::full(f32::NAN, 16, poison.device()).unwrap()).unwrap();
+    let poison = &trainer.anchor().parameters()["final_norm"];
+    poison.const_set(f32::NAN.into()).unwrap();
     let error = trainer.run(&mut |_| ()).unwrap_err();
     assert!(matches!(error, Error::Diverged { step: 1, what: "loss", .. }), "{error}");
     assert!(!Checkpoints::of(&world.run_dir("nan")).dir(1).exists());

@@ -1,0 +1,443 @@
+//! Matrix products in f32, and in bf16 with f32 sums, over operands packed once and used many times.
+//!
+//! The right operand is packed into panels of 32 columns ([`Right`]); of the left one, rows of f32 are read
+//! where they are and everything else is packed 8 rows at a time. An element's sum always runs over the
+//! inner dimension in the same order, whatever the threads.
+
+mod kernel;
+mod pack;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::Precision;
+use crate::buffer::{Shared, output_lanes};
+use crate::math::dot;
+use kernel::{COLUMNS, Instructions, Kernel, ROWS, Tile};
+
+/// Inner lanes of a pass: a panel's slice of 32 KiB stays in the first-level cache over all rows.
+const INNER: usize = 192;
+
+/// Rows of f32 that are at most so many elements apart are read where they are; farther ones would compete
+/// for the same few places of the first-level cache.
+const NEAR: usize = 1024;
+
+/// Rows of a task.
+const TASK_ROWS: usize = 128;
+
+/// Products with fewer rows than this do not repay packing the right operand.
+const FEW_ROWS: usize = 5;
+
+/// A read-only matrix of f32: element (i, j) is `data[i·stride + j]`, or `data[j·stride + i]` when transposed.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) transposed: bool,
+}
+
+impl<'a> View<'a> {
+    /// A row-major matrix with `stride` elements between rows.
+    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, transposed: false }
+    }
+
+    /// The transpose of a row-major matrix with `stride` elements between its rows.
+    pub(crate) fn transposed(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, transposed: true }
+    }
+
+    /// Fails when an element of its `m` rows and `n` columns lies outside the data.
+    fn check(&self, m: usize, n: usize) {
+        let (outer, inner) = if self.transposed { (n, m) } else { (m, n) };
+        let end = if outer == 0 || inner == 0 { 0 } else { (outer - 1) * self.stride + inner };
+        assert!(end <= self.data.len(), "matrix view of {m} x {n} out of bounds");
+    }
+
+    /// The view from row `row` on.
+    fn skip_rows(self, row: usize) -> Self {
+        let skipped = if self.transposed { row } else { row * self.stride };
+        Self { data: &self.data[skipped.min(self.data.len())..], ..self }
+    }
+}
+
+/// What a product does with the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Into {
+    /// dst = a·b
+    Overwrite,
+    /// dst += a·b
+    Add,
+}
+
+/// Whether a product uses the thread pool or only the calling thread (inside a parallel loop).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    One,
+    All,
+}
+
+/// The sizes of a product: a [m, k] times b [k, n].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+}
+
+/// A right operand [k, n] packed into panels.
+pub(crate) struct Right {
+    lanes: Vec<u32>,
+    k: usize,
+    n: usize,
+    precision: Precision,
+}
+
+impl Right {
+    pub(crate) fn pack(precision: Precision, view: View, (k, n): (usize, usize), threads: Threads) -> Self {
+        let mut right = Self { lanes: vec![], k, n, precision };
+        right.repack(view, (k, n), threads);
+        right
+    }
+
+    /// An operand to be packed later, in buffers that are kept.
+    pub(crate) fn empty(precision: Precision) -> Self {
+        Self { lanes: vec![], k: 0, n: 0, precision }
+    }
+
+    /// Packs another matrix into the same buffer.
+    pub(crate) fn repack(&mut self, view: View, (k, n): (usize, usize), threads: Threads) {
+        view.check(k, n);
+        (self.k, self.n) = (k, n);
+        let len = self.panel_len();
+        output_lanes(&mut self.lanes, n.div_ceil(COLUMNS) * len);
+        if len == 0 {
+            return;
+        }
+        let pack = |(p, panel): (usize, &mut [u32])| {
+            pack::panel(self.precision, view, (k, n), p * COLUMNS, panel);
+        };
+        match threads {
+            Threads::One => self.lanes.chunks_exact_mut(len).enumerate().for_each(pack),
+            Threads::All => self.lanes.par_chunks_exact_mut(len).enumerate().for_each(pack),
+        }
+    }
+
+    fn panel_len(&self) -> usize {
+        self.precision.lanes(self.k) * COLUMNS
+    }
+
+    pub(crate) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether a part may begin at the inner position `k`.
+    pub(crate) fn begins_a_lane(&self, k: usize) -> bool {
+        k.is_multiple_of(self.precision.positions())
+    }
+
+    /// All of it.
+    pub(crate) fn all(&self) -> Part<'_> {
+        Part { right: self, first_k: 0, k: self.k, columns: 0..self.n }
+    }
+
+    /// Inner positions `k`, whose first is a multiple of 2, and columns whose first is a multiple of 32.
+    pub(crate) fn part(&self, k: Range<usize>, columns: Range<usize>) -> Part<'_> {
+        assert!(
+            k.start.is_multiple_of(self.precision.positions()) && columns.start.is_multiple_of(COLUMNS),
+            "part {k:?} x {columns:?} of a packed operand"
+        );
+        assert!(k.end <= self.k && columns.end <= self.n, "part {k:?} x {columns:?} out of bounds");
+        Part { right: self, first_k: k.start, k: k.len(), columns }
+    }
+}
+
+/// A range of the inner positions and of the columns of a packed operand.
+#[derive(Clone)]
+pub(crate) struct Part<'a> {
+    right: &'a Right,
+    first_k: usize,
+    k: usize,
+    columns: Range<usize>,
+}
+
+impl Part<'_> {
+    /// Some of its columns, the first being a multiple of 32.
+    fn columns(self, columns: Range<usize>) -> Self {
+        let first = self.columns.start;
+        Self { columns: first + columns.start..first + columns.end, ..self }
+    }
+}
+
+/// Where a product goes: element (i, j) at `to + i·row + j`.
+#[derive(Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) to: Shared,
+    pub(crate) offset: usize,
+    pub(crate) row: usize,
+    pub(crate) from: From,
+}
+
+/// What is added to a product.
+#[derive(Clone, Copy)]
+pub(crate) enum From {
+    /// Nothing.
+    Zero,
+    /// What the destination holds.
+    Itself,
+    /// Another matrix: element (i, j) at `offset + i·row + j`.
+    Other { values: Shared, offset: usize, row: usize },
+}
+
+impl std::convert::From<Into> for From {
+    fn from(into: Into) -> Self {
+        match into {
+            Into::Overwrite => Self::Zero,
+            Into::Add => Self::Itself,
+        }
+    }
+}
+
+impl Output {
+    fn skip(self, rows: usize, columns: usize) -> Self {
+        let from = match self.from {
+            From::Other { values, offset, row } => {
+                From::Other { values, offset: offset + rows * row + columns, row }
+            }
+            from => from,
+        };
+        Self { offset: self.offset + rows * self.row + columns, from, ..self }
+    }
+}
+
+thread_local! {
+    /// Packed left operands of the product that runs on this thread.
+    static LEFT: RefCell<Vec<u32>> = const { RefCell::new(vec![]) };
+}
+
+/// dst `[m, n]` = or += a `[m, k]` · b `[k, n]`, row-major with `dst_row` elements between rows.
+pub(crate) fn gemm(
+    precision: Precision,
+    size: Size,
+    (dst, dst_row): (&mut [f32], usize),
+    (a, b): (View, View),
+    (into, threads): (Into, Threads),
+) {
+    let Size { m, n, k } = size;
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * dst_row + n <= dst.len(), "matrix product writes out of bounds");
+    a.check(m, k);
+    b.check(k, n);
+    if m < FEW_ROWS && !a.transposed {
+        return few_rows(size, (dst, dst_row), (a, b), (into, threads));
+    }
+    let right = Right::pack(precision, b, (k, n), threads);
+    let output = Output { to: Shared::new(dst), offset: 0, row: dst_row, from: into.into() };
+    // SAFETY: the destination is checked above and uniquely borrowed.
+    unsafe { multiply_all((m, a), right.all(), output, threads) }
+}
+
+/// The product of `m` rows with a packed operand, split over the threads.
+///
+/// # Safety
+/// Every element that `output` reaches is valid and touched by no other task.
+pub(crate) unsafe fn multiply_all((m, a): (usize, View), right: Part, output: Output, threads: Threads) {
+    a.check(m, right.k);
+    if threads == Threads::One {
+        // SAFETY: the caller's promise.
+        return unsafe { multiply((m, a), right, output) };
+    }
+    let n_threads = rayon::current_num_threads();
+    let rows = TASK_ROWS.min(m.div_ceil(n_threads).next_multiple_of(ROWS));
+    let n_row_tasks = m.div_ceil(rows);
+    // Few rows: the columns are split too.
+    let n_columns = right.columns.len();
+    let n_panels = n_columns.div_ceil(COLUMNS);
+    let n_column_tasks = (4 * n_threads).div_ceil(n_row_tasks).min(n_panels);
+    let columns = n_panels.div_ceil(n_column_tasks) * COLUMNS;
+    let n_column_tasks = n_columns.div_ceil(columns);
+    (0..n_row_tasks * n_column_tasks).into_par_iter().for_each(|task| {
+        let (row, column) = (task / n_column_tasks * rows, task % n_column_tasks * columns);
+        let part = right.clone().columns(column..n_columns.min(column + columns));
+        // SAFETY: tasks write disjoint rows and columns; the rest is the caller's promise.
+        unsafe { multiply((rows.min(m - row), a.skip_rows(row)), part, output.skip(row, column)) }
+    });
+}
+
+/// The product of `m` rows with a part of a packed operand, on this thread.
+///
+/// # Safety
+/// As [`multiply_all`].
+pub(crate) unsafe fn multiply((m, a): (usize, View), part: Part, output: Output) {
+    a.check(m, part.k);
+    let precision = part.right.precision;
+    let kernel = Instructions::best(precision);
+    // SAFETY: the caller's promise.
+    LEFT.with_borrow_mut(|lanes| unsafe { multiply_with(kernel, (m, a), &part, output, lanes) });
+}
+
+/// [`multiply`] with one of the kernels and a buffer for the packed left operand.
+///
+/// # Safety
+/// As [`multiply_all`], and the processor has the kernel's instructions.
+unsafe fn multiply_with(
+    kernel: Kernel,
+    (m, a): (usize, View),
+    part: &Part,
+    output: Output,
+    lanes: &mut Vec<u32>,
+) {
+    let Part { right, first_k, k, columns } = part;
+    let precision = right.precision;
+    let n_lanes = precision.lanes(*k);
+    let first_lane = precision.lanes(*first_k);
+    let mut inner = 0;
+    loop {
+        let n_inner = INNER.min(n_lanes - inner);
+        let left = left_lanes((m, a), (precision, inner..inner + n_inner, *k), lanes);
+        for column in columns.clone().step_by(COLUMNS) {
+            let panel = column / COLUMNS * right.panel_len() + (first_lane + inner) * COLUMNS;
+            let output = output.skip(0, column - columns.start);
+            let from = if inner > 0 { From::Itself } else { output.from };
+            let width = COLUMNS.min(columns.end - column);
+            for g in 0..m.div_ceil(ROWS) {
+                let n_rows = ROWS.min(m - g * ROWS);
+                // SAFETY: the operands are in bounds (`check`, and the panels cover the part); the destination
+                // and what is added to it are the caller's promise.
+                unsafe {
+                    let c = output.to.at(output.offset + g * ROWS * output.row);
+                    let (from, from_row) = match from {
+                        From::Zero => (std::ptr::null(), 0),
+                        From::Itself => (c.cast_const(), output.row),
+                        From::Other { values, offset, row } => {
+                            (values.at(offset + g * ROWS * row).cast_const(), row)
+                        }
+                    };
+                    let tile = Tile {
+                        k: n_inner,
+                        a: left.first.add(g * left.group),
+                        a_row: left.row,
+                        a_lane: left.lane,
+                        b: right.lanes.as_ptr().add(panel),
+                        c,
+                        c_row: output.row,
+                        from,
+                        from_row,
+                    };
+                    match width {
+                        COLUMNS => kernel(&tile, n_rows),
+                        _ => narrow(kernel, &tile, n_rows, width),
+                    }
+                }
+            }
+        }
+        inner += n_inner;
+        if inner >= n_lanes {
+            break;
+        }
+    }
+}
+
+/// Where the lanes of a left operand are: lane l of row i of group g at `first + g·group + i·row + l·lane`.
+struct Left {
+    first: *const u32,
+    group: usize,
+    row: usize,
+    lane: usize,
+}
+
+/// The lanes `inner` of `m` rows with `k` inner positions, in `lanes` unless they can be read where they are.
+fn left_lanes(
+    (m, a): (usize, View),
+    (precision, inner, k): (Precision, Range<usize>, usize),
+    lanes: &mut Vec<u32>,
+) -> Left {
+    let n = inner.len();
+    let positions = precision.positions() * inner.start..k.min(precision.positions() * inner.end);
+    if a.transposed {
+        let data = &a.data[(positions.start * a.stride).min(a.data.len())..];
+        pack::groups(precision, View { data, ..a }, (m, positions.len()), lanes);
+        return Left { first: lanes.as_ptr(), group: ROWS * n, row: 1, lane: ROWS };
+    }
+    match precision {
+        Precision::F32 if a.stride <= NEAR => {
+            let first = a.data[inner.start.min(a.data.len())..].as_ptr().cast();
+            Left { first, group: ROWS * a.stride, row: a.stride, lane: 1 }
+        }
+        _ => {
+            output_lanes(lanes, m * n);
+            for (i, to) in lanes.chunks_exact_mut(n.max(1)).enumerate() {
+                pack::convert_row(precision, &a.data[i * a.stride..][positions.clone()], to);
+            }
+            Left { first: lanes.as_ptr(), group: ROWS * n, row: n, lane: 1 }
+        }
+    }
+}
+
+/// A tile of fewer than 32 columns: computed beside the destination, then copied.
+///
+/// # Safety
+/// As the kernel's, for `width` columns.
+unsafe fn narrow(kernel: Kernel, tile: &Tile, n_rows: usize, width: usize) {
+    let mut sums = [0f32; ROWS * COLUMNS];
+    let beside = Tile { c: sums.as_mut_ptr(), c_row: COLUMNS, from: std::ptr::null(), ..*tile };
+    // SAFETY: the buffer holds a whole tile; the rest is the caller's promise.
+    unsafe {
+        kernel(&beside, n_rows);
+        for i in 0..n_rows {
+            for (j, &sum) in sums[i * COLUMNS..][..width].iter().enumerate() {
+                let from = match tile.from.is_null() {
+                    true => 0.0,
+                    false => *tile.from.add(i * tile.from_row + j),
+                };
+                *tile.c.add(i * tile.c_row + j) = from + sum;
+            }
+        }
+    }
+}
+
+/// A product of a few rows, as when decoding: the right operand is read once, where it is, in f32.
+fn few_rows(
+    Size { m, n, k }: Size,
+    (dst, dst_row): (&mut [f32], usize),
+    (a, b): (View, View),
+    (into, threads): (Into, Threads),
+) {
+    let dst = Shared::new(dst);
+    let columns = |columns: Range<usize>| {
+        for i in 0..m {
+            let a = &a.data[i * a.stride..][..k];
+            // SAFETY: tasks have columns of their own; bounds are checked by the caller.
+            let c = unsafe { dst.slice(i * dst_row + columns.start, columns.len()) };
+            if into == Into::Overwrite {
+                c.fill(0.0);
+            }
+            if b.transposed {
+                for (c, j) in c.iter_mut().zip(columns.clone()) {
+                    *c += dot(a, &b.data[j * b.stride..][..k]);
+                }
+            } else {
+                for (kk, &a) in a.iter().enumerate() {
+                    let b = &b.data[kk * b.stride..][columns.clone()];
+                    c.iter_mut().zip(b).for_each(|(c, b)| *c += a * b);
+                }
+            }
+        }
+    };
+    match threads {
+        Threads::One => columns(0..n),
+        Threads::All => {
+            let width = n.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(COLUMNS);
+            (0..n.div_ceil(width))
+                .into_par_iter()
+                .for_each(|task| columns(task * width..n.min((task + 1) * width)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
