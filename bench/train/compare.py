@@ -11,11 +11,39 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Row, numerator, denominator, figure, target and which side of it is good.
+# Steps over which losses are held against PyTorch's, and by how much they may differ (relative).
+LOSS_STEPS, LOSS_TOLERANCE = 200, 1e-4
+
+
+def ratio(figure, ours, peer):
+    return lambda runs: runs[ours][figure] / runs[peer][figure]
+
+
+def of_ideal(runs):
+    """Tokens per second with memory, over those that its FLOPs leave of the speed without."""
+    plain, memory = runs["ours"], runs["memory"]
+    return plain["step_s"] * memory["flops"] / plain["flops"] / memory["step_s"]
+
+
+def of_peak(name, precision):
+    return lambda runs: runs[name]["flops"] / runs[name]["step_s"] / runs["peak " + precision]["flops_per_s"]
+
+
+# Row, figure of one round, target (None: reported only) and which side of it is good.
 ROWS = [
-    ("f32_step_vs_eager", "ours", "eager", "step_s", 0.50, "<="),
-    ("f32_step_vs_compile", "ours", "compile", "step_s", 0.55, "<="),
-    ("peak_memory_vs_eager", "ours", "eager", "peak_mb", 0.35, "<="),
+    ("f32_step_vs_eager", ratio("step_s", "ours", "eager"), 0.50, "<="),
+    ("f32_step_vs_compile", ratio("step_s", "ours", "compile"), 0.55, "<="),
+    ("bf16_step_vs_torch_bf16", ratio("step_s", "ours bf16", "torch bf16"), 0.80, "<="),
+    ("peak_memory_vs_eager", ratio("peak_mb", "ours", "eager"), 0.35, "<="),
+    ("memory_tokens_vs_flop_ideal", of_ideal, 0.95, ">="),
+    ("memory_tokens_vs_torch_bmm", ratio("step_s", "torch memory", "memory"), 1.0, ">="),
+    ("shared_memory_tokens_vs_torch_bmm", ratio("step_s", "torch shared", "memory shared"), 1.3, ">="),
+    ("adamw_parameters_per_s_vs_torch", ratio("update_s", "eager", "ours"), 1.2, ">="),
+    ("loader_wait_share", lambda runs: runs["loader"]["data_share"], 0.01, "<="),
+    ("f32_flops_of_peak", of_peak("ours", "f32"), None, ""),
+    ("bf16_flops_of_peak", of_peak("ours bf16", "bf16"), None, ""),
+    ("checkpoint_step_vs_kept", ratio("step_s", "checkpoint", "ours"), None, ""),
+    ("checkpoint_peak_memory_vs_kept", ratio("peak_mb", "checkpoint", "ours"), None, ""),
 ]
 
 
@@ -28,53 +56,87 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default="small,medium")
     args = parser.parse_args()
-    threads = ["--threads", str(args.threads)]
-    torch = [sys.executable, os.path.join(HERE, "torch_step.py")]
     result = {"machine": machine(), "rounds": args.rounds, "threads": args.threads}
     for size in args.sizes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([args.ours, folder, "--make", size], check=True)
-            programs = {
-                "ours": [args.ours, folder, *threads],
-                "eager": [*torch, folder, *threads],
-                "compile": [*torch, folder, *threads, "--compile"],
-                "bf16": [*torch, folder, *threads, "--bf16"],
-            }
-            result[size] = compare(size, programs, args)
+            result[size] = compare(size, folder, args)
     if args.json:
         print(json.dumps(result))
 
 
-def compare(size, programs, args):
-    runs = {name: [] for name in programs}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MIMALLOC_PURGE_DELAY": "-1"}
-    for round_ in range(args.rounds):
-        for name, command in programs.items():
-            command = [*command, "--steps", str(args.steps)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            runs[name].append(json.loads(output.stdout.splitlines()[-1]))
-            print(f"{size}, round {round_ + 1}: {name} {runs[name][-1]['step_s'] * 1e3:.0f} ms", file=sys.stderr)
-    check_losses(runs)
+def programs(folder, args):
+    ours = [args.ours, folder, "--threads", str(args.threads)]
+    torch = [sys.executable, os.path.join(HERE, "torch_step.py"), folder, "--threads", str(args.threads)]
+    steps = ["--steps", str(args.steps)]
+    return {
+        "ours": [*ours, *steps],
+        "eager": [*torch, *steps],
+        "compile": [*torch, *steps, "--compile"],
+        "ours bf16": [*ours, *steps, "--compute", "bf16"],
+        "torch bf16": [*torch, *steps, "--bf16"],
+        "memory": [*ours, *steps, "--memory", "different"],
+        "torch memory": [*torch, *steps, "--memory", "different"],
+        "memory shared": [*ours, *steps, "--memory", "shared"],
+        "torch shared": [*torch, *steps, "--memory", "shared"],
+        "checkpoint": [*ours, *steps, "--compute", "checkpoint"],
+        "loader": [*ours, *steps, "--data", "corpus"],
+        "peak f32": [*ours, "--peak", "f32"],
+        "peak bf16": [*ours, "--peak", "bf16"],
+    }
+
+
+def run(command, args):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def compare(size, folder, args):
+    commands = programs(folder, args)
+    rounds = []
+    for i in range(args.rounds):
+        rounds.append({})
+        for name, command in commands.items():
+            rounds[-1][name] = run(command, args)
+            step = rounds[-1][name].get("step_s")
+            if step:
+                print(f"{size}, round {i + 1}: {name} {step * 1e3:.0f} ms", file=sys.stderr)
+    for ours, theirs in (("ours", "eager"), ("ours", "compile"), ("memory", "torch memory"), ("memory shared", "torch shared")):
+        check_losses(rounds[0], ours, theirs)
+    parameters = rounds[0]["ours"]["parameters"]
+    print(f"\n{size}: {parameters:,} parameters, {args.threads} threads, {args.rounds} rounds, {machine()}")
+    for name in commands:
+        if "step_s" in rounds[0][name]:
+            step, peak = (statistics.median(r[name][key] for r in rounds) for key in ("step_s", "peak_mb"))
+            print(f"  {name:<14} {step * 1e3:8.1f} ms a step {peak:8.0f} MB at most")
     rows = {}
-    print(f"\n{size}: {runs['ours'][0]['parameters']:,} parameters, {args.threads} threads, {machine()}")
-    for name, lines in runs.items():
-        step = statistics.median(line["step_s"] for line in lines)
-        peak = statistics.median(line["peak_mb"] for line in lines)
-        print(f"  {name:<10} {step * 1e3:8.1f} ms a step {peak:8.0f} MB at most")
-    for key, ours, peer, figure, target, sense in ROWS:
-        ratio = statistics.median(a[figure] / b[figure] for a, b in zip(runs[ours], runs[peer]))
-        ok = ratio <= target if sense == "<=" else ratio >= target
-        rows[key] = {"value": round(ratio, 3), "target": target, "ok": ok}
-        print(f"  {key:<24} {ratio:6.3f}   target {sense} {target}   {'ok' if ok else 'missed'}")
+    for key, figure, target, sense in ROWS:
+        value = statistics.median(figure(r) for r in rounds)
+        rows[key] = row = {"value": round(value, 4)}
+        if target is not None:
+            row.update(target=target, ok=value <= target if sense == "<=" else value >= target)
+        told = f"   target {sense} {target}   {'ok' if row['ok'] else 'missed'}" if target is not None else ""
+        print(f"  {key:<34} {value:7.3f}{told}")
+    worst = equal_losses(commands, args)
+    rows["loss_difference_200_steps"] = {"value": worst, "target": LOSS_TOLERANCE, "ok": worst <= LOSS_TOLERANCE}
+    print(f"  losses of {LOSS_STEPS} steps against eager: at most {worst:.1e} apart, relative")
     return rows
 
 
-def check_losses(runs):
+def check_losses(runs, ours, theirs):
     """The same weights, tokens and optimizer: in f32 the losses agree, or the times compare nothing."""
-    for name in ("eager", "compile"):
-        for ours, theirs in zip(runs["ours"][0]["losses"], runs[name][0]["losses"]):
-            if abs(ours / theirs - 1) > 1e-4:
-                sys.exit(f"losses differ: ours {runs['ours'][0]['losses']}, {name} {runs[name][0]['losses']}")
+    for a, b in zip(runs[ours]["losses"], runs[theirs]["losses"]):
+        if abs(a / b - 1) > LOSS_TOLERANCE:
+            sys.exit(f"losses differ: {ours} {runs[ours]['losses']}, {theirs} {runs[theirs]['losses']}")
+
+
+def equal_losses(commands, args):
+    """The largest relative difference of the losses of many steps."""
+    ours, theirs = (
+        run([*commands[name], "--steps", str(LOSS_STEPS)], args)["losses"] for name in ("ours", "eager")
+    )
+    return max(abs(a / b - 1) for a, b in zip(ours, theirs))
 
 
 def machine():

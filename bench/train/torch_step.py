@@ -30,7 +30,7 @@ class Block(nn.Module):
     def norm(self, x, gain):
         return F.rms_norm(x, gain.shape, gain, self.eps)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, memory):
         b, t, _ = x.shape
         h = self.norm(x, self.attention_norm)
         heads = lambda y: y.view(b, t, self.n_heads, -1).transpose(1, 2)
@@ -39,7 +39,13 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, heads(self.value(h)), is_causal=True)
         x = x + self.attention_output(mixed.transpose(1, 2).reshape(b, t, -1))
         h = self.norm(x, self.ffn_norm)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        y = x + self.down(F.silu(self.gate(h)) * self.up(h))
+        # Each sequence's own block, gathered: [B, 3, R, D].
+        for block in memory:
+            w1, w2, w3 = block.unbind(1)
+            hidden = F.silu(torch.bmm(h, w1.transpose(1, 2))) * torch.bmm(h, w2.transpose(1, 2))
+            y = y + torch.bmm(hidden, w3)
+        return y
 
 
 def rope(x, cos, sin):
@@ -57,13 +63,16 @@ class Anchor(nn.Module):
         half = config["head_width"] // 2
         rate = config["rope_base"] ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = torch.outer(torch.arange(len_, dtype=torch.float64), rate)
+        # Fetched memory: per level all blocks [U, L, 3, R, D], and each sequence's.
+        self.memory, self.block_of_sequence = nn.ParameterList(), []
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, tokens, targets):
         x = F.embedding(tokens, self.embedding)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+        for i, block in enumerate(self.blocks):
+            memory = [level[which, i] for level, which in zip(self.memory, self.block_of_sequence)]
+            x = block(x, self.cos, self.sin, memory)
         x = F.rms_norm(x, self.final_norm.shape, self.final_norm, self.eps)
         logits = F.linear(x, self.embedding)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
@@ -83,6 +92,22 @@ class Anchor(nn.Module):
                 block.up.weight.copy_(up)
                 block.down.weight.copy_(down.T)
 
+    def load_memory(self, folder, kind, config, batch):
+        d, layers = config["d_model"], len(self.blocks)
+        for level, width in enumerate([d // 4, d // 16, d // 64]):
+            values = np.fromfile(f"{folder}/memory-{kind}-{level}.bin", dtype="<f4")
+            blocks = torch.from_numpy(values.reshape(-1, layers, 3, width, d))
+            self.memory.append(nn.Parameter(blocks))
+            self.block_of_sequence.append(torch.arange(batch) % len(blocks))
+
+
+def clip_blocks(memory, largest):
+    """Each block's gradient to a norm of at most `largest`, as the bank does."""
+    for level in memory:
+        norm = level.grad.flatten(1).norm(dim=1)
+        scale = (largest / norm).clamp(max=1.0)
+        level.grad.mul_(scale.view(-1, 1, 1, 1, 1))
+
 
 def main():
     parser = argparse.ArgumentParser()
@@ -91,6 +116,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--memory", choices=["different", "shared"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with open(f"{args.folder}/bench.json") as file:
@@ -101,10 +127,18 @@ def main():
     tokens = torch.from_numpy(tokens)
     anchor = Anchor(config, t)
     anchor.load(f"{args.folder}/anchor.safetensors")
-    gains = [p for p in anchor.parameters() if p.dim() == 1]
-    weights = [p for p in anchor.parameters() if p.dim() > 1]
+    own = list(anchor.parameters())
+    if args.memory:
+        anchor.load_memory(args.folder, args.memory, config, b)
+    groups = [
+        {"params": [p for p in own if p.dim() > 1]},
+        {"params": [p for p in own if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    if args.memory:
+        rate, decay = train["memory_learning_rate"], train["memory_weight_decay"]
+        groups.append({"params": list(anchor.memory), "lr": rate, "weight_decay": decay})
     optimizer = torch.optim.AdamW(
-        [{"params": weights}, {"params": gains, "weight_decay": 0.0}],
+        groups,
         lr=train["learning_rate"],
         betas=(train["beta1"], train["beta2"]),
         eps=train["eps"],
@@ -121,7 +155,8 @@ def main():
         with context:
             loss = model(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(anchor.parameters(), train["clip"], foreach=True)
+        torch.nn.utils.clip_grad_norm_(own, train["clip"], foreach=True)
+        clip_blocks(anchor.memory, train["clip"])
         before_update = time.perf_counter()
         optimizer.step()
         updates.append(time.perf_counter() - before_update)
@@ -132,7 +167,7 @@ def main():
     print(json.dumps({
         "step_s": statistics.median(times[warm:]),
         "update_s": statistics.median(updates[warm:]),
-        "parameters": sum(p.numel() for p in anchor.parameters()),
+        "parameters": sum(p.numel() for p in own),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "losses": losses,
     }))

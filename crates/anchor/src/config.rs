@@ -44,13 +44,22 @@ impl AnchorConfig {
         v * d * embeddings + l * (4 * d * a + 3 * d * f + 2 * d + 2 * a) + d
     }
 
-    /// Multiply-adds of the matrix products for one token, without attention scores: the work that a
-    /// token costs is about six times this number of FLOPs in training.
-    pub fn n_matmul_parameters(&self) -> u64 {
-        let [v, d, l, a, f] =
-            [self.vocab_size, self.d_model, self.n_layers, self.attention_width(), self.ffn_width]
-                .map(|x| x as u64);
-        v * d + l * (4 * d * a + 3 * d * f)
+    /// FLOPs of the matrix products of forward and backward for one token, in sequences of `len` tokens of one
+    /// document each: 6 per weight, and of attention 6·L·(len + 1)·H·K, the causal half of its scores
+    /// (Kaplan et al., arXiv 2001.08361 §2.1; PaLM, arXiv 2204.02311 App. B). `memory_width` is the sum of the
+    /// widths of the blocks that a token fetches.
+    pub fn training_flops(&self, len: usize, memory_width: usize) -> u64 {
+        let [v, d, l, a, f, len, r] = [
+            self.vocab_size,
+            self.d_model,
+            self.n_layers,
+            self.attention_width(),
+            self.ffn_width,
+            len,
+            memory_width,
+        ]
+        .map(|x| x as u64);
+        6 * (v * d + l * (4 * d * a + 3 * d * (f + r))) + 6 * l * (len + 1) * a
     }
 
     /// Checks that a model can be built.

@@ -5,6 +5,7 @@
 //!
 //! Shapes: B batch, T sequence, D d_model, F FFN width, R memory width, V vocabulary, U unique blocks.
 
+mod bytes;
 mod cache;
 mod config;
 mod error;
@@ -13,6 +14,7 @@ mod init;
 mod memory;
 mod model;
 
+pub use bytes::{TrainingBytes, TrainingShape};
 pub use cache::KvCache;
 pub use config::AnchorConfig;
 pub use error::{Error, Result};

@@ -159,9 +159,12 @@ impl Anchor {
     /// # Errors
     /// As [`Anchor::hidden`], and when the targets do not match the batch.
     pub fn loss(&self, input: Input, targets: Targets, memory: &FetchedMemory) -> Result<(f64, TokenLoss)> {
-        let mut tape = Tape::off(Precision::F32);
-        let hidden = self.decoder(&mut tape, input, &self.pass(input, memory)?, memory, false)?;
-        Ok(ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?)
+        let pass = self.pass(input, memory)?;
+        ops::on_pool(|| {
+            let mut tape = Tape::off(Precision::F32);
+            let hidden = self.decoder(&mut tape, input, &pass, memory, false)?;
+            Ok(ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?)
+        })
     }
 
     /// The loss of a batch, its gradients by parameter added to `gradients`, and those of the memory's blocks,
@@ -178,12 +181,14 @@ impl Anchor {
     ) -> Result<(f64, Vec<Block>)> {
         let pass = self.pass(input, memory)?;
         let n_parameters = self.parameters.len();
-        let mut tape = Tape::recording(compute.precision, gradients, n_parameters + memory.n_slots());
-        let hidden = self.decoder(&mut tape, input, &pass, memory, compute.checkpoint)?;
-        let (loss, _) = ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?;
-        drop(hidden);
-        tape.backward()?;
-        Ok((loss, memory.take_gradients(gradients, n_parameters)?))
+        ops::on_pool(|| {
+            let mut tape = Tape::recording(compute.precision, gradients, n_parameters + memory.n_slots());
+            let hidden = self.decoder(&mut tape, input, &pass, memory, compute.checkpoint)?;
+            let (loss, _) = ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?;
+            drop(hidden);
+            tape.backward()?;
+            Ok((loss, memory.take_gradients(gradients, n_parameters)?))
+        })
     }
 
     /// Fails when the parts of the batch disagree.

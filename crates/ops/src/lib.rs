@@ -71,5 +71,11 @@ pub fn init_process(n_threads: usize) {
     let _ = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build_global();
 }
 
+/// Runs `f` on a thread of the pool, as every sequence of operations should: from another thread, each of their
+/// parallel loops would begin by waking one up. It must not wait for anything that the pool does.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
 /// `mi_option_purge_delay` of mimalloc.h (v3), which the binding does not name; -1 is never.
 const MI_OPTION_PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;

@@ -1,20 +1,23 @@
 //! Our side of bench/train: times whole optimizer steps of one anchor, without a corpus behind them.
 //!
-//! `step FOLDER [--make SIZE] [--steps N] [--threads N] [--memory different|shared] [--compute bf16,checkpoint]`:
-//! with `--make` it writes what both sides read (weights, tokens, settings) and ends; else it trains on that and prints one line of JSON.
+//! `step FOLDER [--make SIZE] [--steps N] [--threads N] [--memory different|shared] [--compute bf16,checkpoint]
+//! [--data corpus] [--peak f32|bf16]`: with `--make` it writes what both sides read (weights, tokens, memory,
+//! settings) and ends; with `--peak` it tells how fast matrix products are; else it trains on what was made and
+//! prints one line of JSON.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anchor::{Anchor, AnchorConfig, Precision};
-use candle_core::{DType, Device};
+use anchor::{Anchor, AnchorConfig, Precision, unique_ids};
+use candle_core::{DType, Device, Tensor};
 use cluster_tree::ClusterPath;
 use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, MemoryKind};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
+use ops::{Tape, Traced};
 use serde::{Deserialize, Serialize};
-use train::{Parts, Phase, TrainConfig, Trainer};
+use train::{Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -23,8 +26,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const CPU: (&Device, DType) = (&Device::Cpu, DType::F32);
 
-/// Batches that the steps go round.
-const N_BATCHES: usize = 4;
+/// Batches that the steps go round: as many as the losses are compared over, none seen twice.
+const N_BATCHES: usize = 200;
 
 /// What both sides are told.
 #[derive(Serialize, Deserialize)]
@@ -84,35 +87,56 @@ impl Bench {
     }
 }
 
+/// Widths of the memory levels at this d_model: 64, 16 and 4 at 256, and none on the last level.
+fn widths(d_model: usize) -> Vec<usize> {
+    vec![d_model / 4, d_model / 16, d_model / 64, 0]
+}
+
 #[derive(Serialize)]
 struct Line {
     step_s: f64,
+    update_s: f64,
+    /// Share of the time that steps waited for data; of handmade batches there is none.
+    data_share: f64,
+    /// Of the last step.
+    time: StepTime,
     parameters: u64,
+    /// Of the matrix products of a step.
+    flops: u64,
     peak_mb: u64,
     losses: Vec<f64>,
+}
+
+/// What the command line asks for.
+struct Options {
+    folder: PathBuf,
+    steps: usize,
+    threads: usize,
+    memory: Option<String>,
+    compute: Vec<String>,
+    /// Whether batches come from a corpus through the loader, not made by hand.
+    corpus: bool,
 }
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let folder = PathBuf::from(args.next().ok_or("expected a folder")?);
-    let (mut steps, mut threads, mut memory, mut compute) = (8, 2, None, vec![]);
+    let mut options = Options { folder, steps: 8, threads: 2, memory: None, compute: vec![], corpus: false };
     while let Some(key) = args.next() {
         let value = args.next().ok_or_else(|| format!("{key}: expected a value"))?;
         match key.as_str() {
-            "--make" => return make(&folder, &Bench::of(&value)?),
-            "--steps" => steps = value.parse()?,
-            "--threads" => threads = value.parse()?,
-            "--memory" => memory = Some(value),
-            "--compute" => compute = value.split(',').map(String::from).collect(),
-            _ => {
-                return Err(
-                    format!("{key}: expected --make, --steps, --threads, --memory or --compute").into()
-                );
-            }
+            "--make" => return make(&options.folder, &Bench::of(&value)?),
+            "--steps" => options.steps = value.parse()?,
+            "--threads" => options.threads = value.parse()?,
+            "--memory" => options.memory = Some(value),
+            "--compute" => options.compute = value.split(',').map(String::from).collect(),
+            "--data" => options.corpus = value == "corpus",
+            "--peak" => return peak(options.threads, &value),
+            _ => return Err(format!("unknown option {key}").into()),
         }
     }
-    ops::init_process(threads);
-    println!("{}", serde_json::to_string(&run(&folder, steps, memory.as_deref(), &compute)?)?);
+    ops::init_process(options.threads);
+    println!("{}", serde_json::to_string(&run(&options)?)?);
     Ok(())
 }
 
@@ -121,16 +145,50 @@ fn make(folder: &Path, bench: &Bench) -> Result<()> {
     Anchor::new(bench.anchor.clone(), 1, CPU)?.save(&folder.join("anchor.safetensors"))?;
     let bytes: Vec<u8> = bench.tokens().into_iter().flat_map(u32::to_le_bytes).collect();
     fs::write(folder.join("tokens.bin"), bytes)?;
+    for kind in ["different", "shared"] {
+        let bank = bank(&bench.anchor, kind)?;
+        let spec = bank.store().spec();
+        let paths = (0..bench.batch as u32).map(|i| path(kind, i)).collect::<Result<Vec<_>>>()?;
+        // Per level [blocks, layers, 3, R, D], blocks in the order of their first sequence.
+        let mut levels: Vec<Vec<u8>> = vec![vec![]; spec.n_levels()];
+        for block in bank.fetch(Step(0), &unique_ids(&paths, spec))? {
+            let bytes = block.values.iter().flat_map(|x| x.to_le_bytes());
+            levels[usize::from(block.id.level)].extend(bytes);
+        }
+        for level in spec.levels() {
+            fs::write(folder.join(format!("memory-{kind}-{level}.bin")), &levels[level])?;
+        }
+    }
     fs::write(folder.join("bench.json"), serde_json::to_vec_pretty(bench)?)?;
     Ok(())
 }
 
-fn run(folder: &Path, steps: usize, memory: Option<&str>, compute: &[String]) -> Result<Line> {
+/// The most FLOP/s that a matrix product of ours reaches here, of operands that fit the caches.
+fn peak(threads: usize, precision: &str) -> Result<()> {
+    ops::init_process(threads);
+    let precision = if precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
+    let (m, n, k) = (1024, 1024, 1024);
+    let ones = |shape: (usize, usize)| {
+        Ok::<_, candle_core::Error>(Traced::constant(Tensor::ones(shape, DType::F32, &Device::Cpu)?))
+    };
+    let (x, w) = (ones((m, k))?, ones((n, k))?);
+    let mut best = f64::INFINITY;
+    for _ in 0..60 {
+        let began = Instant::now();
+        ops::linear(&mut Tape::off(precision), None, &x, &w)?;
+        best = best.min(began.elapsed().as_secs_f64());
+    }
+    println!("{}", serde_json::json!({ "flops_per_s": (2 * m * n * k) as f64 / best }));
+    Ok(())
+}
+
+fn run(options: &Options) -> Result<Line> {
+    let folder = &options.folder;
     let Bench { anchor, mut train, batch, len } = Bench::load(folder)?;
     let n_parameters = anchor.n_parameters();
-    let bank = memory.map(|kind| bank(&anchor, kind)).transpose()?;
-    train.steps = steps as u64;
-    for word in compute {
+    let bank = options.memory.as_ref().map(|kind| bank(&anchor, kind)).transpose()?;
+    train.steps = options.steps as u64;
+    for word in &options.compute {
         match word.as_str() {
             "bf16" => train.precision = Precision::Bf16,
             "checkpoint" => train.checkpoint_activations = true,
@@ -146,40 +204,60 @@ fn run(folder: &Path, steps: usize, memory: Option<&str>, compute: &[String]) ->
         .iter()
         .map(|&bytes| u32::from_le_bytes(bytes))
         .collect();
+    let memory_width = if bank.is_some() { widths(anchor.d_model).iter().sum() } else { 0 };
+    let flops = anchor.training_flops(len, memory_width) * (batch * len) as u64;
     let scratch = tempfile::tempdir()?;
     let parts = Parts {
         run_dir: scratch.path().into(),
         config: train,
-        corpus: Arc::new(corpus(scratch.path())?),
+        corpus: Arc::new(corpus(scratch.path(), len)?),
         anchor: Anchor::load(&folder.join("anchor.safetensors"), CPU)?,
         memory: bank,
     };
     let mut trainer = Trainer::new(parts, 0)?;
-    let batches = tokens.chunks_exact(batch * (len + 1)).map(|tokens| {
+    let (mut times, mut losses, mut seconds) = (vec![], vec![], vec![]);
+    let mut began = Instant::now();
+    let mut record = |line: &StepMetrics| {
+        seconds.push(began.elapsed().as_secs_f64());
+        times.push(line.time);
+        losses.push(line.loss);
+        began = Instant::now();
+    };
+    if options.corpus {
+        trainer.run(&mut record)?;
+    } else {
+        let kind = options.memory.as_deref().unwrap_or_default();
         let sequence = |(i, tokens): (usize, &[u32])| {
-            Ok(Sequence {
-                path: path(memory.unwrap_or_default(), i as u32)?,
-                tokens: tokens.to_vec(),
-                doc_starts: vec![0],
-                documents: vec![0],
-            })
+            let (tokens, doc_starts) = (tokens.to_vec(), vec![0]);
+            Ok(Sequence { path: path(kind, i as u32)?, tokens, doc_starts, documents: vec![0] })
         };
-        let sequences = tokens.chunks_exact(len + 1).enumerate().map(sequence).collect::<Result<_>>()?;
-        Ok(Batch::new(sequences, u32::MAX))
-    });
-    let batches = batches.collect::<Result<Vec<_>>>()?;
-    let (mut times, mut losses) = (vec![], vec![]);
-    for step in 0..steps {
-        let began = Instant::now();
-        let metrics = trainer.step(&batches[step % batches.len()])?;
-        times.push(began.elapsed().as_secs_f64());
-        losses.push(metrics.loss);
+        let batches = tokens.chunks_exact(batch * (len + 1)).map(|tokens| {
+            let sequences = tokens.chunks_exact(len + 1).enumerate().map(sequence).collect::<Result<_>>()?;
+            Ok(Batch::new(sequences, u32::MAX))
+        });
+        let batches = batches.collect::<Result<Vec<_>>>()?;
+        for step in 0..options.steps {
+            record(&trainer.step(&batches[step % batches.len()])?);
+        }
     }
-    let warm = 3.min(steps - 1);
-    times.drain(..warm);
-    times.sort_by(f64::total_cmp);
-    let step_s = times[times.len() / 2];
-    Ok(Line { step_s, parameters: n_parameters, peak_mb: peak_mb(), losses })
+    let warm = 3.min(options.steps - 1);
+    let data_s: f64 = times[warm..].iter().map(|time| time.data_ms / 1e3).sum();
+    Ok(Line {
+        step_s: median(&seconds[warm..]),
+        update_s: median(&times[warm..].iter().map(|time| time.update_ms / 1e3).collect::<Vec<_>>()),
+        data_share: data_s / seconds[warm..].iter().sum::<f64>(),
+        time: times[times.len() - 1],
+        parameters: n_parameters,
+        flops,
+        peak_mb: peak_mb(),
+        losses,
+    })
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Paths of the sequences of a batch in a tree of 16 children at each of 4 levels: all blocks different, or
@@ -192,7 +270,7 @@ fn path(memory: &str, sequence: u32) -> Result<ClusterPath> {
     Ok(ClusterPath::new((0..4).map(|level| leaf >> (4 * (3 - level))).collect())?)
 }
 
-/// Widths 64, 16 and 4 on levels 1 to 3, none on the last.
+/// A bank of those widths.
 fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
     if !["different", "shared"].contains(&kind) {
         return Err(format!("--memory {kind}: expected different or shared").into());
@@ -201,7 +279,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
         kind: MemoryKind::Ffn,
         n_layers: anchor.n_layers,
         d_model: anchor.d_model,
-        width: vec![64, 16, 4, 0],
+        width: widths(anchor.d_model),
         branching: vec![16; 4],
     };
     let options = BankOptions {
@@ -214,17 +292,23 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
     Ok(Blocking::new(Arc::new(LocalBank::create(spec, options)?))?)
 }
 
-/// A trainer has a corpus; this one is never read.
-fn corpus(dir: &Path) -> Result<Corpus> {
-    let (file, prepared) = (dir.join("corpus.txt"), dir.join("prepared"));
-    let text = "one two three four five six seven eight nine ten ".repeat(20);
-    fs::write(&file, &text)?;
-    let tokenizer = Tokenizer::train([Ok(text)].into_iter(), 270, 1 << 20)?;
+/// A small corpus of random words, packed to sequences of `len` tokens.
+fn corpus(dir: &Path, len: usize) -> Result<Corpus> {
+    let (file, prepared) = (dir.join("corpus.jsonl"), dir.join("prepared"));
+    let document = |i: u64| {
+        let word = |j: u64| format!("w{} ", (i * 7919 + j * j * 31) % 4093);
+        (0..300).map(word).collect::<String>()
+    };
+    let texts: Vec<String> = (0..200).map(document).collect();
+    let lines: Vec<String> =
+        texts.iter().map(|text| serde_json::json!({ "text": text }).to_string()).collect();
+    fs::write(&file, lines.join("\n"))?;
+    let tokenizer = Tokenizer::train(texts.into_iter().map(Ok), 1024, 1 << 20)?;
     let source = SourceOptions { files: vec![file.display().to_string()], ..SourceOptions::default() };
-    let options = TokeniseOptions { window: 64, validation_permille: 0 };
+    let options = TokeniseOptions { window: len as u32, validation_permille: 0 };
     corpus::tokenise(&source, &tokenizer, &prepared, &options, &mut |_| ())?;
     let n_windows = TokenStore::open(&prepared)?.n_windows();
-    let options = PackOptions { seq_len: 64, seed: 1, embedder: String::new(), tree: String::new() };
+    let options = PackOptions { seq_len: len as u32, seed: 1, embedder: String::new(), tree: String::new() };
     corpus::pack(&prepared, &vec![0; n_windows], &[2], &options)?;
     Ok(Corpus::open(&prepared)?)
 }

@@ -15,6 +15,6 @@ mod trainer;
 pub use checkpoint::{Checkpoints, TrainState};
 pub use config::{Assign, Phase, TrainConfig};
 pub use error::{Error, Result};
-pub use metrics::{Metrics, StepMetrics, read_metrics};
+pub use metrics::{Metrics, StepMetrics, StepTime, read_metrics};
 pub use optimizer::Optimizer;
 pub use trainer::{Parts, Trainer};

@@ -9,7 +9,7 @@ use crate::checkpoint::write_whole;
 use crate::tensorboard::EventWriter;
 use crate::{Error, Result};
 
-/// One line of metrics.jsonl. All but the last two fields repeat to the bit when a run is resumed.
+/// One line of metrics.jsonl. All but the last three fields repeat to the bit when a run is resumed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// Optimizer steps done.
@@ -31,10 +31,42 @@ pub struct StepMetrics {
     pub n_blocks: usize,
     /// Targets scored since the run began.
     pub tokens_seen: u64,
+    /// Where the time of the step went.
+    #[serde(default)]
+    pub time: StepTime,
     /// Scored targets a second since the last line.
     pub tokens_per_s: f64,
     /// Seconds since this process began to train.
     pub seconds: f64,
+}
+
+/// Milliseconds of one step by what they went on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepTime {
+    /// Waiting for the loader.
+    pub data_ms: f64,
+    /// Fetching memory blocks.
+    pub fetch_ms: f64,
+    /// Forward and backward.
+    pub compute_ms: f64,
+    /// Gradient norms, and pushing the gradients of blocks.
+    pub push_ms: f64,
+    /// Updating the anchor.
+    pub update_ms: f64,
+}
+
+/// Milliseconds since the last lap.
+pub(crate) struct Laps(Instant);
+
+impl Laps {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn lap_ms(&mut self) -> f64 {
+        let now = Instant::now();
+        (now - std::mem::replace(&mut self.0, now)).as_secs_f64() * 1e3
+    }
 }
 
 /// metrics.jsonl and tb/ of a run.
@@ -86,6 +118,11 @@ impl Metrics {
             ("train/learning_rate", metrics.learning_rate),
             ("train/gradient_norm", metrics.gradient_norm),
             ("train/tokens_per_s", metrics.tokens_per_s),
+            ("time/data_ms", metrics.time.data_ms),
+            ("time/fetch_ms", metrics.time.fetch_ms),
+            ("time/compute_ms", metrics.time.compute_ms),
+            ("time/push_ms", metrics.time.push_ms),
+            ("time/update_ms", metrics.time.update_ms),
             ("memory/gradient_norm", metrics.memory_gradient_norm),
             ("memory/blocks", metrics.n_blocks as f64),
         ];

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
-use crate::metrics::{Metrics, StepMetrics};
+use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::{Error, Result, TrainConfig};
 
@@ -123,8 +123,11 @@ impl<S: BlockStore> Trainer<S> {
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
         while self.state.step < self.config.steps {
             let step = self.state.step + 1;
+            let mut laps = Laps::start();
             let batch = loader.next(step)?;
+            let data_ms = laps.lap_ms();
             let mut line = self.step(&batch)?;
+            line.time.data_ms = data_ms;
             let last = step == self.config.steps;
             let saves = last || due(step, self.config.save_every);
             if saves {
@@ -150,22 +153,31 @@ impl<S: BlockStore> Trainer<S> {
     /// When the loss or the gradient is not finite; then nothing was applied.
     pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
         let step = self.state.step + 1;
+        let (mut laps, mut time) = (Laps::start(), StepTime::default());
         let blocks = self.model().fetch(&batch.paths)?;
+        time.fetch_ms = laps.lap_ms();
         let (loss, block_gradients) = self.backward(batch, &blocks)?;
+        time.compute_ms = laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
         let trains_anchor = self.config.phase.trains_anchor();
-        let norm = if trains_anchor { gradient_norm(&self.anchor, &self.gradients)? } else { 0.0 };
+        let norm = match trains_anchor {
+            true => ops::on_pool(|| gradient_norm(&self.anchor, &self.gradients))?,
+            false => 0.0,
+        };
         self.check_finite(step, "gradient norm", norm)?;
         let memory_norm = block_norm(&block_gradients);
         self.check_finite(step, "memory gradient norm", memory_norm)?;
         if let Some(memory) = &self.memory {
             memory.push(Step(step), 0, block_gradients)?;
         }
+        time.push_ms = laps.lap_ms();
         if trains_anchor {
             let clip = self.config.clip;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-            self.optimizer.step(&self.anchor, &self.gradients, (&self.config, step, scale))?;
+            let (anchor, gradients) = (&self.anchor, &self.gradients);
+            ops::on_pool(|| self.optimizer.step(anchor, gradients, (&self.config, step, scale)))?;
         }
+        time.update_ms = laps.lap_ms();
         self.last_loss = loss;
         self.state =
             TrainState { step, tokens_seen: self.state.tokens_seen + batch.n_scored() as u64, ..self.state };
@@ -179,6 +191,7 @@ impl<S: BlockStore> Trainer<S> {
             memory_gradient_norm: memory_norm,
             n_blocks: blocks.len(),
             tokens_seen: self.state.tokens_seen,
+            time,
             ..StepMetrics::default()
         })
     }

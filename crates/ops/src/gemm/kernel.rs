@@ -161,19 +161,15 @@ unsafe fn rows<V: Register, const KIND: bool, const R: usize>(tile: &Tile, n_row
     }
 }
 
-/// Asks for the two cache lines of a part's row, needed after its sums.
+/// Asks for the cache line of an address, which need not be valid.
 #[inline(always)]
-fn prefetch(row: *const f32) {
+fn prefetch(address: *const f32) {
     #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing, whatever the address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(row.cast());
-            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(16).cast());
-        }
+    // SAFETY: a prefetch reads nothing, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
     }
-    let _ = row;
+    let _ = address;
 }
 
 /// # Safety
@@ -183,10 +179,13 @@ unsafe fn part<V: Register, const KIND: bool, const R: usize>(tile: &Tile, row: 
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[V::zero(); N]; R];
+        // What is needed after the sums.
         for i in 0..R {
-            prefetch(tile.c.add((row + i) * tile.c_row + column));
-            if !tile.from.is_null() {
-                prefetch(tile.from.add((row + i) * tile.from_row + column));
+            for column in [column, column + V::WIDTH] {
+                prefetch(tile.c.add((row + i) * tile.c_row + column));
+                if !tile.from.is_null() {
+                    prefetch(tile.from.add((row + i) * tile.from_row + column));
+                }
             }
         }
         let (mut a, mut b) = (tile.a.add(row * tile.a_row), tile.b.add(column));

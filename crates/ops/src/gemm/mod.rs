@@ -20,7 +20,7 @@ use kernel::{COLUMNS, Instructions, Kernel, ROWS, Tile};
 /// Inner lanes of a pass: a panel's slice of 32 KiB stays in the first-level cache over all rows.
 const INNER: usize = 192;
 
-/// Rows of f32 that are at most so many elements apart are read where they are; farther ones would compete
+/// Rows of f32 that are fewer elements apart are read where they are; farther ones would compete
 /// for the same few places of the first-level cache.
 const NEAR: usize = 1024;
 
@@ -360,11 +360,11 @@ fn left_lanes(
     let positions = precision.positions() * inner.start..k.min(precision.positions() * inner.end);
     if a.transposed {
         let data = &a.data[(positions.start * a.stride).min(a.data.len())..];
-        pack::groups(precision, View { data, ..a }, (m, positions.len()), lanes);
-        return Left { first: lanes.as_ptr(), group: ROWS * n, row: 1, lane: ROWS };
+        let group = pack::groups(precision, View { data, ..a }, (m, positions.len()), lanes);
+        return Left { first: lanes.as_ptr(), group, row: 1, lane: ROWS };
     }
     match precision {
-        Precision::F32 if a.stride <= NEAR => {
+        Precision::F32 if a.stride < NEAR => {
             let first = a.data[inner.start.min(a.data.len())..].as_ptr().cast();
             Left { first, group: ROWS * a.stride, row: a.stride, lane: 1 }
         }

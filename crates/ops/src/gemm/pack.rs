@@ -8,6 +8,9 @@ use crate::buffer::output_lanes;
 /// Rows that are transposed at a time.
 const BLOCK: usize = 16;
 
+/// Unused lanes between groups: a cache line.
+const PADDING: usize = 16;
+
 /// The bf16 nearest to `x`, ties to even, in the low half; NaN stays NaN.
 #[inline(always)]
 pub(super) fn bf16(x: f32) -> u32 {
@@ -146,6 +149,9 @@ fn transpose(block: &[[u32; BLOCK]; BLOCK], to: &mut [u32]) {
 }
 
 /// Four rounds of a butterfly: 32-bit, 64-bit, then 128-bit quarters twice.
+///
+/// # Safety
+/// The processor has AVX-512, and the 16 rows of 16 lanes at `to`, 32 apart, are valid.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn transpose_avx512(block: &[[u32; BLOCK]; BLOCK], to: *mut u32) {
@@ -187,26 +193,49 @@ unsafe fn transpose_avx512(block: &[[u32; BLOCK]; BLOCK], to: *mut u32) {
 }
 
 /// Packs the transposed left operand [m, k], element (i, k) at `data[k·stride + i]`, into groups of 8 rows:
-/// lane l of row i of a group at `l·8 + i`.
-pub(super) fn groups(precision: Precision, view: View, (m, k): (usize, usize), lanes: &mut Vec<u32>) {
+/// lane l of row i of a group at `l·8 + i`. Returns the lanes from group to group.
+pub(super) fn groups(
+    precision: Precision,
+    view: View,
+    (m, k): (usize, usize),
+    lanes: &mut Vec<u32>,
+) -> usize {
     let n_lanes = precision.lanes(k);
-    let group = ROWS * n_lanes;
+    // Not a power of two: lane l of all groups would fall into one set of the first-level cache.
+    let group = ROWS * n_lanes + PADDING;
     output_lanes(lanes, m.div_ceil(ROWS) * group);
     // Along the rows of the source, which are far apart.
+    let whole = m - m % ROWS;
     for l in 0..n_lanes {
-        let mut to = l * ROWS;
-        for first in (0..m).step_by(ROWS) {
-            let lanes = &mut lanes[to..to + ROWS];
-            match m - first {
-                0..ROWS => interleave(precision, &view, (k, l), first, &mut lanes[..m - first]),
-                _ => {
-                    let lanes: &mut [u32; ROWS] = lanes.try_into().expect("8 lanes");
-                    interleave(precision, &view, (k, l), first, lanes);
-                }
+        let row = |k: usize| &view.data[k * view.stride..][..whole];
+        let first = l * precision.positions();
+        let (rows, _) = row(first).as_chunks::<ROWS>();
+        let to = lanes[l * ROWS..].chunks_mut(group);
+        if precision == Precision::F32 {
+            for (to, row) in to.zip(rows) {
+                to[..ROWS].copy_from_slice(&row.map(f32::to_bits));
             }
-            to += group;
+        } else if first + 1 < k {
+            let (next_rows, _) = row(first + 1).as_chunks::<ROWS>();
+            for ((to, row), next) in to.zip(rows).zip(next_rows) {
+                to[..ROWS].copy_from_slice(&std::array::from_fn::<u32, ROWS, _>(|i| lane(row[i], next[i])));
+            }
+        } else {
+            for (to, row) in to.zip(rows) {
+                to[..ROWS].copy_from_slice(&row.map(|x| lane(x, 0.0)));
+            }
+        }
+        if whole < m {
+            interleave(
+                precision,
+                &view,
+                (k, l),
+                whole,
+                &mut lanes[whole / ROWS * group + l * ROWS..][..m - whole],
+            );
         }
     }
+    group
 }
 
 #[cfg(test)]

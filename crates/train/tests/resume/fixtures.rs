@@ -12,7 +12,7 @@ use candle_core::{DType, Device};
 use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, MemoryKind};
 use tempfile::TempDir;
-use train::{Checkpoints, Parts, Phase, StepMetrics, TrainConfig, Trainer};
+use train::{Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer};
 
 pub(crate) use crate::files::files;
 
@@ -176,7 +176,10 @@ pub(crate) fn train_until_killed(mut trainer: Trainer<LocalBank>, step: u64) {
 
 /// Metrics without the times.
 pub(crate) fn timeless(metrics: Vec<StepMetrics>) -> Vec<StepMetrics> {
-    metrics.into_iter().map(|line| StepMetrics { tokens_per_s: 0.0, seconds: 0.0, ..line }).collect()
+    metrics
+        .into_iter()
+        .map(|line| StepMetrics { time: StepTime::default(), tokens_per_s: 0.0, seconds: 0.0, ..line })
+        .collect()
 }
 
 pub(crate) fn weights(anchor: &Anchor) -> Vec<Vec<u32>> {

@@ -1,0 +1,79 @@
+//! How many bytes a training step needs, before it is tried.
+
+use ops::Precision;
+
+use crate::{AnchorConfig, Compute};
+
+/// A training pass whose bytes are asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainingShape {
+    /// Sequences of a forward pass.
+    pub micro_batch: usize,
+    /// Tokens of a sequence.
+    pub len: usize,
+    /// Sum of the widths of the memory blocks that a sequence fetches.
+    pub memory_width: usize,
+    /// Parameters of all blocks that a pass fetches.
+    pub block_parameters: u64,
+}
+
+/// Bytes that training holds at its peak, by what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainingBytes {
+    /// Weights, gradients and both moments of the anchor.
+    pub parameters: u64,
+    /// Fetched blocks and their gradients, each twice: on the device, and as what is fetched or pushed.
+    pub blocks: u64,
+    /// Activations that the backward pass needs.
+    pub activations: u64,
+    /// The most that one operation holds beside them.
+    pub workspace: u64,
+}
+
+impl TrainingBytes {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.parameters + self.blocks + self.activations + self.workspace
+    }
+}
+
+/// Rows whose logits exist at one time (`ops::linear_cross_entropy`).
+const LOGIT_ROWS: u64 = 256;
+
+impl AnchorConfig {
+    /// The bytes of training on the CPU, where everything is f32 but the packed operands of products in bf16.
+    pub fn training_bytes(&self, shape: TrainingShape, compute: Compute) -> TrainingBytes {
+        let [v, d, l, a, h, f] = [
+            self.vocab_size,
+            self.d_model,
+            self.n_layers,
+            self.attention_width(),
+            self.n_heads,
+            self.ffn_width + shape.memory_width,
+        ]
+        .map(|x| x as u64);
+        let rows = (shape.micro_batch * shape.len) as u64;
+        // Both norms and both residuals, queries and keys before and after their norm, values, what attention
+        // mixed and its log-sum-exp, and the products of the FFN.
+        let block = rows * (4 * d + 6 * a + h + 2 * f);
+        // The embedded tokens, and after the last block its norm.
+        let ends = 2 * rows * d;
+        let activations = ends + if compute.checkpoint { l * rows * d } else { l * block };
+        let packed = match compute.precision {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        };
+        // The loss: logits, both packed forms of the output matrix, the gradient of the hidden states.
+        let loss = 4 * (LOGIT_ROWS.min(rows) * v + rows * d) + packed * 2 * v * d;
+        // A block's FFN backward: hidden activations, gradients of both ends, weights, inputs packed. With
+        // checkpoints all activations of the block were just computed again.
+        let again = if compute.checkpoint { block } else { 0 };
+        let ffn = 4 * (again + rows * (f + 2 * d)) + packed * (2 * rows * d + 3 * f * d);
+        TrainingBytes {
+            parameters: 16 * self.n_parameters(),
+            blocks: 16 * shape.block_parameters,
+            activations: 4 * activations,
+            workspace: loss.max(ffn),
+        }
+    }
+}
