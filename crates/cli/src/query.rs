@@ -187,9 +187,15 @@ pub(crate) fn check(config: &Config) -> Result<()> {
         Some(path) => corpus::Tokenizer::load(path)?.vocab_size(),
         None => config.corpus.vocab_size,
     };
-    let n_parameters = config.anchor.config(vocab_size).n_parameters();
-    println!("anchor: {n_parameters} parameters");
-    let mut bytes = n_parameters * 16;
+    let anchor = config.anchor.config(vocab_size);
+    println!("anchor: {} parameters", anchor.n_parameters());
+    let mut pass = TrainingShape {
+        micro_batch: config.train.micro_batch.min(config.train.batch_size),
+        len: config.corpus.seq_len as usize,
+        memory_width: 0,
+        block_parameters: 0,
+    };
+    let mut bank_bytes = 0;
     if config.train.phase.has_memory() {
         let spec = memory_bank::BlockSpec {
             kind: config.memory.kind,
@@ -200,10 +206,28 @@ pub(crate) fn check(config: &Config) -> Result<()> {
         };
         spec.validate()?;
         println!("memory: {} parameters fetched of a bank of {}", spec.fetch_len(), spec.bank_len());
-        bytes += spec.bank_len() * 12;
+        bank_bytes = spec.bank_len() * 12;
+        pass.memory_width = spec.width.iter().sum();
+        // Of a level, at most a block for each sequence, the generic one among them.
+        let blocks = |level: usize| pass.micro_batch.min(spec.n_blocks(level) + 1) * spec.block_len(level);
+        pass.block_parameters = spec.levels().map(blocks).sum::<usize>() as u64;
     }
     let tokens = config.train.steps * config.train.batch_size as u64 * u64::from(config.corpus.seq_len);
     println!("training: {} steps, at most {tokens} tokens", config.train.steps);
-    println!("weights, gradients and optimizer state: at most {} MiB", bytes >> 20);
+    let compute = Compute {
+        precision: config.train.precision,
+        checkpoint: config.train.checkpoint_activations,
+    };
+    let bytes = anchor.training_bytes(pass, compute);
+    let mib = |bytes: u64| bytes >> 20;
+    println!(
+        "bytes: at most {} MiB (anchor with optimizer {}, bank {}, fetched blocks {}, activations {}, workspace {})",
+        mib(bytes.total() + bank_bytes),
+        mib(bytes.parameters),
+        mib(bank_bytes),
+        mib(bytes.blocks),
+        mib(bytes.activations),
+        mib(bytes.workspace)
+    );
     Ok(())
 }
