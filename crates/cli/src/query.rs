@@ -4,6 +4,7 @@
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
 
+use anchor::{Compute, TrainingShape};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use cluster_tree::ClusterPath;
@@ -214,10 +215,8 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     }
     let tokens = config.train.steps * config.train.batch_size as u64 * u64::from(config.corpus.seq_len);
     println!("training: {} steps, at most {tokens} tokens", config.train.steps);
-    let compute = Compute {
-        precision: config.train.precision,
-        checkpoint: config.train.checkpoint_activations,
-    };
+    let compute =
+        Compute { precision: config.train.precision, checkpoint: config.train.checkpoint_activations };
     let bytes = anchor.training_bytes(pass, compute);
     let mib = |bytes: u64| bytes >> 20;
     println!(

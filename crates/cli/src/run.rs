@@ -17,7 +17,13 @@ use train::{Assign, Checkpoints, TrainState};
 use crate::config::Config;
 use crate::prepare::{load_embedder, tree_hash};
 
-pub(crate) const PLACE: (&Device, DType) = (&Device::Cpu, DType::F32);
+/// Where models run: the first GPU of a build with the feature `cuda`, else the CPU.
+pub(crate) fn device() -> Result<Device> {
+    match cfg!(feature = "cuda") {
+        true => Device::new_cuda(0).context("GPU 0, which a build with the feature cuda runs on"),
+        false => Ok(Device::Cpu),
+    }
+}
 
 /// A trained (or partly trained) run, opened to be used.
 pub(crate) struct Run {
@@ -58,7 +64,7 @@ impl Run {
             true => Some(open_bank(&checkpoint.join("memory"), &hashes(&tree, &tokenizer))?),
             false => None,
         };
-        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), PLACE)?.freeze();
+        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), (&device()?, DType::F32))?.freeze();
         let expected = config.anchor.config(tokenizer.vocab_size());
         if *anchor.config() != expected {
             bail!(

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anchor::Anchor;
 use anyhow::{Context, Result, bail};
+use candle_core::DType;
 use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank};
@@ -16,7 +17,7 @@ use train::{Checkpoints, Parts, StepMetrics, Trainer};
 use crate::config::Config;
 use crate::prepare::Prepared;
 use crate::progress::Progress;
-use crate::run::{PLACE, hashes, write_whole};
+use crate::run::{device, hashes, write_whole};
 
 /// Files that a run copies from its prepared corpus, so that it routes and generates on its own.
 const COPIED: [&str; 4] = ["tokenizer.json", "tree.safetensors", "fingerprint.json", EMBEDDER];
@@ -164,7 +165,7 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
 fn initial_anchor(config: &Config, tokenizer: &Tokenizer) -> Result<(Anchor, u64)> {
     let Some(init) = &config.anchor.init else {
         let sizes = config.anchor.config(tokenizer.vocab_size());
-        return Ok((Anchor::new(sizes, config.train.seed, PLACE)?, 0));
+        return Ok((Anchor::new(sizes, config.train.seed, (&device()?, DType::F32))?, 0));
     };
     let checkpoints = Checkpoints::of(init);
     let step = checkpoints.require_latest()?;
@@ -187,7 +188,7 @@ fn initial_anchor(config: &Config, tokenizer: &Tokenizer) -> Result<(Anchor, u64
 fn load_anchor(config: &Config, tokenizer: &Tokenizer, checkpoint: &Path) -> Result<Anchor> {
     let expected = config.anchor.config(tokenizer.vocab_size());
     let path = checkpoint.join("anchor.safetensors");
-    let anchor = Anchor::load(&path, PLACE)?;
+    let anchor = Anchor::load(&path, (&device()?, DType::F32))?;
     if *anchor.config() != expected {
         bail!(
             "{}: anchor of another shape: expected {expected:?}, found {:?}",

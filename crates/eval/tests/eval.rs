@@ -143,8 +143,8 @@ fn without_a_bank_only_the_plain_anchor_can_be_measured() {
 
 /// Trains `anchor` on `text` until it knows it by heart.
 fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
-    let zeros = |parameter: &candle_core::Tensor| vec![0f32; parameter.elem_count()];
-    let mut moments: Vec<_> = anchor.parameters().values().map(|p| (zeros(p), zeros(p))).collect();
+    let zeros = |parameter: &candle_core::Tensor| parameter.zeros_like().unwrap();
+    let moments: Vec<_> = anchor.parameters().values().map(|p| [zeros(p), zeros(p)]).collect();
     let mut gradients = Gradients::default();
     let rows: Vec<Vec<u32>> = texts
         .iter()
@@ -163,7 +163,7 @@ fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
         gradients.clear();
         anchor.loss_and_gradients((input, targets), &memory, compute, &mut gradients).unwrap();
         for (slot, parameter) in anchor.parameters().values().enumerate() {
-            let (m, v) = &mut moments[slot];
+            let [m, v] = &moments[slot];
             let adamw = ops::AdamW {
                 learning_rate: 1e-2,
                 beta1: 0.9,
@@ -173,7 +173,7 @@ fn memorise(anchor: &Anchor, tokenizer: &Tokenizer, texts: &[&str]) {
                 step,
                 gradient_scale: 1.0,
             };
-            ops::adamw_step(parameter, gradients.get(slot).unwrap(), m, v, adamw).unwrap();
+            ops::adamw_step(parameter, gradients.get(slot).unwrap(), [m, v], adamw).unwrap();
         }
     }
 }

@@ -27,35 +27,40 @@ pub struct AdamW {
     pub gradient_scale: f64,
 }
 
-/// Updates `weights` and their moments (each as long) in place from `gradient`.
+/// Updates `weights` and their moments `[m, v]` (each as long) in place from `gradient`.
 ///
 /// # Errors
-/// When the moments or the gradient have another length than the weights, or when they are not f32 on the CPU.
-pub fn adamw_step(
-    weights: &Tensor,
-    gradient: &Tensor,
-    m: &mut [f32],
-    v: &mut [f32],
-    adamw: AdamW,
-) -> Result<()> {
+/// When the moments or the gradient have another length than the weights, or when they are not contiguous f32.
+pub fn adamw_step(weights: &Tensor, gradient: &Tensor, [m, v]: [&Tensor; 2], adamw: AdamW) -> Result<()> {
     let n = weights.elem_count();
-    if gradient.elem_count() != n || m.len() != n || v.len() != n {
+    if gradient.elem_count() != n || m.elem_count() != n || v.elem_count() != n {
         candle_core::bail!(
             "adamw: {n} weights, {} gradients, {} first and {} second moments",
             gradient.elem_count(),
-            m.len(),
-            v.len()
+            m.elem_count(),
+            v.elem_count()
         );
     }
+    let numbers = adamw.numbers();
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(weights) {
+        return crate::cuda::adamw_step([weights, gradient, m, v], numbers);
+    }
     let gradient = read(gradient)?;
-    with_mut(weights, |weights| adamw.update(weights, &gradient, m, v))
+    with_mut(weights, |weights| {
+        with_mut(m, |m| with_mut(v, |v| numbers.update([weights, m, v], &gradient)))
+    })??
 }
 
 /// Σ x² in f64, in a fixed order.
 ///
 /// # Errors
-/// When x is not f32 on the CPU.
+/// When x is not contiguous f32.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(x) {
+        return crate::cuda::sum_of_squares(x);
+    }
     let parts: Vec<f64> = read(x)?
         .par_chunks(CHUNK)
         .map(|x| x.chunks(256).map(|x| f64::from(crate::math::dot(x, x))).sum())
@@ -63,21 +68,47 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
     Ok(parts.iter().sum())
 }
 
+/// What an update needs of [`AdamW`], in f32; laid out as `AdamW` of kernels.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Numbers {
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    gradient_scale: f32,
+    /// What weight decay leaves of a weight.
+    keep: f32,
+    /// Learning rate with the correction of the first moment.
+    rate: f32,
+    /// Correction of the second moment.
+    correction2: f32,
+}
+
 impl AdamW {
-    fn update(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-        let a = self;
-        let (beta1, beta2, eps, scale) =
-            (a.beta1 as f32, a.beta2 as f32, a.eps as f32, a.gradient_scale as f32);
-        let keep = (1.0 - a.learning_rate * a.weight_decay) as f32;
-        let rate = (a.learning_rate / (1.0 - a.beta1.powf(a.step as f64))) as f32;
-        let correction2 = (1.0 / (1.0 - a.beta2.powf(a.step as f64))) as f32;
+    fn numbers(&self) -> Numbers {
+        let corrected = |beta: f64| 1.0 / (1.0 - beta.powf(self.step as f64));
+        Numbers {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            eps: self.eps as f32,
+            gradient_scale: self.gradient_scale as f32,
+            keep: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            rate: (self.learning_rate * corrected(self.beta1)) as f32,
+            correction2: corrected(self.beta2) as f32,
+        }
+    }
+}
+
+impl Numbers {
+    fn update(&self, [p, m, v]: [&mut [f32]; 3], g: &[f32]) {
+        let Self { beta1, beta2, eps, gradient_scale, keep, rate, correction2 } = *self;
         p.par_chunks_mut(CHUNK)
             .zip(m.par_chunks_mut(CHUNK))
             .zip(v.par_chunks_mut(CHUNK))
             .zip(g.par_chunks(CHUNK))
             .for_each(|(((p, m), v), g)| {
                 for i in 0..p.len() {
-                    let g = g[i] * scale;
+                    let g = g[i] * gradient_scale;
                     m[i] = beta1 * m[i] + (1.0 - beta1) * g;
                     v[i] = beta2 * v[i] + (1.0 - beta2) * g * g;
                     p[i] = p[i] * keep - rate * m[i] / ((v[i] * correction2).sqrt() + eps);

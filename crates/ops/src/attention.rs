@@ -73,6 +73,10 @@ pub fn attention(
     shape: AttentionShape,
 ) -> Result<Traced> {
     shape.check([q, k, v].map(Traced::value), starts)?;
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(q.value()) && shape.head_width.is_multiple_of(16) {
+        return crate::cuda::attention(tape, [q, k, v], starts, shape);
+    }
     if !crate::fused(q.value()) {
         return tape.composed(&[q, k, v], |inputs| composed(inputs, starts, shape));
     }

@@ -46,6 +46,10 @@ pub fn linear_cross_entropy(
     if let Some(target) = options.targets.iter().find(|&&t| t != IGNORE && t as usize >= v) {
         candle_core::bail!("cross-entropy: target {target} of a vocabulary of {v}");
     }
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(hidden.value()) {
+        return crate::cuda::linear_cross_entropy(tape, hidden, weight, options);
+    }
     if crate::fused(hidden.value()) {
         return fused(tape, hidden, weight, options);
     }

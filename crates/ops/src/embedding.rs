@@ -22,6 +22,10 @@ pub fn embedding(tape: &mut Tape, table: &Traced, ids: &[u32], (b, t): (usize, u
     if ids.len() != b * t {
         candle_core::bail!("embedding: {} tokens for a batch of {b} x {t}", ids.len());
     }
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(table.value()) {
+        return crate::cuda::embedding(tape, table, ids, (b, t));
+    }
     if !crate::fused(table.value()) {
         let ids = Tensor::from_slice(ids, ids.len(), table.value().device())?;
         return tape.composed(&[table], |inputs| inputs[0].index_select(&ids, 0)?.reshape((b, t, d)));
@@ -57,7 +61,7 @@ pub fn embedding(tape: &mut Tape, table: &Traced, ids: &[u32], (b, t): (usize, u
 }
 
 /// Positions ordered by id: those of id v are `order[first[v]..first[v + 1]]`.
-fn positions_by_id(ids: &[u32], n_ids: usize) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn positions_by_id(ids: &[u32], n_ids: usize) -> (Vec<u32>, Vec<u32>) {
     let mut first = vec![0u32; n_ids + 1];
     for &id in ids {
         first[id as usize + 1] += 1;

@@ -95,6 +95,10 @@ pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>
     }
     let inputs: Vec<&Traced> =
         [base, x].into_iter().chain(parts.iter().flat_map(|part| &part.blocks)).collect();
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(x.value()) {
+        return crate::cuda::gated_ffn(tape, base, x, parts, &width);
+    }
     if !crate::fused(x.value()) {
         return tape.composed(&inputs, |inputs| composed(inputs, &parts));
     }

@@ -13,6 +13,8 @@ mod adamw;
 mod attention;
 mod buffer;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 mod gated_ffn;
 mod gemm;
@@ -48,6 +50,12 @@ pub enum Precision {
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
+
+/// Whether the bodies for GPUs apply.
+#[cfg(feature = "cuda")]
+fn on_gpu(t: &Tensor) -> bool {
+    t.device().is_cuda() && matches!(t.dtype(), DType::F32 | DType::BF16)
+}
 
 /// Whether the fused f32 CPU body applies; everything else takes the composed body.
 fn fused(t: &Tensor) -> bool {

@@ -22,6 +22,10 @@ pub fn linear(tape: &mut Tape, base: Option<&Traced>, x: &Traced, weight: &Trace
     }
     let n = x.value().elem_count() / i;
     let inputs: Vec<&Traced> = [x, weight].into_iter().chain(base).collect();
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(x.value()) {
+        return crate::cuda::linear(tape, base, x, weight);
+    }
     if !crate::fused(x.value()) {
         return tape.composed(&inputs, |inputs| {
             let y = inputs[0].reshape((n, i))?.matmul(&inputs[1].t()?)?.reshape(shape)?;

@@ -19,6 +19,10 @@ const ROWS: usize = 64;
 /// When the gain is not as long as the rows of x.
 pub fn rms_norm(tape: &mut Tape, x: &Traced, gain: &Traced, eps: f64) -> Result<Traced> {
     check(x, gain)?;
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(x.value()) {
+        return crate::cuda::norm(tape, x, gain, eps, None);
+    }
     if !crate::fused(x.value()) {
         return tape.composed(&[x, gain], |inputs| composed(&inputs[0], &inputs[1], eps));
     }

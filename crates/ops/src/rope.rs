@@ -20,6 +20,8 @@ pub struct RopeTable {
     sin: Arc<Vec<f32>>,
     head_width: usize,
     n_positions: usize,
+    #[cfg(feature = "cuda")]
+    on_device: Arc<std::sync::OnceLock<[Tensor; 2]>>,
 }
 
 impl RopeTable {
@@ -32,7 +34,25 @@ impl RopeTable {
             sin: Arc::new((0..n_positions * half).map(|i| angle(i).sin() as f32).collect()),
             head_width,
             n_positions,
+            #[cfg(feature = "cuda")]
+            on_device: Arc::default(),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn head_width(&self) -> usize {
+        self.head_width
+    }
+
+    /// The cosines and the sines on a device, copied there once.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
+        if let Some(tables) = self.on_device.get() {
+            return Ok(tables.clone());
+        }
+        let upload = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
+        let tables = [upload(&self.cos)?, upload(&self.sin)?];
+        Ok(self.on_device.get_or_init(|| tables).clone())
     }
 
     /// Rotates the heads of one row in place, back when `inverse`.
@@ -99,6 +119,11 @@ pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) 
         candle_core::bail!("rope: x {:?} is not of heads of width {}", x.value().dims(), table.head_width);
     }
     rms_norm::check(x, gain)?;
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(x.value()) {
+        let rotation = crate::cuda::Rotation { table, first_position, rows_per_sequence: t };
+        return crate::cuda::norm(tape, x, gain, eps, Some(rotation));
+    }
     if !crate::fused(x.value()) {
         return tape.composed(&[x, gain], |inputs| {
             table.composed(&rms_norm::composed(&inputs[0], &inputs[1], eps)?, first_position)

@@ -109,6 +109,25 @@ impl Gradients {
         Ok(Some((buffer, into)))
     }
 
+    /// [`Gradients::buffer`] of another type, on the device of `to`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device_buffer(
+        &mut self,
+        to: &Traced,
+        dtype: candle_core::DType,
+    ) -> Result<Option<(Tensor, Into)>> {
+        let Some(index) = to.slot else { return Ok(None) };
+        let slot = self.slot(index);
+        let into = if slot.filled { Into::Add } else { Into::Overwrite };
+        let buffer = match slot.tensor.take() {
+            Some(buffer) if buffer.dims() == to.value.dims() && buffer.dtype() == dtype => buffer,
+            // SAFETY: who asks for a buffer writes all of it.
+            _ => unsafe { Tensor::empty(to.value.shape(), dtype, to.value.device())? },
+        };
+        *slot = Slot { tensor: Some(buffer.clone()), filled: true };
+        Ok(Some((buffer, into)))
+    }
+
     /// Runs `write` on the buffer of [`Gradients::buffer`].
     pub(crate) fn write(&mut self, to: &Traced, write: impl FnOnce(&mut [f32], Into) + Send) -> Result<()> {
         match self.buffer(to)? {

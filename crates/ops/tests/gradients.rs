@@ -19,7 +19,9 @@ fn values(n: usize, seed: usize, scale: f64) -> Vec<f64> {
 type Op<'a> = &'a dyn Fn(&mut Tape, &[Traced]) -> Result<Traced>;
 
 struct Case<'a> {
+    /// Of the operands; parameters come after the activations.
     shapes: Vec<Vec<usize>>,
+    n_activations: usize,
     /// The op, from its operands to a tensor of any shape.
     op: Op<'a>,
 }
@@ -27,11 +29,48 @@ struct Case<'a> {
 /// A scalar and its gradients by operand.
 type Found = (f64, Vec<Vec<f64>>);
 
+/// Where and how a body runs.
+#[derive(Clone)]
+struct Body {
+    device: Device,
+    dtype: DType,
+    precision: Precision,
+}
+
+impl Body {
+    fn cpu(dtype: DType, precision: Precision) -> Self {
+        Self { device: Device::Cpu, dtype, precision }
+    }
+
+    /// The fused bodies of this build, and how far each may be from the reference. Those for GPUs take
+    /// activations of the type of their products, and need a GPU.
+    fn fused() -> Vec<(Self, f64)> {
+        let mut all = vec![
+            (Self::cpu(DType::F32, Precision::F32), 2e-5),
+            (Self::cpu(DType::F32, Precision::Bf16), 2e-2),
+        ];
+        if cfg!(feature = "cuda") {
+            let gpu = Device::new_cuda(0).expect("a GPU, which the feature cuda tests");
+            for (dtype, precision, tolerance) in
+                [(DType::F32, Precision::F32, 1e-4), (DType::BF16, Precision::Bf16, 3e-2)]
+            {
+                all.push((Self { device: gpu.clone(), dtype, precision }, tolerance));
+            }
+        }
+        all
+    }
+}
+
 impl Case<'_> {
-    fn operands(&self, dtype: DType) -> Result<Vec<Tensor>> {
+    fn operands(&self, body: &Body) -> Result<Vec<Tensor>> {
         let make = |(i, shape): (usize, &Vec<usize>)| {
-            let n = shape.iter().product();
-            Tensor::from_vec(values(n, i + 1, 0.9), shape.clone(), &Device::Cpu)?.to_dtype(dtype)
+            let values = values(shape.iter().product(), i + 1, 0.9);
+            // Parameters are f32 beside activations of bf16.
+            let dtype = match body.dtype {
+                DType::BF16 if i >= self.n_activations => DType::F32,
+                dtype => dtype,
+            };
+            Tensor::from_vec(values, shape.clone(), &body.device)?.to_dtype(dtype)
         };
         self.shapes.iter().enumerate().map(make).collect()
     }
@@ -39,24 +78,24 @@ impl Case<'_> {
     /// A scalar that weighs every output differently, so that no gradient cancels, and the weights.
     fn scalar(y: &Tensor) -> Result<(f64, Tensor)> {
         let weights = values(y.elem_count(), 17, 1.0);
-        let weights = Tensor::from_vec(weights, y.shape(), &Device::Cpu)?.to_dtype(y.dtype())?;
-        let sum = (y * &weights)?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?;
-        Ok((sum, weights))
+        let weights = Tensor::from_vec(weights, y.shape(), y.device())?.to_dtype(y.dtype())?;
+        let product = (y.to_dtype(DType::F64)? * weights.to_dtype(DType::F64)?)?;
+        Ok((product.sum_all()?.to_scalar()?, weights))
     }
 
     /// One backward pass after another over the same gradients: the second must add to the first.
-    fn gradients(&self, dtype: DType, precision: Precision, n_passes: usize) -> Result<Found> {
+    fn gradients(&self, body: &Body, n_passes: usize) -> Result<Found> {
         let mut gradients = Gradients::default();
-        let operands = self.operands(dtype)?;
+        let operands = self.operands(body)?;
         let n = operands.len();
         let leaves: Vec<Traced> =
             operands.into_iter().zip(0..).map(|(x, slot)| Traced::leaf(x, slot)).collect();
         let mut loss = 0.0;
         for _ in 0..n_passes {
-            let mut tape = Tape::recording(precision, &mut gradients, n);
+            let mut tape = Tape::recording(body.precision, &mut gradients, n);
             let y = (self.op)(&mut tape, &leaves)?;
             let (scalar, weights) = Self::scalar(y.value())?;
-            loss += scalar;
+            loss += scalar / n_passes as f64;
             if !y.is_constant() {
                 tape.seed(&y, weights)?;
             }
@@ -64,22 +103,23 @@ impl Case<'_> {
         }
         let gradient = |slot: usize| {
             let g = gradients.get(slot).unwrap_or_else(|| panic!("operand {slot} got no gradient"));
-            g.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()
+            let g: Vec<f64> = g.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
+            Ok(g.into_iter().map(|x| x / n_passes as f64).collect())
         };
         Ok((loss, (0..n).map(gradient).collect::<Result<_>>()?))
     }
 
     fn check(&self, name: &str) {
-        let reference = self.gradients(DType::F64, Precision::F32, 1).expect(name);
-        let found = self.gradients(DType::F32, Precision::F32, 1).expect(name);
-        Self::compare(name, &found, &reference, 2e-5);
-        let found = self.gradients(DType::F32, Precision::Bf16, 1).expect(name);
-        Self::compare(&format!("{name} in bf16"), &found, &reference, 2e-2);
-        let mut twice = self.gradients(DType::F32, Precision::F32, 2).expect(name);
-        twice.0 /= 2.0;
-        twice.1.iter_mut().flatten().for_each(|x| *x /= 2.0);
-        Self::compare(&format!("{name} twice"), &twice, &reference, 2e-5);
-        self.finite_differences(name, &reference.1).expect(name);
+        let reference = Body::cpu(DType::F64, Precision::F32);
+        let expected = self.gradients(&reference, 1).expect(name);
+        for (body, tolerance) in Body::fused() {
+            for n_passes in [1, 2] {
+                let name = format!("{name} on {:?} in {:?}, {n_passes} passes", body.device, body.precision);
+                let found = self.gradients(&body, n_passes).expect(&name);
+                Self::compare(&name, &found, &expected, tolerance);
+            }
+        }
+        self.finite_differences(name, &reference, &expected.1).expect(name);
     }
 
     fn compare(name: &str, (found, gradients): &Found, (expected, references): &Found, tolerance: f64) {
@@ -96,13 +136,13 @@ impl Case<'_> {
     }
 
     /// Central differences of the f64 body at some elements of each operand.
-    fn finite_differences(&self, name: &str, gradients: &[Vec<f64>]) -> Result<()> {
+    fn finite_differences(&self, name: &str, reference: &Body, gradients: &[Vec<f64>]) -> Result<()> {
         let h = 1e-5;
         for (i, shape) in self.shapes.iter().enumerate() {
             let n: usize = shape.iter().product();
             for element in (0..n).step_by(n.div_ceil(7)) {
                 let at = |delta: f64| -> Result<f64> {
-                    let mut operands = self.operands(DType::F64)?;
+                    let mut operands = self.operands(reference)?;
                     let mut x = operands[i].flatten_all()?.to_vec1::<f64>()?;
                     x[element] += delta;
                     operands[i] = Tensor::from_vec(x, shape.clone(), &Device::Cpu)?;
@@ -126,7 +166,7 @@ impl Case<'_> {
 fn rms_norm() {
     for (rows, d) in [(1, 2), (3, 7), (70, 33), (130, 64)] {
         let op = |tape: &mut Tape, x: &[Traced]| ops::rms_norm(tape, &x[0], &x[1], 1e-6);
-        Case { shapes: vec![vec![rows, d], vec![d]], op: &op }.check("rms norm");
+        Case { shapes: vec![vec![rows, d], vec![d]], n_activations: 1, op: &op }.check("rms norm");
     }
 }
 
@@ -137,7 +177,8 @@ fn norm_and_rope_with_an_offset() {
         let op = |tape: &mut Tape, x: &[Traced]| {
             ops::norm_rope(tape, &x[0], &x[1], NormRope { table: &table, first_position, eps: 1e-6 })
         };
-        Case { shapes: vec![vec![b, t, heads * k], vec![heads * k]], op: &op }.check("norm and rope");
+        Case { shapes: vec![vec![b, t, heads * k], vec![heads * k]], n_activations: 1, op: &op }
+            .check("norm and rope");
     }
 }
 
@@ -158,9 +199,10 @@ fn off() -> Tape<'static> {
 fn linear_with_and_without_a_base() {
     for (b, t, i, o) in [(1, 1, 1, 1), (2, 3, 5, 7), (3, 41, 33, 65), (1, 130, 64, 32)] {
         let op = |tape: &mut Tape, x: &[Traced]| ops::linear(tape, None, &x[0], &x[1]);
-        Case { shapes: vec![vec![b, t, i], vec![o, i]], op: &op }.check("linear");
-        let op = |tape: &mut Tape, x: &[Traced]| ops::linear(tape, Some(&x[2]), &x[0], &x[1]);
-        Case { shapes: vec![vec![b, t, i], vec![o, i], vec![b, t, o]], op: &op }.check("linear on a base");
+        Case { shapes: vec![vec![b, t, i], vec![o, i]], n_activations: 1, op: &op }.check("linear");
+        let op = |tape: &mut Tape, x: &[Traced]| ops::linear(tape, Some(&x[1]), &x[0], &x[2]);
+        Case { shapes: vec![vec![b, t, i], vec![b, t, o], vec![o, i]], n_activations: 2, op: &op }
+            .check("linear on a base");
     }
 }
 
@@ -168,7 +210,7 @@ fn linear_with_and_without_a_base() {
 fn embedding_sums_the_gradient_of_repeated_tokens() {
     let ids: Vec<u32> = (0..3 * 50).map(|i| (i * i % 13) as u32).collect();
     let op = |tape: &mut Tape, x: &[Traced]| ops::embedding(tape, &x[0], &ids, (3, 50));
-    Case { shapes: vec![vec![600, 9]], op: &op }.check("embedding");
+    Case { shapes: vec![vec![600, 9]], n_activations: 0, op: &op }.check("embedding");
     let table = Traced::constant(Tensor::zeros((4, 2), DType::F32, &Device::Cpu).unwrap());
     let error = ops::embedding(&mut off(), &table, &[1, 4], (1, 2)).unwrap_err().to_string();
     assert!(error.contains("token 4 of a vocabulary of 4"), "{error}");
@@ -179,7 +221,8 @@ fn check_attention(b: usize, t: usize, s: usize, heads: usize, k: usize, starts:
     let starts: Arc<[u32]> = starts.into();
     let op = |tape: &mut Tape, x: &[Traced]| ops::attention(tape, [&x[0], &x[1], &x[2]], &starts, shape);
     let d = heads * k;
-    Case { shapes: vec![vec![b, t, d], vec![b, s, d], vec![b, s, d]], op: &op }.check("attention");
+    Case { shapes: vec![vec![b, t, d], vec![b, s, d], vec![b, s, d]], n_activations: 3, op: &op }
+        .check("attention");
 }
 
 #[test]
@@ -190,11 +233,14 @@ fn attention_over_whole_sequences_and_over_documents() {
     let start = |t: u32| [129, 65, 64, 10, 0].into_iter().find(|&s| s <= t).unwrap();
     let starts: Vec<u32> = (0..2).flat_map(|_| (0..140).map(start)).collect();
     check_attention(2, 140, 140, 3, 4, &starts);
+    check_attention(2, 140, 140, 2, 16, &starts);
 }
 
 #[test]
 fn attention_of_new_queries_against_earlier_keys() {
-    check_attention(2, 3, 9, 2, 4, &[0, 2, 2, 4, 4, 8]);
+    for head_width in [4, 32] {
+        check_attention(2, 3, 9, 2, head_width, &[0, 2, 2, 4, 4, 8]);
+    }
 }
 
 #[test]
@@ -211,7 +257,7 @@ fn gated_ffn_of_one_block() {
         ops::gated_ffn(tape, &x[0], &x[1], vec![FfnPart::everywhere(x[2].clone(), 300)])
     };
     let x = vec![3, 100, 6];
-    Case { shapes: vec![x.clone(), x, vec![3, 11, 6]], op: &op }.check("one block");
+    Case { shapes: vec![x.clone(), x, vec![3, 11, 6]], n_activations: 2, op: &op }.check("one block");
 }
 
 #[test]
@@ -228,7 +274,7 @@ fn gated_ffn_widened_by_blocks_of_several_widths() {
     };
     let (x, block) = (vec![3, 25, 6], |r: usize| vec![3, r, 6]);
     let shapes = vec![x.clone(), x, block(40), block(5), block(5), block(5), block(1)];
-    Case { shapes, op: &op }.check("many blocks");
+    Case { shapes, n_activations: 2, op: &op }.check("many blocks");
 }
 
 #[test]
@@ -238,7 +284,7 @@ fn gated_ffn_without_the_anchor_keeps_the_base_of_other_rows() {
         ops::gated_ffn(tape, &x[0], &x[1], vec![FfnPart { blocks: vec![x[2].clone()], runs }])
     };
     let x = vec![9, 6];
-    Case { shapes: vec![x.clone(), x, vec![3, 2, 6]], op: &op }.check("some rows");
+    Case { shapes: vec![x.clone(), x, vec![3, 2, 6]], n_activations: 2, op: &op }.check("some rows");
 }
 
 #[test]
@@ -270,9 +316,9 @@ fn linear_cross_entropy_with_ignored_rows_and_z_loss() {
                 assert!(z_loss > 0.0 || (scored - loss).abs() < 1e-4 * (1.0 + loss.abs()));
                 assert!(rows.iter().zip(&targets).all(|(&r, &t)| t != IGNORE || r == 0.0));
                 let weight = values(1, 17, 1.0)[0];
-                Ok(Traced::constant(Tensor::new(loss / weight, &Device::Cpu)?))
+                Ok(Traced::constant(Tensor::new(&[loss / weight], &Device::Cpu)?))
             };
-            Case { shapes: vec![vec![n, d], vec![v, d]], op: &op }.check("cross-entropy");
+            Case { shapes: vec![vec![n, d], vec![v, d]], n_activations: 1, op: &op }.check("cross-entropy");
         }
     }
 }
@@ -317,7 +363,7 @@ fn adamw_matches_its_definition_in_f64() -> Result<()> {
     let (start, gradient) = (values(n, 3, 1.0), values(n, 4, 0.01));
     let var = Tensor::from_vec(start.clone(), n, &Device::Cpu)?.to_dtype(DType::F32)?;
     let g = Tensor::from_vec(gradient.clone(), n, &Device::Cpu)?.to_dtype(DType::F32)?;
-    let (mut m, mut v) = (vec![0f32; n], vec![0f32; n]);
+    let (m, v) = (var.zeros_like()?, var.zeros_like()?);
     let (mut p64, mut m64, mut v64) = (start, vec![0f64; n], vec![0f64; n]);
     for step in 1..=5 {
         let a = ops::AdamW {
@@ -329,7 +375,7 @@ fn adamw_matches_its_definition_in_f64() -> Result<()> {
             step,
             gradient_scale: 0.5,
         };
-        ops::adamw_step(&var, &g, &mut m, &mut v, a)?;
+        ops::adamw_step(&var, &g, [&m, &v], a)?;
         for i in 0..n {
             let g = gradient[i] * 0.5;
             m64[i] = 0.9 * m64[i] + 0.1 * g;

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anchor::{Anchor, Gradients};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use ops::AdamW;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
@@ -11,7 +11,8 @@ use crate::{Error, Result, TrainConfig};
 
 /// AdamW over the anchor's parameters, moments in f32.
 pub struct Optimizer {
-    moments: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
+    /// First and second moments by parameter, on its device.
+    moments: BTreeMap<String, [Tensor; 2]>,
 }
 
 /// √Σ g² over all parameters.
@@ -33,11 +34,14 @@ fn of_parameter<'g>(gradients: &'g Gradients, slot: usize, name: &str) -> Result
 
 impl Optimizer {
     /// Zero moments for every parameter.
-    pub fn new(anchor: &Anchor) -> Self {
-        let zeros = |n: usize| (vec![0f32; n], vec![0f32; n]);
-        let moments =
-            anchor.parameters().iter().map(|(name, p)| (name.clone(), zeros(p.elem_count()))).collect();
-        Self { moments }
+    ///
+    /// # Errors
+    /// When there is no room for them.
+    pub fn new(anchor: &Anchor) -> Result<Self> {
+        let zeros = |(name, parameter): (&String, &Tensor)| {
+            Ok((name.clone(), [parameter.zeros_like()?, parameter.zeros_like()?]))
+        };
+        Ok(Self { moments: anchor.parameters().iter().map(zeros).collect::<Result<_>>()? })
     }
 
     /// Applies step `step` (from 1) to every parameter; norm gains do not decay.
@@ -48,8 +52,8 @@ impl Optimizer {
         (config, step, scale): (&TrainConfig, u64, f64),
     ) -> Result<()> {
         // Both maps are in the order of names.
-        let moments = self.moments.values_mut();
-        for ((slot, (name, weights)), (m, v)) in anchor.parameters().iter().enumerate().zip(moments) {
+        let moments = self.moments.values();
+        for ((slot, (name, weights)), [m, v]) in anchor.parameters().iter().enumerate().zip(moments) {
             let gradient = of_parameter(gradients, slot, name)?;
             let decays = weights.dims().len() > 1;
             let adamw = AdamW {
@@ -61,19 +65,21 @@ impl Optimizer {
                 step,
                 gradient_scale: scale,
             };
-            ops::adamw_step(weights, gradient, m, v, adamw)?;
+            ops::adamw_step(weights, gradient, [m, v], adamw)?;
         }
         Ok(())
     }
 
     /// Writes the moments as `m.<parameter>` and `v.<parameter>`.
     pub(crate) fn save(&self, path: &Path) -> Result<()> {
-        let bytes = |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|x| x.to_le_bytes()).collect() };
-        let owned: Vec<(String, Vec<u8>)> = self
-            .moments
-            .iter()
-            .flat_map(|(name, (m, v))| [(format!("m.{name}"), bytes(m)), (format!("v.{name}"), bytes(v))])
-            .collect();
+        let mut owned: Vec<(String, Vec<u8>)> = vec![];
+        for (name, moments) in &self.moments {
+            for (kind, moment) in ["m", "v"].into_iter().zip(moments) {
+                let values = moment.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+                let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                owned.push((format!("{kind}.{name}"), bytes));
+            }
+        }
         let views = owned
             .iter()
             .map(|(name, bytes)| Ok((name, TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)?)))
@@ -87,17 +93,19 @@ impl Optimizer {
     pub(crate) fn load(path: &Path, anchor: &Anchor) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, e))?;
-        let mut optimizer = Self::new(anchor);
-        for (name, (m, v)) in &mut optimizer.moments {
-            for (kind, values) in [("m", m), ("v", v)] {
+        let mut optimizer = Self::new(anchor)?;
+        for (name, moments) in &mut optimizer.moments {
+            for (kind, moment) in ["m", "v"].into_iter().zip(moments) {
                 let name = format!("{kind}.{name}");
                 let view = tensors.tensor(&name).map_err(|e| Error::file(path, format!("{name}: {e}")))?;
                 let (found, _) = view.data().as_chunks::<4>();
-                if found.len() != values.len() {
-                    let problem = format!("{name}: expected {} values, found {}", values.len(), found.len());
+                if found.len() != moment.elem_count() {
+                    let problem =
+                        format!("{name}: expected {} values, found {}", moment.elem_count(), found.len());
                     return Err(Error::file(path, problem));
                 }
-                values.iter_mut().zip(found).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
+                let values: Vec<f32> = found.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+                *moment = Tensor::from_vec(values, moment.shape(), moment.device())?;
             }
         }
         Ok(optimizer)

@@ -67,7 +67,7 @@ impl<S: BlockStore> Trainer<S> {
     /// other way round).
     pub fn new(parts: Parts<S>, tokens_before: u64) -> Result<Self> {
         parts.check()?;
-        let optimizer = Optimizer::new(&parts.anchor);
+        let optimizer = Optimizer::new(&parts.anchor)?;
         Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..TrainState::default() }))
     }
 
@@ -81,7 +81,7 @@ impl<S: BlockStore> Trainer<S> {
         let state = checkpoints.state(step)?;
         let optimizer = match parts.config.phase.trains_anchor() {
             true => Optimizer::load(&checkpoints.dir(step).join("optimizer.safetensors"), &parts.anchor)?,
-            false => Optimizer::new(&parts.anchor),
+            false => Optimizer::new(&parts.anchor)?,
         };
         Ok(Self::with(parts, optimizer, state))
     }
