@@ -20,7 +20,7 @@ fn main() {
         return;
     }
     // The program runs itself, with a case as the last argument.
-    let wanted = std::env::args().last().unwrap_or_default();
+    let wanted = std::env::args().next_back().unwrap_or_default();
     if let Some((_, compute)) = CASES.into_iter().find(|(name, _)| *name == wanted) {
         return check(compute);
     }
