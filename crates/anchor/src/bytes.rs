@@ -13,7 +13,7 @@ pub struct TrainingShape {
     pub len: usize,
     /// Sum of the widths of the memory blocks that a sequence fetches.
     pub memory_width: usize,
-    /// Parameters of all blocks that a pass fetches.
+    /// Parameters of all blocks that a step fetches.
     pub block_parameters: u64,
 }
 
@@ -37,9 +37,6 @@ impl TrainingBytes {
     }
 }
 
-/// Rows whose logits exist at one time (`ops::linear_cross_entropy`).
-const LOGIT_ROWS: u64 = 256;
-
 impl AnchorConfig {
     /// The bytes of training on the CPU, where everything is f32 but the packed operands of products in bf16.
     pub fn training_bytes(&self, shape: TrainingShape, compute: Compute) -> TrainingBytes {
@@ -53,10 +50,10 @@ impl AnchorConfig {
         ]
         .map(|x| x as u64);
         let rows = (shape.micro_batch * shape.len) as u64;
-        // Both norms and both residuals, queries and keys before and after their norm, values, what attention
-        // mixed and its log-sum-exp, and the products of the FFN.
-        let block = rows * (4 * d + 6 * a + h + 2 * f);
-        // The embedded tokens, and after the last block its norm.
+        // Both residuals, queries and keys before their norm, values, what attention mixed and its log-sum-exp, and
+        // the products of the FFN; what comes out of a norm is computed again.
+        let block = rows * (2 * d + 4 * a + h + 2 * f);
+        // The embedded tokens, and the last norm.
         let ends = 2 * rows * d;
         let activations = ends + if compute.checkpoint { l * rows * d } else { l * block };
         let packed = match compute.precision {
@@ -64,11 +61,12 @@ impl AnchorConfig {
             Precision::Bf16 => 2,
         };
         // The loss: logits, both packed forms of the output matrix, the gradient of the hidden states.
-        let loss = 4 * (LOGIT_ROWS.min(rows) * v + rows * d) + packed * 2 * v * d;
-        // A block's FFN backward: hidden activations, gradients of both ends, weights, inputs packed. With
+        let loss = 4 * ((ops::LOGIT_ROWS as u64).min(rows) * v + rows * d) + packed * 2 * v * d;
+        // A block's FFN backward: hidden activations, gradients of both ends; weights and inputs packed. With
         // checkpoints all activations of the block were just computed again.
         let again = if compute.checkpoint { block } else { 0 };
-        let ffn = 4 * (again + rows * (f + 2 * d)) + packed * (2 * rows * d + 3 * f * d);
+        let ffn = 4 * (again + rows * (f + 2 * d))
+            + packed * (2 * rows * d + 3 * self.ffn_width as u64 * d + shape.block_parameters / l);
         TrainingBytes {
             parameters: 16 * self.n_parameters(),
             blocks: 16 * shape.block_parameters,

@@ -5,6 +5,8 @@ use ops::Traced;
 #[derive(Default)]
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
+    /// Of the positions that are being decoded: what becomes `layers` once all layers have appended.
+    pending: Vec<(Tensor, Tensor)>,
     len: usize,
 }
 
@@ -19,23 +21,22 @@ impl KvCache {
         self.len == 0
     }
 
-    /// Appends the keys and values of new positions and returns those of all, as constants.
+    /// The keys and values of all positions of a layer, the new ones among them. Layers come in order.
     pub(crate) fn append(&mut self, layer: usize, k: &Traced, v: &Traced) -> Result<(Traced, Traced)> {
         let (k, v) = (k.value(), v.value());
         let all = match self.layers.get(layer) {
             None => (k.clone(), v.clone()),
             Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 1)?, Tensor::cat(&[old_v, v], 1)?),
         };
-        if layer < self.layers.len() {
-            self.layers[layer] = all.clone();
-        } else {
-            self.layers.push(all.clone());
-        }
+        // What an attempt that failed left behind goes.
+        self.pending.truncate(layer);
+        self.pending.push(all.clone());
         Ok((Traced::constant(all.0), Traced::constant(all.1)))
     }
 
-    /// Marks `n` positions as decoded, once every layer has appended them.
+    /// Keeps what the layers have appended: `n` more positions are decoded.
     pub(crate) fn advance(&mut self, n: usize) {
+        self.layers = std::mem::take(&mut self.pending);
         self.len += n;
     }
 }

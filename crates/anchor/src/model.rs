@@ -15,7 +15,7 @@ pub struct Input<'a> {
     /// Token ids.
     pub tokens: &'a [u32],
     /// First position (among all that attention can reach, cached ones included) that each token sees:
-    /// the beginning of its document.
+    /// the beginning of its document. They do not fall within a sequence.
     pub starts: &'a [u32],
     /// Sequences, B.
     pub batch: usize,
@@ -134,24 +134,32 @@ impl Anchor {
         memory: &FetchedMemory,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
-        let mut tape = Tape::off(Precision::F32);
         let pass = self.pass(input, memory)?;
-        let Some(cache) = cache else {
-            return Ok(self.decoder(&mut tape, input, &pass, memory, false)?.value().clone());
-        };
-        let mut x =
-            ops::embedding(&mut tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))?;
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            x = pass.block(&mut tape, &x, layer, memory.parts(i, input.len, None), Some((i, cache)))?;
-        }
-        cache.advance(input.len);
-        Ok(pass.norm(&mut tape, &x, &self.weights.final_norm)?.value().clone())
+        let hidden = ops::on_pool(|| {
+            let mut tape = Tape::off(Precision::F32);
+            let Some(cache) = cache else {
+                return self.decoder(&mut tape, input, &pass, memory, false);
+            };
+            let mut x = self.embed(&mut tape, input)?;
+            for (i, layer) in self.weights.layers.iter().enumerate() {
+                x = pass.block(&mut tape, &x, layer, memory.parts(i, input.len, None), Some((i, cache)))?;
+            }
+            let hidden = pass.norm(&mut tape, &x, &self.weights.final_norm)?;
+            cache.advance(input.len);
+            Ok(hidden)
+        })?;
+        Ok(hidden.value().clone())
     }
 
     /// Scores of the next token, [.., V], from hidden states [.., D].
+    ///
+    /// # Errors
+    /// When the hidden states have another width.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let hidden = Traced::constant(hidden.clone());
-        Ok(ops::linear(&mut Tape::off(Precision::F32), None, &hidden, self.output())?.value().clone())
+        let hidden = Traced::constant(hidden.contiguous()?);
+        let output = self.output();
+        let logits = ops::on_pool(|| ops::linear(&mut Tape::off(Precision::F32), None, &hidden, output))?;
+        Ok(logits.value().clone())
     }
 
     /// The loss of a batch and of each of its B·T tokens.
@@ -199,6 +207,9 @@ impl Anchor {
                 return Err(Error::Batch { batch, len, what, found });
             }
         }
+        if tokens.is_empty() {
+            return Err(Error::Batch { batch, len, what: "tokens", found: 0 });
+        }
         memory.check((self.config.n_layers, self.config.d_model), (batch, len))?;
         let config = self.config.clone();
         Ok(Pass { config, rope: self.rope.clone(), starts: starts.into(), batch, len })
@@ -213,8 +224,7 @@ impl Anchor {
         memory: &FetchedMemory,
         checkpoint: bool,
     ) -> candle_core::Result<Traced> {
-        let mut x =
-            ops::embedding(tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))?;
+        let mut x = self.embed(tape, input)?;
         for (i, layer) in self.weights.layers.iter().enumerate() {
             let memory = memory.parts(i, input.len, Some(self.parameters.len()));
             x = match checkpoint {
@@ -226,6 +236,10 @@ impl Anchor {
             };
         }
         pass.norm(tape, &x, &self.weights.final_norm)
+    }
+
+    fn embed(&self, tape: &mut Tape, input: Input) -> candle_core::Result<Traced> {
+        ops::embedding(tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))
     }
 
     fn output(&self) -> &Traced {

@@ -62,7 +62,7 @@ fn check(compute: Compute) {
     let targets = Targets { targets: &tokens, scale: 1e-3, z_loss: 0.0 };
     let mut gradients = Gradients::default();
     let before = status("VmRSS");
-    // The second pass finds the buffers of all gradients, as every step of a run but the first.
+    // The second pass finds the memory of the first, as every step of a run.
     for _ in 0..2 {
         gradients.clear();
         let memory = FetchedMemory::none();
@@ -74,5 +74,6 @@ fn check(compute: Compute) {
     let predicted = bytes.total() - 12 * config.n_parameters();
     let ratio = peak as f64 / predicted as f64;
     println!("{compute:?}: {peak} bytes, predicted {predicted}: {ratio:.2}; {bytes:?}");
-    assert!((0.85..1.1).contains(&ratio));
+    // At most what was predicted: not all gradients are there while all activations are.
+    assert!((0.75..1.05).contains(&ratio));
 }

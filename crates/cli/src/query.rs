@@ -210,7 +210,8 @@ pub(crate) fn check(config: &Config) -> Result<()> {
         bank_bytes = spec.bank_len() * 12;
         pass.memory_width = spec.width.iter().sum();
         // Of a level, at most a block for each sequence, the generic one among them.
-        let blocks = |level: usize| pass.micro_batch.min(spec.n_blocks(level) + 1) * spec.block_len(level);
+        let blocks =
+            |level: usize| config.train.batch_size.min(spec.n_blocks(level) + 1) * spec.block_len(level);
         pass.block_parameters = spec.levels().map(blocks).sum::<usize>() as u64;
     }
     let tokens = config.train.steps * config.train.batch_size as u64 * u64::from(config.corpus.seq_len);

@@ -20,7 +20,8 @@ use crate::prepare::{load_embedder, tree_hash};
 /// Where models run: the first GPU of a build with the feature `cuda`, else the CPU.
 pub(crate) fn device() -> Result<Device> {
     match cfg!(feature = "cuda") {
-        true => Device::new_cuda(0).context("GPU 0, which a build with the feature cuda runs on"),
+        // With a stream of its own: the default one is another for every thread.
+        true => Device::new_cuda_with_stream(0).context("GPU 0, which a build with the feature cuda runs on"),
         false => Ok(Device::Cpu),
     }
 }

@@ -8,8 +8,9 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, tensor, with_mut};
-use crate::gemm::{From, Into, Output, Right, Threads, View, multiply};
+use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply};
 use crate::math::{dot, exp, exp_sub_sum, max, scale};
+use crate::tape::Place;
 use crate::{Gradients, Precision, Tape, Traced};
 
 /// Query rows of a tile.
@@ -55,17 +56,29 @@ impl AttentionShape {
         if let Some((i, start)) = late {
             candle_core::bail!("attention: query {} of sequence {} starts at key {start}", i % t, i / t);
         }
+        // Documents of a sequence begin in order.
+        let falls = |t: &usize| !t.is_multiple_of(self.queries) && starts[*t] < starts[t - 1];
+        if let Some(i) = (1..starts.len()).find(falls) {
+            candle_core::bail!(
+                "attention: query {} of sequence {} starts at key {}, the one before at {}",
+                i % t,
+                i / t,
+                starts[i],
+                starts[i - 1]
+            );
+        }
         Ok(())
     }
 }
 
 /// softmax(q·kᵀ/√K)·v per head, where query t (at key position S − T + t) sees the keys
-/// `starts[b, t] ..= S − T + t`.
+/// `starts[b, t] ..= S − T + t`; starts do not fall within a sequence.
 ///
 /// `q` [B, T, H·K], `k`, `v` [B, S, H·K]; the result is shaped like q.
 ///
 /// # Errors
-/// When the shapes do not fit, or a query would see no key.
+/// When the shapes do not fit, a query would see no key, starts fall, or an operand that has a gradient is given
+/// twice.
 pub fn attention(
     tape: &mut Tape,
     [q, k, v]: [&Traced; 3],
@@ -73,8 +86,11 @@ pub fn attention(
     shape: AttentionShape,
 ) -> Result<Traced> {
     shape.check([q, k, v].map(Traced::value), starts)?;
+    if tape.records(&[q, k, v]) && (q.shares_slot(k) || q.shares_slot(v) || k.shares_slot(v)) {
+        candle_core::bail!("attention: queries, keys and values must be different tensors");
+    }
     #[cfg(feature = "cuda")]
-    if crate::on_gpu(q.value()) && shape.head_width.is_multiple_of(16) {
+    if crate::on_gpu(q.value()) && crate::cuda::attention_fits(q.value(), shape)? {
         return crate::cuda::attention(tape, [q, k, v], starts, shape);
     }
     if !crate::fused(q.value()) {
@@ -89,8 +105,13 @@ pub fn attention(
     if !tape.records(&[q, k, v]) {
         return Ok(Traced::constant(y));
     }
-    let (q, k, v, kept) = (q.clone(), k.clone(), v.clone(), y.clone());
-    Ok(tape.record(y, move |dy, gradients| op.backward([&q, &k, &v], [&kept, &dy], &log_sum_exp, gradients)))
+    let (inputs, places) = ([q, k, v].map(Traced::keep), [q, k, v].map(Traced::place));
+    let kept = y.clone();
+    Ok(tape.record(y, move |dy, gradients| {
+        let [q, k, v] = &inputs;
+        let inputs = [q.value()?, k.value()?, v.value()?];
+        op.backward((&inputs, &places), [&kept, &dy], &log_sum_exp, gradients)
+    }))
 }
 
 fn composed(inputs: &[Tensor], starts: &[u32], shape: AttentionShape) -> Result<Tensor> {
@@ -195,7 +216,7 @@ impl Attention {
                     log_sum_exp[tile.first_row + i] = sum.ln() + largest;
                 }
                 let to =
-                    Output { to: y_shared, offset: q_base + tile.first_row * d, row: d, from: From::Zero };
+                    Output { to: y_shared, offset: q_base + tile.first_row * d, row: d, from: Addend::Zero };
                 let values = values.part(tile.keys.clone(), 0..head_width);
                 // SAFETY: the head's columns of the tile's rows belong to this task alone, and lie in y.
                 unsafe { multiply((m, View::rows(scores, n)), values, to) }
@@ -207,19 +228,19 @@ impl Attention {
 
     fn backward(
         &self,
-        inputs: [&Traced; 3],
+        (inputs, receivers): (&[Tensor; 3], &[Place; 3]),
         [y, dy]: [&Tensor; 2],
         log_sum_exp: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let AttentionShape { batch, heads, .. } = self.shape;
-        let [q, k, v] = inputs.map(|input| read(input.value()));
-        let (q, k, v, y, dy) = (q?, k?, v?, read(y)?, read(dy)?);
+        let [q, k, v] = inputs;
+        let (q, k, v, y, dy) = (read(q)?, read(k)?, read(v)?, read(y)?, read(dy)?);
         let mut places = vec![];
-        for input in inputs {
-            places.push(match gradients.buffer(input)? {
+        for (input, receiver) in inputs.iter().zip(receivers) {
+            places.push(match gradients.buffer(receiver)? {
                 Some(place) => place,
-                None => (tensor(output(input.value().elem_count()), input.value().shape())?, Into::Overwrite),
+                None => (tensor(output(input.elem_count()), input.shape())?, Write::Over),
             });
         }
         let [(dq, into), (dk, k_into), (dv, v_into)] = &places[..] else { unreachable!("three inputs") };
@@ -227,7 +248,7 @@ impl Attention {
             with_mut(dk, |dk| {
                 with_mut(dv, |dv| {
                     for (gradient, into) in [(&mut *dk, k_into), (&mut *dv, v_into)] {
-                        if *into == Into::Overwrite {
+                        if *into == Write::Over {
                             gradient.fill(0.0);
                         }
                     }
@@ -255,7 +276,7 @@ impl Attention {
         task: usize,
         [q, k, v, y, dy]: [&[f32]; 5],
         log_sum_exp: &[f32],
-        ([dq, dk, dv], into): ([Shared; 3], Into),
+        ([dq, dk, dv], into): ([Shared; 3], Write),
         scratch: &mut Scratch,
     ) {
         let AttentionShape { queries: t, keys: s, heads, head_width, .. } = self.shape;
@@ -289,14 +310,14 @@ impl Attention {
                     *dp = *p * (*dp - delta) * scale;
                 }
             }
-            let to = |to: Shared, offset: usize, from: From| Output { to, offset, row: d, from };
+            let to = |to: Shared, offset: usize, from: Addend| Output { to, offset, row: d, from };
             // SAFETY: one task holds a head of a sequence, so its columns of dq, dk and dv are its own; all
             // offsets lie in the buffers.
             unsafe {
                 rows.repack(dy_rows, (m, head_width), Threads::One);
-                multiply((n, View::transposed(p, n)), rows.all(), to(dv, key_base, From::Itself));
+                multiply((n, View::transposed(p, n)), rows.all(), to(dv, key_base, Addend::Itself));
                 rows.repack(q_rows, (m, head_width), Threads::One);
-                multiply((n, View::transposed(dp, n)), rows.all(), to(dk, key_base, From::Itself));
+                multiply((n, View::transposed(dp, n)), rows.all(), to(dk, key_base, Addend::Itself));
                 let keys = keys.part(tile.keys.clone(), 0..head_width);
                 multiply((m, View::rows(dp, n)), keys, to(dq, row_base, into.into()));
             }
@@ -308,7 +329,7 @@ impl Attention {
 fn product(a: (usize, View), (right, k, columns): (&Right, Range<usize>, Range<usize>), c: &mut [f32]) {
     let row = columns.len();
     assert_eq!(c.len(), a.0 * row);
-    let to = Output { to: Shared::new(c), offset: 0, row, from: From::Zero };
+    let to = Output { to: Shared::new(c), offset: 0, row, from: Addend::Zero };
     // SAFETY: c is as large as the product (above) and uniquely borrowed.
     unsafe { multiply(a, right.part(k, columns), to) }
 }

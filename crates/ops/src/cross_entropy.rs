@@ -4,12 +4,12 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, with_mut};
-use crate::gemm::{From, Into, Output, Right, Size, Threads, View, gemm, multiply_all};
+use crate::gemm::{Addend, Output, Right, Size, Threads, View, Write, gemm, multiply_all};
 use crate::math::{exp_sub_sum, max, scale};
 use crate::{IGNORE, Tape, Traced};
 
 /// Rows whose logits exist at one time.
-const ROWS: usize = 256;
+pub const LOGIT_ROWS: usize = 256;
 
 /// What to compute beside the hidden states and the output matrix.
 #[derive(Clone, Copy, Debug)]
@@ -105,13 +105,13 @@ fn fused(
     if let Some(gradients) = tape.gradients() {
         (dhidden, dweight) = (gradients.buffer(hidden)?, gradients.buffer(weight)?);
     }
-    let mut logits = output(ROWS.min(n) * v);
+    let mut logits = output(LOGIT_ROWS.min(n) * v);
     let mut losses = Vec::with_capacity(n);
-    for first in (0..n).step_by(ROWS) {
-        let m = ROWS.min(n - first);
+    for first in (0..n).step_by(LOGIT_ROWS) {
+        let m = LOGIT_ROWS.min(n - first);
         let rows = View::rows(&h[first * d..], d);
         let logits = &mut logits[..m * v];
-        let to = Output { to: Shared::new(logits), offset: 0, row: v, from: From::Zero };
+        let to = Output { to: Shared::new(logits), offset: 0, row: v, from: Addend::Zero };
         // SAFETY: the logits of m rows, uniquely borrowed.
         unsafe { multiply_all((m, rows), into_logits.all(), to, Threads::All) };
         let chunk = logits.par_chunks_mut(v).zip(&options.targets[first..first + m]);
@@ -125,7 +125,7 @@ fn fused(
             })?;
         }
         if let Some((dweight, into)) = &dweight {
-            let into = if first == 0 { *into } else { Into::Add };
+            let into = if first == 0 { *into } else { Write::Add };
             let size = Size { m: v, n: d, k: m };
             with_mut(dweight, |dweight| {
                 gemm(

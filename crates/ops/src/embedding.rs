@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{output, read, tensor};
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{Tape, Traced};
 
 /// Rows of the table a task of the gradient takes.
@@ -47,7 +47,7 @@ pub fn embedding(tape: &mut Tape, table: &Traced, ids: &[u32], (b, t): (usize, u
             gradient.par_chunks_mut(d * ROWS).enumerate().for_each(|(chunk, rows)| {
                 for (row, sum) in rows.chunks_exact_mut(d).enumerate() {
                     let id = chunk * ROWS + row;
-                    if into == Into::Overwrite {
+                    if into == Write::Over {
                         sum.fill(0.0);
                     }
                     for &position in &order[first[id] as usize..first[id + 1] as usize] {

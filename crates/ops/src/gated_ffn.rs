@@ -11,8 +11,9 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, tensor, with_mut};
-use crate::gemm::{From, Into, Output, Right, Threads, View, multiply, multiply_all};
+use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply, multiply_all};
 use crate::math::sigmoid;
+use crate::tape::Place;
 use crate::{Gradients, Precision, Tape, Traced};
 
 /// Rows of a tile, at most.
@@ -32,7 +33,7 @@ pub struct Run {
 /// Weights of one width, and the rows that each of them serves.
 #[derive(Clone, Debug)]
 pub struct FfnPart {
-    /// One a block, [M1, M2, M3] as [3, R, D], M3 being stored transposed.
+    /// One a block, [M1, M2, M3] as [3, R, D], M3 being stored transposed. A block in no run gets no gradient.
     pub blocks: Vec<Traced>,
     /// In order of rows, without overlap; rows in no run are not served.
     pub runs: Vec<Run>,
@@ -93,8 +94,11 @@ pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>
     for part in &parts {
         width.push(part.check(n_rows, d)?);
     }
-    let inputs: Vec<&Traced> =
-        [base, x].into_iter().chain(parts.iter().flat_map(|part| &part.blocks)).collect();
+    let blocks: Vec<&Traced> = parts.iter().flat_map(|part| &part.blocks).collect();
+    if blocks.iter().enumerate().any(|(i, block)| blocks[..i].iter().any(|other| block.shares_slot(other))) {
+        candle_core::bail!("gated ffn: a block with a gradient is given twice");
+    }
+    let inputs: Vec<&Traced> = [base, x].into_iter().chain(blocks).collect();
     #[cfg(feature = "cuda")]
     if crate::on_gpu(x.value()) {
         return crate::cuda::gated_ffn(tape, base, x, parts, &width);
@@ -109,9 +113,9 @@ pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>
     if !records {
         return Ok(Traced::constant(y));
     }
-    let (base, x) = (base.clone(), x.clone());
+    let (base, kept, x) = (base.place(), x.keep(), x.place());
     Ok(tape.record(y, move |dy, gradients| {
-        op.backward(&x, &dy, products, gradients)?;
+        op.backward((&x, &kept.value()?), &dy, products, gradients)?;
         gradients.give(&base, dy)
     }))
 }
@@ -232,13 +236,13 @@ impl GatedFfn {
             let m = tile.n_rows;
             let first = tile.first_row * d;
             let x_rows = View::rows(&x[first..][..m * d], d);
-            let from = From::Other { values: Shared::of(base), offset: first, row: d };
+            let from = Addend::Other { values: Shared::of(base), offset: first, row: d };
             let mut to = Output { to: y_shared, offset: first, row: d, from };
             for (part, block) in tile.blocks.iter().enumerate() {
                 let Some(block) = block else { continue };
                 let [w_in, w_out] = &packed[part][*block];
                 let (r, offset) = (self.width[part], self.products_of(tile, part));
-                let products = Output { to: products_shared, offset, row: 2 * total, from: From::Zero };
+                let products = Output { to: products_shared, offset, row: 2 * total, from: Addend::Zero };
                 hidden.resize(m * r, 0.0);
                 // SAFETY: tiles do not overlap, so their rows of y and of the products are this task's own.
                 unsafe {
@@ -248,9 +252,9 @@ impl GatedFfn {
                     }
                     multiply((m, View::rows(hidden, r)), w_out.all(), to);
                 }
-                to.from = From::Itself;
+                to.from = Addend::Itself;
             }
-            if let From::Other { .. } = to.from {
+            if let Addend::Other { .. } = to.from {
                 // SAFETY: as above.
                 unsafe { y_shared.slice(first, m * d) }.copy_from_slice(&base[first..][..m * d]);
             }
@@ -265,8 +269,14 @@ impl GatedFfn {
     }
 
     /// Adds to the gradients of x and of all blocks.
-    fn backward(&self, x: &Traced, dy: &Tensor, products: Vec<f32>, gradients: &mut Gradients) -> Result<()> {
-        let (x_values, dy) = (&*read(x.value())?, &*read(dy)?);
+    fn backward(
+        &self,
+        (x, x_values): (&Place, &Tensor),
+        dy: &Tensor,
+        products: Vec<f32>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (x_values, dy) = (&*read(x_values)?, &*read(dy)?);
         let n_rows = x_values.len() / self.d;
         let (mut products, mut hidden) = (products, output(n_rows * self.total));
         match gradients.buffer(x)? {
@@ -275,7 +285,7 @@ impl GatedFfn {
             }
             None => {
                 let unused = &mut output(x_values.len());
-                self.backward_tiles(dy, (&mut products, &mut hidden), (unused, Into::Overwrite))?;
+                self.backward_tiles(dy, (&mut products, &mut hidden), (unused, Write::Over))?;
             }
         }
         self.backward_weights([x_values, dy, &products, &hidden], gradients)
@@ -286,7 +296,7 @@ impl GatedFfn {
         &self,
         dy: &[f32],
         (products, hidden): (&mut [f32], &mut [f32]),
-        (dx, into): (&mut [f32], Into),
+        (dx, into): (&mut [f32], Write),
     ) -> Result<()> {
         let (d, total) = (self.d, self.total);
         let packed = self.pack(|part, w, threads| {
@@ -307,7 +317,7 @@ impl GatedFfn {
                 let [out_of_hidden, out_of_products] = &packed[part][*block];
                 let (r, offset) = (self.width[part], self.products_of(tile, part));
                 dhidden.resize(m * r, 0.0);
-                let dhidden_to = Output { to: Shared::new(dhidden), offset: 0, row: r, from: From::Zero };
+                let dhidden_to = Output { to: Shared::new(dhidden), offset: 0, row: r, from: Addend::Zero };
                 // SAFETY: tiles do not overlap, so their rows of every buffer are this task's own.
                 unsafe {
                     multiply((m, dy_rows), out_of_hidden.all(), dhidden_to);
@@ -318,9 +328,9 @@ impl GatedFfn {
                     let dproducts = products.slice(offset, (m - 1) * 2 * total + 2 * r);
                     multiply((m, View::rows(dproducts, 2 * total)), out_of_products.all(), to);
                 }
-                to.from = From::Itself;
+                to.from = Addend::Itself;
             }
-            if into == Into::Overwrite && tile.blocks.iter().all(Option::is_none) {
+            if into == Write::Over && tile.blocks.iter().all(Option::is_none) {
                 // SAFETY: as above.
                 unsafe { dx.slice(first, m * d) }.fill(0.0);
             }
@@ -352,11 +362,11 @@ impl GatedFfn {
                     tasks.push((gradient, into, runs));
                 }
             }
-            let block = |(gradient, into, runs): (Tensor, Into, Vec<&Run>), threads: Threads| {
+            let block = |(gradient, into, runs): (Tensor, Write, Vec<&Run>), threads: Threads| {
                 with_mut(&gradient, |gradient| {
                     let (dw_in, dw_out) = gradient.split_at_mut(2 * r * d);
                     for (n, run) in runs.into_iter().enumerate() {
-                        let into = if n == 0 { into } else { Into::Add };
+                        let into = if n == 0 { into } else { Write::Add };
                         let rows = run.first_row..run.first_row + run.n_rows;
                         let left = |values, stride: usize, first: usize| {
                             let values: &[f32] = values;
@@ -382,7 +392,7 @@ impl GatedFfn {
 fn sum_over_rows(
     (m, left): (usize, View),
     (right, values, rows): (&Right, &[f32], std::ops::Range<usize>),
-    (c, into): (&mut [f32], Into),
+    (c, into): (&mut [f32], Write),
     threads: Threads,
 ) {
     let d = c.len() / m;

@@ -1,8 +1,8 @@
 //! Fused tensor operations with forward and backward, for a decoder whose FFNs widen by memory.
 //!
-//! Operations are functions of a [`Tape`], which goes through them backward. Each has two bodies: a fused one
-//! for f32 on the CPU (the one that trains), and one composed of candle's differentiable tensor operations for
-//! any other type and device, which in f64 is also the reference that the tests hold the fused body against.
+//! Operations are functions of a [`Tape`], which goes through them backward. Each has a fused body for f32 on the
+//! CPU, one for NVIDIA GPUs (feature `cuda`), and one composed of candle's differentiable tensor operations for
+//! anything else, which in f64 is also the reference that the tests hold the others against. Operands are contiguous.
 //! candle's own fused layers (`rms_norm`, `rope`, `softmax_last_dim`) are not used anywhere: they have
 //! no backward and drop gradients without an error.
 //!
@@ -26,7 +26,7 @@ mod tape;
 
 pub use adamw::{AdamW, adamw_step, sum_of_squares};
 pub use attention::{AttentionShape, attention};
-pub use cross_entropy::{CrossEntropy, TokenLoss, linear_cross_entropy};
+pub use cross_entropy::{CrossEntropy, LOGIT_ROWS, TokenLoss, linear_cross_entropy};
 pub use embedding::embedding;
 pub use gated_ffn::{FfnPart, Run, gated_ffn};
 pub use linear::linear;
@@ -37,14 +37,16 @@ pub use tape::{Gradients, Tape, Traced};
 /// A target that is not scored: padding.
 pub const IGNORE: u32 = u32::MAX;
 
-/// How matrix products are made; everything else, and every sum, is f32.
+/// How matrix products are made. Parameters, their gradients and every sum are f32; so is everything else on the
+/// CPU, while on a GPU the activations between operations are of the type of the products.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Of f32 operands.
     #[default]
     F32,
-    /// Of operands rounded to bf16, by the processor's own instructions where it has them.
+    /// Of operands rounded to bf16, by the processor's own instructions where it has them. Products of fewer than
+    /// 5 rows, as when decoding, stay f32.
     Bf16,
 }
 
@@ -80,7 +82,7 @@ pub fn init_process(n_threads: usize) {
 }
 
 /// Runs `f` on a thread of the pool, as every sequence of operations should: from another thread, each of their
-/// parallel loops would begin by waking one up. It must not wait for anything that the pool does.
+/// parallel loops would begin by waking one up. It must not block on work that another thread gives the pool.
 pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }

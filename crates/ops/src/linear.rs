@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use crate::buffer::{Shared, output, read, tensor};
-use crate::gemm::{From, Into, Output, Right, Size, Threads, View, gemm, multiply_all};
+use crate::gemm::{Addend, Output, Right, Size, Threads, View, Write, gemm, multiply_all};
 use crate::{Tape, Traced};
 
 /// y = base + x·Wᵀ; `x` [.., I], `weight` [O, I], `base` and y [.., O]. Without a base nothing is added.
@@ -38,17 +38,13 @@ pub fn linear(tape: &mut Tape, base: Option<&Traced>, x: &Traced, weight: &Trace
         let (x, w) = (read(x.value())?, read(weight.value())?);
         let (x, w) = (View::rows(&x, i), View::transposed(&w, i));
         match base {
-            None => gemm(
-                precision,
-                Size { m: n, n: o, k: i },
-                (&mut y, o),
-                (x, w),
-                (Into::Overwrite, Threads::All),
-            ),
+            None => {
+                gemm(precision, Size { m: n, n: o, k: i }, (&mut y, o), (x, w), (Write::Over, Threads::All))
+            }
             Some(base) => {
                 let base = read(base.value())?;
                 let right = Right::pack(precision, w, (i, o), Threads::All);
-                let from = From::Other { values: Shared::of(&base), offset: 0, row: o };
+                let from = Addend::Other { values: Shared::of(&base), offset: 0, row: o };
                 let to = Output { to: Shared::new(&mut y), offset: 0, row: o, from };
                 // SAFETY: y and the base are whole [n, o] matrices, and y is uniquely borrowed.
                 unsafe { multiply_all((n, x), right.all(), to, Threads::All) }
@@ -59,10 +55,11 @@ pub fn linear(tape: &mut Tape, base: Option<&Traced>, x: &Traced, weight: &Trace
     if !tape.records(&inputs) {
         return Ok(Traced::constant(y));
     }
-    let (x, weight, base) = (x.clone(), weight.clone(), base.cloned());
+    let (kept, x, weight, base) = (x.keep(), x.place(), weight.clone(), base.map(Traced::place));
     Ok(tape.record(y, move |dy, gradients| {
         {
-            let (x_values, w, dy) = (read(x.value())?, read(weight.value())?, read(&dy)?);
+            let kept = kept.value()?;
+            let (x_values, w, dy) = (read(&kept)?, read(weight.value())?, read(&dy)?);
             gradients.write(&x, |dx, into| {
                 let size = Size { m: n, n: i, k: o };
                 gemm(precision, size, (dx, i), (View::rows(&dy, o), View::rows(&w, i)), (into, Threads::All));

@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{output, read, tensor};
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::math::dot;
 use crate::{Tape, Traced};
 
@@ -27,27 +27,19 @@ pub fn rms_norm(tape: &mut Tape, x: &Traced, gain: &Traced, eps: f64) -> Result<
         return tape.composed(&[x, gain], |inputs| composed(&inputs[0], &inputs[1], eps));
     }
     let norm = RmsNorm { eps: eps as f32 };
-    let mut y = output(x.value().elem_count());
-    {
-        let (x, gain) = (read(x.value())?, read(gain.value())?);
-        let d = gain.len();
-        y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(y, x)| {
-            for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                norm.row(x, &gain, y);
-            }
-        });
-    }
-    let y = tensor(y, x.value().shape())?;
+    let y = norm.forward(x.value(), gain.value())?;
     if !tape.records(&[x, gain]) {
         return Ok(Traced::constant(y));
     }
     let (x, gain) = (x.clone(), gain.clone());
-    Ok(tape.record(y, move |dy, gradients| {
+    let (x_again, gain_again) = (x.value().clone(), gain.value().clone());
+    let y = tape.record(y, move |dy, gradients| {
         let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
         norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
             dy_row.copy_from_slice(&dy[row * g.len()..][..g.len()]);
         })
-    }))
+    });
+    Ok(y.made_again_by(move || norm.forward(&x_again, &gain_again)))
 }
 
 pub(crate) fn check(x: &Traced, gain: &Traced) -> Result<()> {
@@ -72,6 +64,20 @@ impl RmsNorm {
         1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
     }
 
+    fn forward(&self, x: &Tensor, gain: &Tensor) -> Result<Tensor> {
+        let mut y = output(x.elem_count());
+        {
+            let (x, gain) = (read(x)?, read(gain)?);
+            let d = gain.len();
+            y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).for_each(|(y, x)| {
+                for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    self.row(x, &gain, y);
+                }
+            });
+        }
+        tensor(y, x.shape())
+    }
+
     pub(crate) fn row(&self, x: &[f32], gain: &[f32], y: &mut [f32]) {
         let r = self.inverse_rms(x);
         for ((y, x), gain) in y.iter_mut().zip(x).zip(gain) {
@@ -90,7 +96,7 @@ impl RmsNorm {
     ) -> Result<()> {
         let d = gain_values.len();
         let mut parts: Vec<Vec<f32>> = vec![];
-        let mut rows = |dx: &mut [f32], into: Into| {
+        let mut rows = |dx: &mut [f32], into: Write| {
             let chunks = dx.par_chunks_mut(d * ROWS).zip(x_values.par_chunks(d * ROWS)).enumerate();
             parts = chunks
                 .map(|(chunk, (dx, x))| {
@@ -104,11 +110,11 @@ impl RmsNorm {
                 .collect();
         };
         match x.is_constant() {
-            true => rows(&mut output(x_values.len()), Into::Overwrite),
+            true => rows(&mut output(x_values.len()), Write::Over),
             false => gradients.write(x, rows)?,
         }
         gradients.write(gain, |dgain, into| {
-            if into == Into::Overwrite {
+            if into == Write::Over {
                 dgain.fill(0.0);
             }
             for part in &parts {
@@ -123,7 +129,7 @@ impl RmsNorm {
         x: &[f32],
         gain: &[f32],
         (dy, dgain): (&mut [f32], &mut [f32]),
-        (dx, into): (&mut [f32], Into),
+        (dx, into): (&mut [f32], Write),
     ) {
         let r = self.inverse_rms(x);
         for (((dy, gain), dgain), x) in dy.iter_mut().zip(gain).zip(dgain).zip(x) {
@@ -132,12 +138,12 @@ impl RmsNorm {
         }
         let c = dot(dy, x) * r * r * r / x.len() as f32;
         match into {
-            Into::Overwrite => {
+            Write::Over => {
                 for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
                     *dx = *dy * r - x * c;
                 }
             }
-            Into::Add => {
+            Write::Add => {
                 for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
                     *dx += *dy * r - x * c;
                 }

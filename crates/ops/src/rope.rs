@@ -26,7 +26,11 @@ pub struct RopeTable {
 
 impl RopeTable {
     /// The table of the positions 0 .. `n_positions` for heads of even width `head_width`.
+    ///
+    /// # Panics
+    /// When the width is odd or 0.
     pub fn new(n_positions: usize, head_width: usize, base: f64) -> Self {
+        assert!(head_width > 0 && head_width.is_multiple_of(2), "rotary embedding turns pairs");
         let half = head_width / 2;
         let angle = |i: usize| (i / half) as f64 * base.powf(-2.0 * (i % half) as f64 / head_width as f64);
         Self {
@@ -47,12 +51,17 @@ impl RopeTable {
     /// The cosines and the sines on a device, copied there once.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
-        if let Some(tables) = self.on_device.get() {
+        if let Some(tables) = self.on_device.get().filter(|tables| tables[0].device().same_device(device)) {
             return Ok(tables.clone());
         }
         let upload = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         let tables = [upload(&self.cos)?, upload(&self.sin)?];
-        Ok(self.on_device.get_or_init(|| tables).clone())
+        Ok(self.on_device.get_or_init(|| tables.clone()).clone()).map(|kept| {
+            match kept[0].device().same_device(device) {
+                true => kept,
+                false => tables,
+            }
+        })
     }
 
     /// Rotates the heads of one row in place, back when `inverse`.
@@ -130,27 +139,49 @@ pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) 
         });
     }
     let norm = RmsNorm { eps: eps as f32 };
-    let mut y = output(x.value().elem_count());
-    {
-        let (x, gain) = (read(x.value())?, read(gain.value())?);
-        let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate();
-        chunks.for_each(|(chunk, (y, x))| {
-            for (row, (y, x)) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
-                norm.row(x, &gain, y);
-                table.rotate(y, first_position + (chunk * ROWS + row) % t, false);
-            }
-        });
-    }
-    let y = tensor(y, x.value().shape())?;
+    let rotation = Rotation { table: table.clone(), first_position, rows_per_sequence: t };
+    let y = rotation.forward(norm, x.value(), gain.value())?;
     if !tape.records(&[x, gain]) {
         return Ok(Traced::constant(y));
     }
-    let (x, gain, table) = (x.clone(), gain.clone(), table.clone());
-    Ok(tape.record(y, move |dy, gradients| {
+    let (x, gain, again) = (x.clone(), gain.clone(), rotation.clone());
+    let (x_again, gain_again) = (x.value().clone(), gain.value().clone());
+    let y = tape.record(y, move |dy, gradients| {
         let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
         norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
             dy_row.copy_from_slice(&dy[row * d..][..d]);
-            table.rotate(dy_row, first_position + row % t, true);
+            rotation.turn(dy_row, row, true);
         })
-    }))
+    });
+    Ok(y.made_again_by(move || again.forward(norm, &x_again, &gain_again)))
+}
+
+/// The rotation of the rows of a batch.
+#[derive(Clone)]
+struct Rotation {
+    table: RopeTable,
+    first_position: usize,
+    rows_per_sequence: usize,
+}
+
+impl Rotation {
+    fn turn(&self, values: &mut [f32], row: usize, inverse: bool) {
+        self.table.rotate(values, self.first_position + row % self.rows_per_sequence, inverse);
+    }
+
+    fn forward(&self, norm: RmsNorm, x: &Tensor, gain: &Tensor) -> Result<Tensor> {
+        let mut y = output(x.elem_count());
+        {
+            let (x, gain) = (read(x)?, read(gain)?);
+            let d = gain.len();
+            let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate();
+            chunks.for_each(|(chunk, (y, x))| {
+                for (row, (y, x)) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
+                    norm.row(x, &gain, y);
+                    self.turn(y, chunk * ROWS + row, false);
+                }
+            });
+        }
+        tensor(y, x.shape())
+    }
 }

@@ -1,37 +1,145 @@
 //! The tape: what was computed, so that it can be gone through backward.
 //!
 //! Beside candle's own autograd it writes each gradient once into its place (nothing is zeroed to be added
-//! to), frees an activation as soon as its gradient is known, keeps the buffers of parameter gradients from
-//! step to step, and can recompute a part instead of keeping its activations ([`Tape::checkpoint`]).
+//! to), frees an activation as soon as its gradient is known, and can recompute a part instead of keeping its
+//! activations ([`Tape::checkpoint`]).
 
-use candle_core::{Result, Tensor, Var};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Result, Shape, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::Precision;
 use crate::buffer::{output, read, tensor, with_mut};
-use crate::gemm::Into;
+use crate::gemm::Write;
 
 /// A tensor and the slot of its gradient; without a slot it is a constant.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Traced {
     value: Tensor,
     slot: Option<usize>,
+    again: Option<Arc<Again>>,
+}
+
+/// Something that a gradient flows to.
+pub(crate) trait Receiver {
+    /// None: it is a constant.
+    fn slot(&self) -> Option<usize>;
+    fn shape(&self) -> &Shape;
+    #[cfg(feature = "cuda")]
+    fn device(&self) -> &candle_core::Device;
+}
+
+impl Receiver for Traced {
+    fn slot(&self) -> Option<usize> {
+        self.slot
+    }
+    fn shape(&self) -> &Shape {
+        self.value.shape()
+    }
+    #[cfg(feature = "cuda")]
+    fn device(&self) -> &candle_core::Device {
+        self.value.device()
+    }
+}
+
+/// What is left of a [`Traced`] whose values are not kept.
+pub(crate) struct Place {
+    slot: Option<usize>,
+    shape: Shape,
+    #[cfg(feature = "cuda")]
+    device: candle_core::Device,
+}
+
+impl Receiver for Place {
+    fn slot(&self) -> Option<usize> {
+        self.slot
+    }
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+    #[cfg(feature = "cuda")]
+    fn device(&self) -> &candle_core::Device {
+        &self.device
+    }
+}
+
+/// How to compute a tensor once more.
+pub(crate) struct Again {
+    make: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
+    /// The tensor, from the first use in the backward pass to the last.
+    made: Mutex<Option<Tensor>>,
+}
+
+/// An operand that a backward pass will need: kept, or where that is cheap computed again.
+pub(crate) enum Kept {
+    Value(Tensor),
+    Again(Arc<Again>),
+}
+
+impl Kept {
+    pub(crate) fn value(&self) -> Result<Tensor> {
+        let again = match self {
+            Self::Value(value) => return Ok(value.clone()),
+            Self::Again(again) => again,
+        };
+        let mut made = again.made.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*made {
+            Some(value) => Ok(value.clone()),
+            None => Ok(made.insert((again.make)()?).clone()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Traced {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("Traced").field("value", &self.value).field("slot", &self.slot).finish()
+    }
 }
 
 impl Traced {
     /// A tensor that no gradient flows to.
     pub fn constant(value: Tensor) -> Self {
-        Self { value, slot: None }
+        Self { value, slot: None, again: None }
     }
 
-    /// A parameter, whose gradient is kept in `slot` of [`Gradients`] after the backward pass.
+    /// A parameter, whose gradient is kept in `slot` of [`Gradients`] after the backward pass. Slots of parameters
+    /// are below the `n_leaves` of their tape.
     pub fn leaf(value: Tensor, slot: usize) -> Self {
-        Self { value, slot: Some(slot) }
+        Self { value, slot: Some(slot), again: None }
+    }
+
+    /// The same tensor, which backward passes compute again by `make` instead of keeping it.
+    pub(crate) fn made_again_by(self, make: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        Self { again: Some(Arc::new(Again { make: Box::new(make), made: Mutex::new(None) })), ..self }
+    }
+
+    /// The tensor for a backward pass.
+    pub(crate) fn keep(&self) -> Kept {
+        match &self.again {
+            Some(again) => Kept::Again(again.clone()),
+            None => Kept::Value(self.value.clone()),
+        }
+    }
+
+    /// Where its gradient goes, without its values.
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            slot: self.slot,
+            shape: self.value.shape().clone(),
+            #[cfg(feature = "cuda")]
+            device: self.value.device().clone(),
+        }
     }
 
     /// The tensor.
     pub fn value(&self) -> &Tensor {
         &self.value
+    }
+
+    /// Whether the gradients of both are one.
+    pub(crate) fn shares_slot(&self, other: &Self) -> bool {
+        self.slot.is_some() && self.slot == other.slot
     }
 
     /// Whether no gradient flows to it.
@@ -43,46 +151,41 @@ impl Traced {
 /// Gradients by slot. Backward passes add to what a slot holds, until [`Gradients::clear`].
 #[derive(Default)]
 pub struct Gradients {
-    slots: Vec<Slot>,
-}
-
-#[derive(Default)]
-struct Slot {
-    tensor: Option<Tensor>,
-    /// Whether the tensor is a gradient, or only a buffer to write the next one to.
-    filled: bool,
+    slots: Vec<Option<Tensor>>,
 }
 
 impl Gradients {
-    /// The gradient in a slot; `None` when no operation led to it.
+    /// The gradient in a slot; `None` when no operation led to it. The next pass changes the tensor in place.
     pub fn get(&self, slot: usize) -> Option<&Tensor> {
-        self.slots.get(slot).filter(|slot| slot.filled)?.tensor.as_ref()
+        self.slots.get(slot)?.as_ref()
     }
 
     /// Takes the gradient out of its slot.
     pub fn take(&mut self, slot: usize) -> Option<Tensor> {
-        let slot = self.slots.get_mut(slot).filter(|slot| slot.filled)?;
-        slot.filled = false;
-        slot.tensor.take()
+        self.slots.get_mut(slot)?.take()
     }
 
-    /// Forgets all gradients, but keeps their buffers.
+    /// Forgets all gradients. Their memory is what the next forward pass needs for its activations, so that a step
+    /// never holds all of both.
     pub fn clear(&mut self) {
-        self.slots.iter_mut().for_each(|slot| slot.filled = false);
+        self.slots.clear();
     }
 
-    fn slot(&mut self, index: usize) -> &mut Slot {
+    fn slot(&mut self, index: usize) -> &mut Option<Tensor> {
         if self.slots.len() <= index {
-            self.slots.resize_with(index + 1, Slot::default);
+            self.slots.resize(index + 1, None);
         }
         &mut self.slots[index]
     }
 
     /// Adds a gradient, or moves it in when it is the first. It must not be used elsewhere afterwards.
-    pub(crate) fn give(&mut self, to: &Traced, gradient: Tensor) -> Result<()> {
-        let Some(index) = to.slot else { return Ok(()) };
+    pub(crate) fn give(&mut self, to: &impl Receiver, gradient: Tensor) -> Result<()> {
+        let Some(index) = to.slot() else { return Ok(()) };
+        if gradient.shape() != to.shape() {
+            candle_core::bail!("a gradient of {:?} for a tensor of {:?}", gradient.dims(), to.shape().dims());
+        }
         let slot = self.slot(index);
-        let sum = match slot.tensor.take().filter(|_| slot.filled) {
+        let sum = match slot.take() {
             Some(sum) if crate::fused(&sum) => {
                 let gradient = read(&gradient)?;
                 with_mut(&sum, |sum| add(sum, &gradient))?;
@@ -91,50 +194,62 @@ impl Gradients {
             Some(sum) => (sum + gradient)?,
             None => gradient,
         };
-        *slot = Slot { tensor: Some(sum), filled: true };
+        *slot = Some(sum);
         Ok(())
     }
 
     /// The f32 CPU buffer to write the gradient of `to` into and whether it is to be added to what is there;
     /// `None` for a constant.
-    pub(crate) fn buffer(&mut self, to: &Traced) -> Result<Option<(Tensor, Into)>> {
-        let Some(index) = to.slot else { return Ok(None) };
-        let slot = self.slot(index);
-        let into = if slot.filled { Into::Add } else { Into::Overwrite };
-        let buffer = match slot.tensor.take() {
-            Some(buffer) if buffer.dims() == to.value.dims() => buffer,
-            _ => tensor(output(to.value.elem_count()), to.value.shape())?,
-        };
-        *slot = Slot { tensor: Some(buffer.clone()), filled: true };
-        Ok(Some((buffer, into)))
+    pub(crate) fn buffer(&mut self, to: &impl Receiver) -> Result<Option<(Tensor, Write)>> {
+        let Some(index) = to.slot() else { return Ok(None) };
+        match self.slot(index) {
+            Some(sum) if sum.shape() == to.shape() => Ok(Some((sum.clone(), Write::Add))),
+            Some(other) => mismatch(other, to),
+            empty => {
+                let buffer = tensor(output(to.shape().elem_count()), to.shape())?;
+                *empty = Some(buffer.clone());
+                Ok(Some((buffer, Write::Over)))
+            }
+        }
     }
 
     /// [`Gradients::buffer`] of another type, on the device of `to`.
     #[cfg(feature = "cuda")]
     pub(crate) fn device_buffer(
         &mut self,
-        to: &Traced,
+        to: &impl Receiver,
         dtype: candle_core::DType,
-    ) -> Result<Option<(Tensor, Into)>> {
-        let Some(index) = to.slot else { return Ok(None) };
-        let slot = self.slot(index);
-        let into = if slot.filled { Into::Add } else { Into::Overwrite };
-        let buffer = match slot.tensor.take() {
-            Some(buffer) if buffer.dims() == to.value.dims() && buffer.dtype() == dtype => buffer,
-            // SAFETY: who asks for a buffer writes all of it.
-            _ => unsafe { Tensor::empty(to.value.shape(), dtype, to.value.device())? },
-        };
-        *slot = Slot { tensor: Some(buffer.clone()), filled: true };
-        Ok(Some((buffer, into)))
+    ) -> Result<Option<(Tensor, Write)>> {
+        let Some(index) = to.slot() else { return Ok(None) };
+        match self.slot(index) {
+            Some(sum) if sum.shape() == to.shape() && sum.dtype() == dtype => {
+                Ok(Some((sum.clone(), Write::Add)))
+            }
+            Some(other) => mismatch(other, to),
+            empty => {
+                // SAFETY: who asks for a buffer writes all of it.
+                let buffer = unsafe { Tensor::empty(to.shape(), dtype, to.device())? };
+                *empty = Some(buffer.clone());
+                Ok(Some((buffer, Write::Over)))
+            }
+        }
     }
 
     /// Runs `write` on the buffer of [`Gradients::buffer`].
-    pub(crate) fn write(&mut self, to: &Traced, write: impl FnOnce(&mut [f32], Into) + Send) -> Result<()> {
+    pub(crate) fn write(
+        &mut self,
+        to: &impl Receiver,
+        write: impl FnOnce(&mut [f32], Write) + Send,
+    ) -> Result<()> {
         match self.buffer(to)? {
             Some((buffer, into)) => with_mut(&buffer, |buffer| write(buffer, into)),
             None => Ok(()),
         }
     }
+}
+
+fn mismatch<T>(found: &Tensor, to: &impl Receiver) -> Result<T> {
+    candle_core::bail!("a gradient {found:?} is there already for a tensor of {:?}", to.shape())
 }
 
 /// sum += x
@@ -165,6 +280,8 @@ impl<'g> Tape<'g> {
 
     /// A tape whose backward pass adds to `gradients`; the slots below `n_leaves` are the parameters'.
     pub fn recording(precision: Precision, gradients: &'g mut Gradients, n_leaves: usize) -> Self {
+        // What a tape that was given up left behind.
+        gradients.slots.truncate(n_leaves);
         Self { precision, gradients: Some(gradients), next_slot: n_leaves, operations: vec![] }
     }
 
@@ -192,7 +309,7 @@ impl<'g> Tape<'g> {
         let slot = self.next_slot;
         self.next_slot += 1;
         self.operations.push((slot, Box::new(backward)));
-        Traced { value, slot: Some(slot) }
+        Traced { value, slot: Some(slot), again: None }
     }
 
     /// `f(x)` whose activations are not kept: the backward pass computes them again (Chen et al.,
@@ -215,7 +332,9 @@ impl<'g> Tape<'g> {
             let n_slots = gradients.slots.len();
             let mut tape = Tape::recording(precision, gradients, n_slots);
             let y = f(&mut tape, &x)?;
-            tape.seed(&y, dy)?;
+            if let Some(gradients) = tape.gradients() {
+                gradients.give(&y, dy)?;
+            }
             tape.backward()?;
             gradients.slots.truncate(n_slots);
             Ok(())
@@ -251,10 +370,11 @@ impl<'g> Tape<'g> {
     /// Sets the gradient of an output, from which the backward pass begins.
     ///
     /// # Errors
-    /// When a second gradient of another shape is given to the same output.
-    pub fn seed(&mut self, output: &Traced, gradient: Tensor) -> Result<()> {
+    /// When the gradient has another shape than the output.
+    pub fn seed(&mut self, output: &Traced, gradient: &Tensor) -> Result<()> {
         match self.gradients() {
-            Some(gradients) => gradients.give(output, gradient.contiguous()?),
+            // A copy, since gradients are changed in place.
+            Some(gradients) => gradients.give(output, gradient.contiguous()?.copy()?),
             None => Ok(()),
         }
     }

@@ -50,7 +50,7 @@ impl Body {
             (Self::cpu(DType::F32, Precision::Bf16), 2e-2),
         ];
         if cfg!(feature = "cuda") {
-            let gpu = Device::new_cuda(0).expect("a GPU, which the feature cuda tests");
+            let gpu = Device::new_cuda_with_stream(0).expect("a GPU, which the feature cuda tests");
             for (dtype, precision, tolerance) in
                 [(DType::F32, Precision::F32, 1e-4), (DType::BF16, Precision::Bf16, 3e-2)]
             {
@@ -85,11 +85,19 @@ impl Case<'_> {
 
     /// One backward pass after another over the same gradients: the second must add to the first.
     fn gradients(&self, body: &Body, n_passes: usize) -> Result<Found> {
+        self.gradients_without(None, body, n_passes)
+    }
+
+    /// The same with one operand that gets no gradient.
+    fn gradients_without(&self, constant: Option<usize>, body: &Body, n_passes: usize) -> Result<Found> {
         let mut gradients = Gradients::default();
         let operands = self.operands(body)?;
         let n = operands.len();
-        let leaves: Vec<Traced> =
-            operands.into_iter().zip(0..).map(|(x, slot)| Traced::leaf(x, slot)).collect();
+        let leaf = |(x, slot): (Tensor, usize)| match constant == Some(slot) {
+            true => Traced::constant(x),
+            false => Traced::leaf(x, slot),
+        };
+        let leaves: Vec<Traced> = operands.into_iter().zip(0..).map(leaf).collect();
         let mut loss = 0.0;
         for _ in 0..n_passes {
             let mut tape = Tape::recording(body.precision, &mut gradients, n);
@@ -97,12 +105,15 @@ impl Case<'_> {
             let (scalar, weights) = Self::scalar(y.value())?;
             loss += scalar / n_passes as f64;
             if !y.is_constant() {
-                tape.seed(&y, weights)?;
+                tape.seed(&y, &weights)?;
             }
             tape.backward()?;
         }
         let gradient = |slot: usize| {
-            let g = gradients.get(slot).unwrap_or_else(|| panic!("operand {slot} got no gradient"));
+            let Some(g) = gradients.get(slot) else {
+                assert_eq!(constant, Some(slot), "operand {slot} got no gradient");
+                return Ok(vec![]);
+            };
             let g: Vec<f64> = g.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
             Ok(g.into_iter().map(|x| x / n_passes as f64).collect())
         };
@@ -118,6 +129,14 @@ impl Case<'_> {
                 let found = self.gradients(&body, n_passes).expect(&name);
                 Self::compare(&name, &found, &expected, tolerance);
             }
+        }
+        for constant in 0..self.shapes.len() {
+            let name = format!("{name}, operand {constant} constant");
+            let body = Body::cpu(DType::F32, Precision::F32);
+            let mut found = self.gradients_without(Some(constant), &body, 1).expect(&name);
+            assert!(found.1[constant].is_empty(), "{name}: it got a gradient");
+            found.1[constant].clone_from(&expected.1[constant]);
+            Self::compare(&name, &found, &expected, 2e-5);
         }
         self.finite_differences(name, &reference, &expected.1).expect(name);
     }
@@ -347,7 +366,7 @@ fn a_checkpoint_changes_nothing() -> Result<()> {
                 false => block(&mut tape, &x, &weights)?,
             };
         }
-        tape.seed(&x, x.value().clone())?;
+        tape.seed(&x, x.value())?;
         tape.backward()?;
         let all =
             (0..leaves.len()).map(|slot| gradients.get(slot).expect("a gradient").flatten_all()?.to_vec1());
@@ -357,12 +376,27 @@ fn a_checkpoint_changes_nothing() -> Result<()> {
     Ok(())
 }
 
+/// Every device that this build has bodies for.
+fn devices() -> Vec<Device> {
+    let mut all = vec![];
+    for (body, _) in Body::fused() {
+        if !all.iter().any(|device: &Device| device.same_device(&body.device)) {
+            all.push(body.device);
+        }
+    }
+    all
+}
+
 #[test]
 fn adamw_matches_its_definition_in_f64() -> Result<()> {
+    devices().iter().try_for_each(check_adamw)
+}
+
+fn check_adamw(device: &Device) -> Result<()> {
     let n = 20_000;
     let (start, gradient) = (values(n, 3, 1.0), values(n, 4, 0.01));
-    let var = Tensor::from_vec(start.clone(), n, &Device::Cpu)?.to_dtype(DType::F32)?;
-    let g = Tensor::from_vec(gradient.clone(), n, &Device::Cpu)?.to_dtype(DType::F32)?;
+    let var = Tensor::from_vec(start.clone(), n, device)?.to_dtype(DType::F32)?;
+    let g = Tensor::from_vec(gradient.clone(), n, device)?.to_dtype(DType::F32)?;
     let (m, v) = (var.zeros_like()?, var.zeros_like()?);
     let (mut p64, mut m64, mut v64) = (start, vec![0f64; n], vec![0f64; n]);
     for step in 1..=5 {
@@ -393,9 +427,35 @@ fn adamw_matches_its_definition_in_f64() -> Result<()> {
 
 #[test]
 fn sum_of_squares_is_exact_enough() -> Result<()> {
-    let x = values(50_001, 5, 3.0);
-    let expected: f64 = x.iter().map(|x| x * x).sum();
-    let found = ops::sum_of_squares(&Tensor::from_vec(x, 50_001, &Device::Cpu)?.to_dtype(DType::F32)?)?;
-    assert!((found - expected).abs() < 1e-5 * expected);
+    for device in devices() {
+        let x = values(50_001, 5, 3.0);
+        let expected: f64 = x.iter().map(|x| x * x).sum();
+        let found = ops::sum_of_squares(&Tensor::from_vec(x, 50_001, &device)?.to_dtype(DType::F32)?)?;
+        assert!((found - expected).abs() < 1e-5 * expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn operands_and_gradients_that_cannot_be_are_errors() -> Result<()> {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu);
+    let mut gradients = Gradients::default();
+    let mut tape = Tape::recording(Precision::F32, &mut gradients, 1);
+    let x = Traced::leaf(zeros(&[1, 2, 4])?, 0);
+    let shape = AttentionShape { batch: 1, queries: 2, keys: 2, heads: 1, head_width: 4 };
+    let error = ops::attention(&mut tape, [&x, &x, &x], &[0, 0].into(), shape).unwrap_err().to_string();
+    assert!(error.contains("must be different tensors"), "{error}");
+    let x = Traced::constant(zeros(&[1, 2, 4])?);
+    let error =
+        ops::attention(&mut off(), [&x, &x, &x], &[0, 0].into(), AttentionShape { batch: 1, ..shape });
+    assert!(error.is_ok(), "constants may be the same");
+    let three = AttentionShape { queries: 3, keys: 3, ..shape };
+    let x = Traced::constant(zeros(&[1, 3, 4])?);
+    let error = ops::attention(&mut off(), [&x, &x, &x], &[0, 1, 0].into(), three).unwrap_err().to_string();
+    assert!(error.contains("query 2 of sequence 0 starts at key 0, the one before at 1"), "{error}");
+    let w = Traced::leaf(zeros(&[4, 4])?, 0);
+    let y = ops::linear(&mut tape, None, &x, &w)?;
+    let error = tape.seed(&y, &zeros(&[3, 4])?).unwrap_err().to_string();
+    assert!(error.contains("a gradient of [3, 4] for a tensor of [1, 3, 4]"), "{error}");
     Ok(())
 }

@@ -130,9 +130,9 @@ fn main() -> Result<()> {
             "--threads" => options.threads = value.parse()?,
             "--memory" => options.memory = Some(value),
             "--compute" => options.compute = value.split(',').map(String::from).collect(),
-            "--data" => options.corpus = value == "corpus",
+            "--data" if value == "corpus" => options.corpus = true,
             "--peak" => return peak(options.threads, &value),
-            _ => return Err(format!("unknown option {key}").into()),
+            _ => return Err(format!("{key} {value}: not an option").into()),
         }
     }
     ops::init_process(options.threads);
@@ -166,7 +166,11 @@ fn make(folder: &Path, bench: &Bench) -> Result<()> {
 /// The most FLOP/s that a matrix product of ours reaches here, of operands that fit the caches.
 fn peak(threads: usize, precision: &str) -> Result<()> {
     ops::init_process(threads);
-    let precision = if precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
+    let precision = match precision {
+        "f32" => Precision::F32,
+        "bf16" => Precision::Bf16,
+        _ => return Err(format!("--peak {precision}: expected f32 or bf16").into()),
+    };
     let (m, n, k) = (1024, 1024, 1024);
     let ones = |shape: (usize, usize)| {
         Ok::<_, candle_core::Error>(Traced::constant(Tensor::ones(shape, DType::F32, &Device::Cpu)?))

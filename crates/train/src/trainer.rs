@@ -51,8 +51,9 @@ pub struct Trainer<S> {
     corpus: Arc<Corpus>,
     anchor: Anchor,
     memory: Option<Blocking<S>>,
-    optimizer: Optimizer,
-    /// Of the anchor, kept from step to step for its buffers.
+    /// None when the anchor is frozen.
+    optimizer: Option<Optimizer>,
+    /// Of the anchor, in the last step.
     gradients: Gradients,
     checkpoints: Checkpoints,
     state: TrainState,
@@ -67,7 +68,10 @@ impl<S: BlockStore> Trainer<S> {
     /// other way round).
     pub fn new(parts: Parts<S>, tokens_before: u64) -> Result<Self> {
         parts.check()?;
-        let optimizer = Optimizer::new(&parts.anchor)?;
+        let optimizer = match parts.config.phase.trains_anchor() {
+            true => Some(Optimizer::new(&parts.anchor)?),
+            false => None,
+        };
         Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..TrainState::default() }))
     }
 
@@ -80,13 +84,16 @@ impl<S: BlockStore> Trainer<S> {
         let checkpoints = Checkpoints::of(&parts.run_dir);
         let state = checkpoints.state(step)?;
         let optimizer = match parts.config.phase.trains_anchor() {
-            true => Optimizer::load(&checkpoints.dir(step).join("optimizer.safetensors"), &parts.anchor)?,
-            false => Optimizer::new(&parts.anchor)?,
+            true => {
+                let path = checkpoints.dir(step).join("optimizer.safetensors");
+                Some(Optimizer::load(&path, &parts.anchor)?)
+            }
+            false => None,
         };
         Ok(Self::with(parts, optimizer, state))
     }
 
-    fn with(parts: Parts<S>, optimizer: Optimizer, state: TrainState) -> Self {
+    fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {
         let Parts { run_dir, config, corpus, anchor, memory } = parts;
         let checkpoints = Checkpoints::of(&run_dir);
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
@@ -159,10 +166,9 @@ impl<S: BlockStore> Trainer<S> {
         let (loss, block_gradients) = self.backward(batch, &blocks)?;
         time.compute_ms = laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
-        let trains_anchor = self.config.phase.trains_anchor();
-        let norm = match trains_anchor {
-            true => ops::on_pool(|| gradient_norm(&self.anchor, &self.gradients))?,
-            false => 0.0,
+        let norm = match self.optimizer {
+            Some(_) => ops::on_pool(|| gradient_norm(&self.anchor, &self.gradients))?,
+            None => 0.0,
         };
         self.check_finite(step, "gradient norm", norm)?;
         let memory_norm = block_norm(&block_gradients);
@@ -171,11 +177,11 @@ impl<S: BlockStore> Trainer<S> {
             memory.push(Step(step), 0, block_gradients)?;
         }
         time.push_ms = laps.lap_ms();
-        if trains_anchor {
+        if let Some(optimizer) = &mut self.optimizer {
             let clip = self.config.clip;
             let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
             let (anchor, gradients) = (&self.anchor, &self.gradients);
-            ops::on_pool(|| self.optimizer.step(anchor, gradients, (&self.config, step, scale)))?;
+            ops::on_pool(|| optimizer.step(anchor, gradients, (&self.config, step, scale)))?;
         }
         time.update_ms = laps.lap_ms();
         self.last_loss = loss;
@@ -269,8 +275,8 @@ impl<S: BlockStore> Trainer<S> {
         let step = self.state.step;
         let dir = self.checkpoints.begin(step)?;
         self.anchor.save(&dir.join("anchor.safetensors"))?;
-        if self.config.phase.trains_anchor() {
-            self.optimizer.save(&dir.join("optimizer.safetensors"))?;
+        if let Some(optimizer) = &self.optimizer {
+            optimizer.save(&dir.join("optimizer.safetensors"))?;
         }
         if let Some(memory) = &self.memory {
             memory.save(Step(step))?;

@@ -2,7 +2,7 @@ use candle_core::{CudaDevice, DType, Result, Tensor};
 
 use super::{Argument, Grid, Matrix, device, gemm, launch, output, pointer, suffix};
 use crate::gated_ffn::{FfnPart, Run};
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{Tape, Traced};
 
 /// One part's blocks in the type of the activations, and what its forward keeps.
@@ -39,7 +39,7 @@ impl Rows<'_> {
         let n = self.run.n_rows;
         let arguments = [
             Argument::Pointer(products.pointer),
-            Argument::Pointer(pointer(hidden)?),
+            Argument::Pointer(pointer(hidden, hidden.dtype())?),
             Argument::Size(n as u64),
             Argument::Int(self.width as i32),
         ];
@@ -57,9 +57,9 @@ impl Rows<'_> {
         let products = self.of(products, 2 * r)?;
         // SAFETY: x and y are rows of d, products rows of 2R, hidden m rows of R.
         unsafe {
-            gemm(self.cuda, (m, 2 * r, d), [self.of(x, d)?, w_in.transposed()], products, Into::Overwrite)?;
+            gemm(self.cuda, (m, 2 * r, d), [self.of(x, d)?, w_in.transposed()], products, Write::Over)?;
             self.activate("activate", products, &hidden)?;
-            gemm(self.cuda, (m, d, r), [Matrix::rows(&hidden, r, 0)?, w_out], self.of(y, d)?, Into::Add)
+            gemm(self.cuda, (m, d, r), [Matrix::rows(&hidden, r, 0)?, w_out], self.of(y, d)?, Write::Add)
         }
     }
 
@@ -67,8 +67,7 @@ impl Rows<'_> {
     fn backward(
         &self,
         [x, dy, block, products, dx]: [&Tensor; 5],
-        dx_into: Into,
-        gradient: Option<(&Tensor, Into)>,
+        gradient: Option<(&Tensor, Write)>,
     ) -> Result<()> {
         let (m, r, d) = (self.run.n_rows, self.width, self.d);
         let [w_in, w_out] = self.matrices(block)?;
@@ -78,14 +77,14 @@ impl Rows<'_> {
         let hidden_rows = Matrix::rows(&hidden, r, 0)?;
         // SAFETY: as in the forward; the gradient of a block is [3, R, D].
         unsafe {
-            gemm(self.cuda, (m, r, d), [dy, w_out.transposed()], hidden_rows, Into::Overwrite)?;
+            gemm(self.cuda, (m, r, d), [dy, w_out.transposed()], hidden_rows, Write::Over)?;
             self.activate("activate_backward", products, &hidden)?;
             if let Some((gradient, into)) = gradient {
                 let [dw_in, dw_out] = self.matrices(gradient)?;
                 gemm(self.cuda, (2 * r, d, m), [products.transposed(), x], dw_in, into)?;
                 gemm(self.cuda, (r, d, m), [hidden_rows.transposed(), dy], dw_out, into)?;
             }
-            gemm(self.cuda, (m, d, 2 * r), [products, w_in], self.of(dx, d)?, dx_into)
+            gemm(self.cuda, (m, d, 2 * r), [products, w_in], self.of(dx, d)?, Write::Add)
         }
     }
 }
@@ -123,10 +122,10 @@ pub(crate) fn gated_ffn(
         let dy = dy.contiguous()?;
         let (dx, into) = match gradients.device_buffer(&x, dtype)? {
             Some(buffer) => buffer,
-            None => (output(x.value().shape(), dtype, x.value().device())?, Into::Overwrite),
+            None => (output(x.value().shape(), dtype, x.value().device())?, Write::Over),
         };
         // Rows may be in several runs, or in none.
-        if into == Into::Overwrite {
+        if into == Write::Over {
             dx.zero_set()?;
         }
         for Kept { part, weights, products, width } in &kept {
@@ -136,7 +135,7 @@ pub(crate) fn gated_ffn(
                 let buffer = gradients.device_buffer(&part.blocks[block], DType::F32)?;
                 let gradient = buffer.as_ref().map(|(gradient, into)| (gradient, *into));
                 let tensors = [x.value(), &dy, &weights[block], products, &dx];
-                rows.backward(tensors, Into::Add, gradient)?;
+                rows.backward(tensors, gradient)?;
             }
         }
         gradients.give(&base, dy)

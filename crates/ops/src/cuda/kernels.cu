@@ -125,7 +125,7 @@ template <typename T> __device__ void activate_backward(T *products, T *dhidden,
 }
 
 // A block a row: logits [m, v] become their gradient in dlogits, and losses [m, 2] the negative log-likelihood and the
-// loss with the z-loss, both unscaled. A target of 0xffffffff is not scored.
+// loss with the z-loss, both unscaled. A target of 0xffffffff is not scored. Without dlogits there is no gradient.
 template <typename T>
 __device__ void cross_entropy(const float *logits, T *dlogits, const unsigned *targets, float *losses, int v,
                               float scale, float z_loss) {
@@ -141,7 +141,7 @@ __device__ void cross_entropy(const float *logits, T *dlogits, const unsigned *t
   sum = reduce<Sum>(sum);
   float log_sum_exp = scored ? logf(sum) + largest : 0.0f;
   float factor = scored ? scale / sum * (1.0f + 2.0f * z_loss * log_sum_exp) : 0.0f;
-  for (int i = threadIdx.x; i < v; i += blockDim.x) {
+  for (int i = threadIdx.x; dlogits && i < v; i += blockDim.x) {
     float g = scored ? __expf(logits[base + i] - largest) * factor - (i == target ? scale : 0.0f) : 0.0f;
     dlogits[base + i] = from_float<T>(g);
   }

@@ -2,7 +2,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{Argument, Grid, Matrix, device, gemm, launch, output, pointer, suffix};
 use crate::cross_entropy::{CrossEntropy, TokenLoss};
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{Tape, Traced};
 
 /// Rows whose logits exist at one time.
@@ -31,16 +31,18 @@ pub(crate) fn linear_cross_entropy(
         dweight = gradients.device_buffer(weight, DType::F32)?;
     }
     let rows = ROWS.min(n);
-    let (logits, dlogits) = (output((rows, v), DType::F32, place)?, output((rows, v), dtype, place)?);
+    let with_gradient = dhidden.is_some() || dweight.is_some();
+    let logits = output((rows, v), DType::F32, place)?;
+    let dlogits = output((if with_gradient { rows } else { 0 }, v), dtype, place)?;
     let weights = Matrix::rows(&w, d, 0)?;
     for first in (0..n).step_by(ROWS) {
         let m = ROWS.min(n - first);
         let h_rows = Matrix::rows(h, d, first)?;
         let arguments = [
-            Argument::Pointer(pointer(&logits)?),
-            Argument::Pointer(pointer(&dlogits)?),
-            Argument::Pointer(pointer(&targets.narrow(0, first, m)?)?),
-            Argument::Pointer(pointer(&losses.narrow(0, first, m)?)?),
+            Argument::Pointer(pointer(&logits, DType::F32)?),
+            Argument::Pointer(if with_gradient { pointer(&dlogits, dtype)? } else { 0 }),
+            Argument::Pointer(pointer(&targets.narrow(0, first, m)?, DType::U32)?),
+            Argument::Pointer(pointer(&losses.narrow(0, first, m)?, DType::F32)?),
             Argument::Int(v as i32),
             Argument::Float(options.scale as f32),
             Argument::Float(options.z_loss as f32),
@@ -48,14 +50,14 @@ pub(crate) fn linear_cross_entropy(
         let (of_logits, of_dlogits) = (Matrix::rows(&logits, v, 0)?, Matrix::rows(&dlogits, v, 0)?);
         // SAFETY: hidden is n rows of d, w v rows of d, the logits at least m rows of v.
         unsafe {
-            gemm(&cuda, (m, v, d), [h_rows, weights.transposed()], of_logits, Into::Overwrite)?;
+            gemm(&cuda, (m, v, d), [h_rows, weights.transposed()], of_logits, Write::Over)?;
             launch(&cuda, &format!("cross_entropy_{name}"), Grid::rows(m), &arguments)?;
             if let Some((dhidden, into)) = &dhidden {
                 let to = Matrix::rows(dhidden, d, first)?;
                 gemm(&cuda, (m, d, v), [of_dlogits, weights], to, *into)?;
             }
             if let Some((dweight, into)) = &dweight {
-                let into = if first == 0 { *into } else { Into::Add };
+                let into = if first == 0 { *into } else { Write::Add };
                 let to = Matrix::rows(dweight, d, 0)?;
                 gemm(&cuda, (v, d, m), [of_dlogits.transposed(), h_rows], to, into)?;
             }

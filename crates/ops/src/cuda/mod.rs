@@ -1,7 +1,8 @@
 //! The fused bodies for NVIDIA GPUs (feature `cuda`): our kernels, and cuBLAS for the matrix products.
 //!
 //! Activations are f32 or, with [`Precision::Bf16`], bf16; parameters, their gradients and all sums are f32. Everything
-//! runs on the device's one stream, in order.
+//! runs on the device's one stream, in order: devices come from `Device::new_cuda_with_stream`, since the stream of
+//! `Device::new_cuda` is another for every thread.
 
 mod attention;
 mod ffn;
@@ -16,10 +17,10 @@ use candle_core::cuda_backend::cudarc::cublas::{result::gemm_ex, sys};
 use candle_core::cuda_backend::cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, DType, Device, Result, Shape, Storage, Tensor};
 
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{Precision, Tape};
 
-pub(crate) use attention::attention;
+pub(crate) use attention::{attention, attention_fits};
 pub(crate) use ffn::gated_ffn;
 pub(crate) use loss::linear_cross_entropy;
 pub(crate) use norm::{Rotation, norm};
@@ -28,7 +29,7 @@ pub(crate) use table::{adamw_step, embedding, linear, sum_of_squares};
 /// kernels.cu, compiled by build.rs.
 const PTX: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
 
-/// Threads of a block that takes a row.
+/// Threads of a block that takes a row; `squares` of kernels.cu counts on it.
 const ROW_THREADS: u32 = 256;
 
 /// The type of activations, and the end of the names of its kernels.
@@ -52,13 +53,16 @@ fn device(t: &Tensor) -> Result<CudaDevice> {
 }
 
 /// A tensor whose elements are all written before they are read.
-fn output(shape: impl std::convert::Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+fn output(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     // SAFETY: every kernel and product of this module writes all elements of its outputs.
     unsafe { Tensor::empty(shape, dtype, device) }
 }
 
-/// The address of a contiguous tensor's first element on the device.
-fn pointer(t: &Tensor) -> Result<u64> {
+/// The address of the first element of a contiguous tensor of `dtype` on the device.
+fn pointer(t: &Tensor, dtype: DType) -> Result<u64> {
+    if t.dtype() != dtype {
+        candle_core::bail!("a fused GPU operation: expected {dtype:?}, found {t:?}");
+    }
     let (storage, layout) = t.storage_and_layout();
     let (Storage::Cuda(cuda), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
         candle_core::bail!("expected a contiguous tensor on a GPU, found {t:?}");
@@ -71,7 +75,7 @@ fn pointer(t: &Tensor) -> Result<u64> {
         CudaStorageSlice::F64(slice) => slice.device_ptr(&stream).0,
         _ => candle_core::bail!("no CUDA kernels for {:?}", t.dtype()),
     };
-    Ok(address + (start * t.dtype().size_in_bytes()) as u64)
+    Ok(address + (start * dtype.size_in_bytes()) as u64)
 }
 
 /// An argument of a kernel.
@@ -157,7 +161,7 @@ impl Matrix {
     /// The rows of a tensor whose last dimension has `stride` elements, from `first` on.
     fn rows(t: &Tensor, stride: usize, first: usize) -> Result<Self> {
         let offset = (first * stride * t.dtype().size_in_bytes()) as u64;
-        Ok(Self { pointer: pointer(t)? + offset, dtype: t.dtype(), stride, transposed: false })
+        Ok(Self { pointer: pointer(t, t.dtype())? + offset, dtype: t.dtype(), stride, transposed: false })
     }
 
     fn transposed(self) -> Self {
@@ -182,7 +186,7 @@ unsafe fn gemm(
     (m, n, k): (usize, usize, usize),
     [a, b]: [Matrix; 2],
     c: Matrix,
-    into: Into,
+    into: Write,
 ) -> Result<()> {
     if m == 0 || n == 0 {
         return Ok(());
@@ -192,7 +196,9 @@ unsafe fn gemm(
         true => sys::cublasOperation_t::CUBLAS_OP_T,
         false => sys::cublasOperation_t::CUBLAS_OP_N,
     };
-    let (alpha, beta) = (1f32, if into == Into::Add { 1f32 } else { 0f32 });
+    let bound = device.cuda_stream().context().bind_to_thread();
+    bound.map_err(|e| candle_core::Error::Msg(format!("cuBLAS: {e:?}")))?;
+    let (alpha, beta) = (1f32, if into == Write::Add { 1f32 } else { 0f32 });
     let blas = device.cublas_handle();
     // SAFETY: the handle belongs to the device's stream; the rest is the caller's promise.
     let result = unsafe {

@@ -2,7 +2,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result};
 
 use super::{Argument, Grid, ROW_THREADS, device, launch, output, pointer, suffix};
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{RopeTable, Tape, Traced};
 
 /// Rows of a block of the backward.
@@ -45,18 +45,19 @@ pub(crate) fn norm(
     let mut rotate = RotationArguments { cos: 0, sin: 0, half: 0, rows_per_sequence: 1, first_position: 0 };
     if let (Some(rotation), Some([cos, sin])) = (&rotation, &tables) {
         rotate = RotationArguments {
-            cos: pointer(cos)?,
-            sin: pointer(sin)?,
+            cos: pointer(cos, DType::F32)?,
+            sin: pointer(sin, DType::F32)?,
             half: (rotation.table.head_width() / 2) as i32,
             rows_per_sequence: rotation.rows_per_sequence as i32,
             first_position: rotation.first_position as i32,
         };
     }
-    let y = output(x.value().shape(), x.value().dtype(), x.value().device())?;
+    let dtype = x.value().dtype();
+    let y = output(x.value().shape(), dtype, x.value().device())?;
     let arguments = [
-        Argument::Pointer(pointer(x.value())?),
-        Argument::Pointer(pointer(gain.value())?),
-        Argument::Pointer(pointer(&y)?),
+        Argument::Pointer(pointer(x.value(), dtype)?),
+        Argument::Pointer(pointer(gain.value(), DType::F32)?),
+        Argument::Pointer(pointer(&y, dtype)?),
         Argument::Int(d as i32),
         Argument::Float(eps),
         Argument::Rotation(rotate),
@@ -72,22 +73,22 @@ pub(crate) fn norm(
         let place = x.value().device();
         let (dx, into) = match gradients.device_buffer(&x, x.value().dtype())? {
             Some(buffer) => buffer,
-            None => (output(x.value().shape(), x.value().dtype(), place)?, Into::Overwrite),
+            None => (output(x.value().shape(), x.value().dtype(), place)?, Write::Over),
         };
         let blocks = n.div_ceil(ROWS);
         let parts = output((blocks, d), DType::F32, place)?;
         let dy = dy.contiguous()?;
         let arguments = [
-            Argument::Pointer(pointer(x.value())?),
-            Argument::Pointer(pointer(gain.value())?),
-            Argument::Pointer(pointer(&dy)?),
-            Argument::Pointer(pointer(&dx)?),
-            Argument::Pointer(pointer(&parts)?),
+            Argument::Pointer(pointer(x.value(), dtype)?),
+            Argument::Pointer(pointer(gain.value(), DType::F32)?),
+            Argument::Pointer(pointer(&dy, dtype)?),
+            Argument::Pointer(pointer(&dx, dtype)?),
+            Argument::Pointer(pointer(&parts, DType::F32)?),
             Argument::Int(n as i32),
             Argument::Int(d as i32),
             Argument::Int(ROWS as i32),
             Argument::Float(eps),
-            Argument::Flag(into == Into::Add),
+            Argument::Flag(into == Write::Add),
             Argument::Rotation(rotate),
         ];
         let grid = Grid { blocks: (blocks as u32, 1, 1), threads: ROW_THREADS, shared_bytes: 4 * d as u32 };
@@ -95,11 +96,11 @@ pub(crate) fn norm(
         unsafe { launch(&cuda, &format!("norm_backward_{name}"), grid, &arguments)? };
         let Some((dgain, into)) = gradients.device_buffer(&gain, DType::F32)? else { return Ok(()) };
         let arguments = [
-            Argument::Pointer(pointer(&parts)?),
-            Argument::Pointer(pointer(&dgain)?),
+            Argument::Pointer(pointer(&parts, DType::F32)?),
+            Argument::Pointer(pointer(&dgain, DType::F32)?),
             Argument::Int(blocks as i32),
             Argument::Int(d as i32),
-            Argument::Flag(into == Into::Add),
+            Argument::Flag(into == Write::Add),
         ];
         // SAFETY: parts has a row a block, dgain d elements.
         unsafe { launch(&cuda, "sum_rows", Grid::elements(d), &arguments) }

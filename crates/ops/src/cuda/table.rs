@@ -3,10 +3,10 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
-use super::{Argument, Grid, Matrix, device, element, gemm, launch, output, pointer, suffix};
+use super::{Argument, Grid, Matrix, device, element, gemm, launch, output, pointer};
 use crate::adamw::Numbers;
 use crate::embedding::positions_by_id;
-use crate::gemm::Into;
+use crate::gemm::Write;
 use crate::{Tape, Traced};
 
 /// The body of `embedding`.
@@ -23,9 +23,9 @@ pub(crate) fn embedding(
     let on_device = Tensor::from_slice(ids, ids.len(), &place)?;
     let y = output((b, t, d), dtype, &place)?;
     let arguments = [
-        Argument::Pointer(pointer(table.value())?),
-        Argument::Pointer(pointer(&on_device)?),
-        Argument::Pointer(pointer(&y)?),
+        Argument::Pointer(pointer(table.value(), DType::F32)?),
+        Argument::Pointer(pointer(&on_device, DType::U32)?),
+        Argument::Pointer(pointer(&y, dtype)?),
         Argument::Int(d as i32),
     ];
     // SAFETY: ids are below v (checked by the caller), y has a row each.
@@ -36,7 +36,7 @@ pub(crate) fn embedding(
     let (table, ids) = (table.clone(), ids.to_vec());
     Ok(tape.record(y, move |dy, gradients| {
         let Some((gradient, into)) = gradients.device_buffer(&table, DType::F32)? else { return Ok(()) };
-        if into == Into::Overwrite {
+        if into == Write::Over {
             gradient.zero_set()?;
         }
         let (first, order) = positions_by_id(&ids, v);
@@ -48,11 +48,11 @@ pub(crate) fn embedding(
         let (distinct, begins, order) = (upload(&distinct)?, upload(&begins)?, upload(&order)?);
         let dy = dy.contiguous()?;
         let arguments = [
-            Argument::Pointer(pointer(&dy)?),
-            Argument::Pointer(pointer(&distinct)?),
-            Argument::Pointer(pointer(&begins)?),
-            Argument::Pointer(pointer(&order)?),
-            Argument::Pointer(pointer(&gradient)?),
+            Argument::Pointer(pointer(&dy, dtype)?),
+            Argument::Pointer(pointer(&distinct, DType::U32)?),
+            Argument::Pointer(pointer(&begins, DType::U32)?),
+            Argument::Pointer(pointer(&order, DType::U32)?),
+            Argument::Pointer(pointer(&gradient, DType::F32)?),
             Argument::Int(d as i32),
         ];
         let kernel = format!("embed_backward_{name}");
@@ -73,8 +73,8 @@ pub(crate) fn linear(tape: &mut Tape, base: Option<&Traced>, x: &Traced, weight:
     // A copy of the weights in the type of the activations, dropped after the backward.
     let w = weight.value().to_dtype(dtype)?;
     let (y, into) = match base {
-        Some(base) => (base.value().copy()?, Into::Add),
-        None => (output(shape, dtype, x.value().device())?, Into::Overwrite),
+        Some(base) => (base.value().copy()?, Write::Add),
+        None => (output(shape, dtype, x.value().device())?, Write::Over),
     };
     let operands = [Matrix::rows(x.value(), i, 0)?, Matrix::rows(&w, i, 0)?.transposed()];
     // SAFETY: x is n rows of i, w o rows of i, y n rows of o.
@@ -110,12 +110,11 @@ unsafe impl DeviceRepr for Numbers {}
 /// The body of `adamw_step`; all tensors are f32 and equally long.
 pub(crate) fn adamw_step([p, g, m, v]: [&Tensor; 4], numbers: Numbers) -> Result<()> {
     let n = p.elem_count();
-    suffix(p)?;
     let arguments = [
-        Argument::Pointer(pointer(p)?),
-        Argument::Pointer(pointer(g)?),
-        Argument::Pointer(pointer(m)?),
-        Argument::Pointer(pointer(v)?),
+        Argument::Pointer(pointer(p, DType::F32)?),
+        Argument::Pointer(pointer(g, DType::F32)?),
+        Argument::Pointer(pointer(m, DType::F32)?),
+        Argument::Pointer(pointer(v, DType::F32)?),
         Argument::Size(n as u64),
         Argument::AdamW(numbers),
     ];
@@ -128,8 +127,8 @@ pub(crate) fn sum_of_squares(x: &Tensor) -> Result<f64> {
     const BLOCKS: usize = 256;
     let parts = output(BLOCKS, DType::F64, x.device())?;
     let arguments = [
-        Argument::Pointer(pointer(x)?),
-        Argument::Pointer(pointer(&parts)?),
+        Argument::Pointer(pointer(x, DType::F32)?),
+        Argument::Pointer(pointer(&parts, DType::F64)?),
         Argument::Size(x.elem_count() as u64),
     ];
     // SAFETY: a part a block.

@@ -13,7 +13,7 @@ pub(super) const ROWS: usize = 8;
 /// Columns of a tile, and of a panel of the right operand.
 pub(super) const COLUMNS: usize = 32;
 
-/// One tile: `c [rows, 32]` = or += a `[rows, k]` · b `[k, 32]`.
+/// One tile: `c [rows, 32]` = from + a `[rows, k]` · b `[k, 32]`.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// Inner lanes.

@@ -1,7 +1,7 @@
 //! Matrix products in f32, and in bf16 with f32 sums, over operands packed once and used many times.
 //!
-//! The right operand is packed into panels of 32 columns ([`Right`]); of the left one, rows of f32 are read
-//! where they are and everything else is packed 8 rows at a time. An element's sum always runs over the
+//! The right operand is packed into panels of 32 columns ([`Right`]); of the left one, near rows of f32 are read
+//! where they are, other rows copied, and columns packed 8 rows at a time. An element's sum always runs over the
 //! inner dimension in the same order, whatever the threads.
 
 mod kernel;
@@ -17,7 +17,7 @@ use crate::buffer::{Shared, output_lanes};
 use crate::math::dot;
 use kernel::{COLUMNS, Instructions, Kernel, ROWS, Tile};
 
-/// Inner lanes of a pass: a panel's slice of 32 KiB stays in the first-level cache over all rows.
+/// Inner lanes of a pass: a panel's slice of 24 KiB stays in the first-level cache over all rows.
 const INNER: usize = 192;
 
 /// Rows of f32 that are fewer elements apart are read where they are; farther ones would compete
@@ -65,9 +65,9 @@ impl<'a> View<'a> {
 
 /// What a product does with the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Into {
+pub(crate) enum Write {
     /// dst = a·b
-    Overwrite,
+    Over,
     /// dst += a·b
     Add,
 }
@@ -143,7 +143,7 @@ impl Right {
         Part { right: self, first_k: 0, k: self.k, columns: 0..self.n }
     }
 
-    /// Inner positions `k`, whose first is a multiple of 2, and columns whose first is a multiple of 32.
+    /// Inner positions `k`, whose first begins a lane, and columns whose first is a multiple of 32.
     pub(crate) fn part(&self, k: Range<usize>, columns: Range<usize>) -> Part<'_> {
         assert!(
             k.start.is_multiple_of(self.precision.positions()) && columns.start.is_multiple_of(COLUMNS),
@@ -177,12 +177,12 @@ pub(crate) struct Output {
     pub(crate) to: Shared,
     pub(crate) offset: usize,
     pub(crate) row: usize,
-    pub(crate) from: From,
+    pub(crate) from: Addend,
 }
 
 /// What is added to a product.
 #[derive(Clone, Copy)]
-pub(crate) enum From {
+pub(crate) enum Addend {
     /// Nothing.
     Zero,
     /// What the destination holds.
@@ -191,11 +191,11 @@ pub(crate) enum From {
     Other { values: Shared, offset: usize, row: usize },
 }
 
-impl std::convert::From<Into> for From {
-    fn from(into: Into) -> Self {
+impl From<Write> for Addend {
+    fn from(into: Write) -> Self {
         match into {
-            Into::Overwrite => Self::Zero,
-            Into::Add => Self::Itself,
+            Write::Over => Self::Zero,
+            Write::Add => Self::Itself,
         }
     }
 }
@@ -203,8 +203,8 @@ impl std::convert::From<Into> for From {
 impl Output {
     fn skip(self, rows: usize, columns: usize) -> Self {
         let from = match self.from {
-            From::Other { values, offset, row } => {
-                From::Other { values, offset: offset + rows * row + columns, row }
+            Addend::Other { values, offset, row } => {
+                Addend::Other { values, offset: offset + rows * row + columns, row }
             }
             from => from,
         };
@@ -223,7 +223,7 @@ pub(crate) fn gemm(
     size: Size,
     (dst, dst_row): (&mut [f32], usize),
     (a, b): (View, View),
-    (into, threads): (Into, Threads),
+    (into, threads): (Write, Threads),
 ) {
     let Size { m, n, k } = size;
     if m == 0 || n == 0 {
@@ -247,6 +247,9 @@ pub(crate) fn gemm(
 /// Every element that `output` reaches is valid and touched by no other task.
 pub(crate) unsafe fn multiply_all((m, a): (usize, View), right: Part, output: Output, threads: Threads) {
     a.check(m, right.k);
+    if m == 0 || right.columns.is_empty() {
+        return;
+    }
     if threads == Threads::One {
         // SAFETY: the caller's promise.
         return unsafe { multiply((m, a), right, output) };
@@ -302,7 +305,7 @@ unsafe fn multiply_with(
         for column in columns.clone().step_by(COLUMNS) {
             let panel = column / COLUMNS * right.panel_len() + (first_lane + inner) * COLUMNS;
             let output = output.skip(0, column - columns.start);
-            let from = if inner > 0 { From::Itself } else { output.from };
+            let from = if inner > 0 { Addend::Itself } else { output.from };
             let width = COLUMNS.min(columns.end - column);
             for g in 0..m.div_ceil(ROWS) {
                 let n_rows = ROWS.min(m - g * ROWS);
@@ -311,9 +314,9 @@ unsafe fn multiply_with(
                 unsafe {
                     let c = output.to.at(output.offset + g * ROWS * output.row);
                     let (from, from_row) = match from {
-                        From::Zero => (std::ptr::null(), 0),
-                        From::Itself => (c.cast_const(), output.row),
-                        From::Other { values, offset, row } => {
+                        Addend::Zero => (std::ptr::null(), 0),
+                        Addend::Itself => (c.cast_const(), output.row),
+                        Addend::Other { values, offset, row } => {
                             (values.at(offset + g * ROWS * row).cast_const(), row)
                         }
                     };
@@ -405,7 +408,7 @@ fn few_rows(
     Size { m, n, k }: Size,
     (dst, dst_row): (&mut [f32], usize),
     (a, b): (View, View),
-    (into, threads): (Into, Threads),
+    (into, threads): (Write, Threads),
 ) {
     let dst = Shared::new(dst);
     let columns = |columns: Range<usize>| {
@@ -413,7 +416,7 @@ fn few_rows(
             let a = &a.data[i * a.stride..][..k];
             // SAFETY: tasks have columns of their own; bounds are checked by the caller.
             let c = unsafe { dst.slice(i * dst_row + columns.start, columns.len()) };
-            if into == Into::Overwrite {
+            if into == Write::Over {
                 c.fill(0.0);
             }
             if b.transposed {

@@ -15,7 +15,7 @@ const PADDING: usize = 16;
 #[inline(always)]
 pub(super) fn bf16(x: f32) -> u32 {
     let bits = x.to_bits();
-    let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }
 }
 
@@ -55,7 +55,7 @@ pub(super) fn convert_row(precision: Precision, values: &[f32], lanes: &mut [u32
     }
 }
 
-/// Packs the rows `view[k0.., j0..j0 + width]` of one lane: `width` neighbours along the outer dimension.
+/// Packs the inner positions of one lane for as many outer neighbours as `to` has room for, the first being `from`.
 #[inline(always)]
 fn interleave(
     precision: Precision,

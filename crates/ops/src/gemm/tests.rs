@@ -80,10 +80,10 @@ fn every_kernel_agrees_with_f64() {
                 let what = format!("{precision:?} {instructions:?} {:?} {:?}", case.size, case.transposed);
                 for from in 0..3 {
                     let mut c = vec![0.5f32; m * n];
-                    let other = From::Other { values: Shared::new(&mut base_copy), offset: 0, row: n };
+                    let other = Addend::Other { values: Shared::new(&mut base_copy), offset: 0, row: n };
                     let (from, added) = match from {
-                        0 => (From::Zero, vec![0.0; m * n]),
-                        1 => (From::Itself, c.clone()),
+                        0 => (Addend::Zero, vec![0.0; m * n]),
+                        1 => (Addend::Itself, c.clone()),
                         _ => (other, base.clone()),
                     };
                     let output = Output { to: Shared::new(&mut c), offset: 0, row: n, from };
@@ -108,7 +108,7 @@ fn threads_and_few_rows_change_nothing_but_rounding() {
         let b = View { data: &data[1], stride: strides[1], transposed: case.transposed[1] };
         let product = |threads: Threads| {
             let mut c = vec![1f32; m * n];
-            gemm(Precision::F32, case.size, (&mut c, n), (a, b), (Into::Add, threads));
+            gemm(Precision::F32, case.size, (&mut c, n), (a, b), (Write::Add, threads));
             c
         };
         let (one, all) = (product(Threads::One), product(Threads::All));
@@ -128,7 +128,7 @@ fn a_part_of_a_packed_operand() {
         let right = Right::pack(precision, b, (40, 100), Threads::One);
         let (inner, columns) = (6..33, 32..90);
         let mut c = vec![0f32; 9 * columns.len()];
-        let output = Output { to: Shared::new(&mut c), offset: 0, row: columns.len(), from: From::Zero };
+        let output = Output { to: Shared::new(&mut c), offset: 0, row: columns.len(), from: Addend::Zero };
         let left = View::rows(&data[0][inner.start..], strides[0]);
         // SAFETY: c holds the whole product.
         unsafe { multiply((9, left), right.part(inner.clone(), columns.clone()), output) };

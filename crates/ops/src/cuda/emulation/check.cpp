@@ -37,6 +37,12 @@ template <typename T> static Values seen(const Values &x) { return back(cast<T>(
 
 template <typename T> constexpr double tolerance = std::is_same_v<T, float> ? 2e-5 : 2e-2;
 
+template <typename T> static Values halved(const std::vector<T> &from) {
+  Values to = back(from);
+  for (double &x : to) x /= 2;
+  return to;
+}
+
 static int failures = 0;
 
 static void check(const std::string &name, const Values &found, const Values &expected, double tolerance) {
@@ -106,6 +112,11 @@ template <typename T> static void check_norm(const std::string &type, bool rotat
   });
   launch({1, 1, 1}, 64, [&] { sum_rows(parts.data(), dgain.data(), blocks, d, true); });
   for (float &g : dgain) g -= 0.25f;
+  std::vector<T> twice = dx;
+  launch({(unsigned)blocks, 1, 1}, 64, [&] {
+    norm_backward(tx.data(), tgain.data(), tdy.data(), twice.data(), parts.data(), n, d, rows, (float)eps, true, rotation);
+  });
+  check(name + ": dx added", halved(twice), back(dx), tolerance<T>);
   check_gradient(name + ": dx", [&](const Values &x) { return f(x, gain); }, x, dy, back(dx), tolerance<T>);
   check_gradient(name + ": dgain", [&](const Values &g) { return f(x, g); }, gain, dy, back(dgain), tolerance<T>);
 }
@@ -150,9 +161,16 @@ template <typename T> static void check_cross_entropy(const std::string &type) {
   launch({(unsigned)m, 1, 1}, 64, [&] {
     cross_entropy(tl.data(), gradient.data(), targets.data(), losses.data(), v, (float)scale, (float)z);
   });
-  Values with_z;
-  for (int row = 0; row < m; row++) with_z.push_back(losses[2 * row + 1]);
+  Values with_z, plain, expected_plain;
+  for (int row = 0; row < m; row++) {
+    double sum = 0;
+    for (int i = 0; i < v; i++) sum += std::exp(logits[row * v + i]);
+    with_z.push_back(losses[2 * row + 1]);
+    plain.push_back(losses[2 * row]);
+    expected_plain.push_back(targets[row] == 0xffffffffu ? 0 : std::log(sum) - logits[row * v + targets[row]]);
+  }
   check("cross-entropy " + type, with_z, f(logits), 2e-5);
+  check("cross-entropy without z-loss " + type, plain, expected_plain, 2e-5);
   check_gradient("cross-entropy: gradient " + type, f, logits, Values(m, scale), back(gradient), tolerance<T>);
 }
 
@@ -219,6 +237,18 @@ template <typename T> static void check_attention(const std::string &name, Atten
     attention_backward_keys(tq.data(), tk.data(), tv.data(), tdy.data(), log_sum_exp.data(), delta.data(), dk.data(),
                             dv.data(), false, false, a);
   });
+  auto dq2 = dq, dk2 = dk, dv2 = dv;
+  launch(tiles(a.queries), 32 * WARPS, [&] {
+    attention_backward_queries(tq.data(), tk.data(), tv.data(), tdy.data(), log_sum_exp.data(), delta.data(), dq2.data(),
+                               true, a);
+  });
+  launch(tiles(a.keys), 32 * WARPS, [&] {
+    attention_backward_keys(tq.data(), tk.data(), tv.data(), tdy.data(), log_sum_exp.data(), delta.data(), dk2.data(),
+                            dv2.data(), true, true, a);
+  });
+  check(name + ": dq added", halved(dq2), back(dq), tolerance<T>);
+  check(name + ": dk added", halved(dk2), back(dk), tolerance<T>);
+  check(name + ": dv added", halved(dv2), back(dv), tolerance<T>);
   double limit = 2 * tolerance<T>;
   check_gradient(name + ": dq", [&](const Values &q) { return f(q, k, v); }, q, dy, back(dq), limit);
   check_gradient(name + ": dk", [&](const Values &k) { return f(q, k, v); }, k, dy, back(dk), limit);
