@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::{Block, BlockSpec};
 use ops::{FfnPart, Gradients, Run, Traced};
@@ -60,7 +60,8 @@ impl FetchedMemory {
                     .expect("ids were gathered from these paths")
             };
             let block_of_sequence: Vec<usize> = paths.iter().map(place).collect();
-            let mut values_of = Vec::with_capacity(ids.len());
+            let mut values = Vec::with_capacity(ids.len());
+            let shape = Shape::from((spec.n_layers, 3, spec.width[level], spec.d_model));
             for (i, &id) in ids.iter().enumerate() {
                 let sequence = || block_of_sequence.iter().position(|&b| b == i).unwrap_or_default();
                 let block = by_id.get(&id).ok_or_else(|| Error::BlockNotFetched {
@@ -72,13 +73,15 @@ impl FetchedMemory {
                 if expected != found {
                     return Err(Error::BlockLength { id, expected, found });
                 }
-                let shape = (spec.n_layers, 3, spec.width[level], spec.d_model);
-                let values = Tensor::from_slice(&block.values, shape, device)?.to_dtype(dtype)?;
-                values_of.push(
-                    (0..spec.n_layers).map(|layer| values.get(layer)).collect::<candle_core::Result<_>>()?,
-                );
+                values.push((&block.values[..], shape.clone()));
             }
-            Ok(Level { ids, blocks: values_of, block_of_sequence })
+            let layers_of = |tensor: Tensor| {
+                let tensor = tensor.to_device(device)?.to_dtype(dtype)?;
+                (0..spec.n_layers).map(|layer| tensor.get(layer)).collect::<candle_core::Result<_>>()
+            };
+            let tensors = ops::on_pool(|| ops::tensors_of(&values))?;
+            let blocks = tensors.into_iter().map(layers_of).collect::<candle_core::Result<_>>()?;
+            Ok(Level { ids, blocks, block_of_sequence })
         };
         let levels = spec.levels().map(build).collect::<Result<_>>()?;
         Ok(Self { levels, frozen: false, shape: Some((spec.n_layers, spec.d_model)) })
@@ -96,26 +99,23 @@ impl FetchedMemory {
 
     /// Takes the gradients of all blocks, which begin at `first_slot`; none when they are frozen.
     pub(crate) fn take_gradients(&self, gradients: &mut Gradients, first_slot: usize) -> Result<Vec<Block>> {
-        let mut blocks = vec![];
-        let mut slot = first_slot;
-        for level in &self.levels {
+        let (mut ids, mut of_blocks) = (vec![], vec![]);
+        let mut slots = first_slot..;
+        for level in self.levels.iter().filter(|_| !self.frozen) {
             for (&id, layers) in level.ids.iter().zip(&level.blocks) {
-                if self.frozen {
-                    continue;
-                }
-                let mut values = Vec::with_capacity(layers.iter().map(Tensor::elem_count).sum());
-                for _ in layers {
-                    let gradient = gradients.take(slot).ok_or_else(|| {
+                let mut take = |slot| {
+                    gradients.take(slot).ok_or_else(|| {
                         candle_core::Error::Msg(format!("an operation dropped the gradient of {id}"))
-                    })?;
-                    let gradient = gradient.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-                    values.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
-                    slot += 1;
-                }
-                blocks.push(Block { id, values });
+                    })
+                };
+                ids.push(id);
+                of_blocks.push(
+                    slots.by_ref().take(layers.len()).map(&mut take).collect::<candle_core::Result<_>>()?,
+                );
             }
         }
-        Ok(blocks)
+        let values = ops::values_of(&of_blocks)?;
+        Ok(ids.into_iter().zip(values).map(|(id, values)| Block { id, values }).collect())
     }
 
     /// Fails unless this is memory for an anchor of this shape and a batch of `batch` x `len` tokens.

@@ -3,7 +3,8 @@
 use std::ops::{Deref, Range};
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor};
+use rayon::prelude::*;
 
 /// Values behind a lock.
 struct Read<G> {
@@ -48,6 +49,30 @@ pub(crate) fn output(len: usize) -> Vec<f32> {
         buffer.set_len(len)
     };
     buffer
+}
+
+/// Copies of slices as CPU tensors, made by all threads: memory blocks come in megabytes.
+///
+/// # Errors
+/// When a shape does not hold as many values as its slice.
+pub fn tensors_of(slices: &[(&[f32], Shape)]) -> Result<Vec<Tensor>> {
+    slices.par_iter().map(|(values, shape)| tensor(values.to_vec(), shape.clone())).collect()
+}
+
+/// The values of each list of tensors, one tensor after another, as f32 in host memory.
+///
+/// # Errors
+/// When a tensor cannot be copied from its device.
+pub fn values_of(lists: &[Vec<Tensor>]) -> Result<Vec<Vec<f32>>> {
+    let one = |list: &Vec<Tensor>| {
+        let mut values = Vec::with_capacity(list.iter().map(Tensor::elem_count).sum());
+        for tensor in list {
+            let tensor = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+            values.extend_from_slice(&read(&tensor)?);
+        }
+        Ok(values)
+    };
+    lists.par_iter().map(one).collect()
 }
 
 /// Makes `buffer` hold `len` lanes that are all written before they are read.

@@ -26,6 +26,7 @@ mod tape;
 
 pub use adamw::{AdamW, adamw_step, sum_of_squares};
 pub use attention::{AttentionShape, attention};
+pub use buffer::{tensors_of, values_of};
 pub use cross_entropy::{CrossEntropy, LOGIT_ROWS, TokenLoss, linear_cross_entropy};
 pub use embedding::embedding;
 pub use gated_ffn::{FfnPart, Run, gated_ffn};
