@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::buffer::{Shared, output, read, tensor, with_mut};
 use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply};
 use crate::math::{dot, exp, exp_sub_sum, max, scale};
-use crate::tape::Place;
+use crate::tape::{Place, repeat_a_slot};
 use crate::{Gradients, Precision, Tape, Traced};
 
 /// Query rows of a tile.
@@ -86,7 +86,7 @@ pub fn attention(
     shape: AttentionShape,
 ) -> Result<Traced> {
     shape.check([q, k, v].map(Traced::value), starts)?;
-    if tape.records(&[q, k, v]) && (q.shares_slot(k) || q.shares_slot(v) || k.shares_slot(v)) {
+    if tape.records(&[q, k, v]) && repeat_a_slot([q, k, v]) {
         candle_core::bail!("attention: queries, keys and values must be different tensors");
     }
     #[cfg(feature = "cuda")]

@@ -46,6 +46,9 @@ pub fn linear_cross_entropy(
     if let Some(target) = options.targets.iter().find(|&&t| t != IGNORE && t as usize >= v) {
         candle_core::bail!("cross-entropy: target {target} of a vocabulary of {v}");
     }
+    if n == 0 {
+        return Ok((0.0, vec![]));
+    }
     #[cfg(feature = "cuda")]
     if crate::on_gpu(hidden.value()) {
         return crate::cuda::linear_cross_entropy(tape, hidden, weight, options);
@@ -90,9 +93,6 @@ fn fused(
 ) -> Result<(f64, TokenLoss)> {
     let (v, d) = weight.value().dims2()?;
     let n = options.targets.len();
-    if n == 0 {
-        return Ok((0.0, vec![]));
-    }
     let precision = tape.precision();
     let (h, w) = (read(hidden.value())?, read(weight.value())?);
     // Both are used by every chunk of rows.

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use crate::buffer::{Shared, output, read, tensor, with_mut};
 use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply, multiply_all};
 use crate::math::sigmoid;
-use crate::tape::Place;
+use crate::tape::{Place, repeat_a_slot};
 use crate::{Gradients, Precision, Tape, Traced};
 
 /// Rows of a tile, at most.
@@ -95,7 +95,7 @@ pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>
         width.push(part.check(n_rows, d)?);
     }
     let blocks: Vec<&Traced> = parts.iter().flat_map(|part| &part.blocks).collect();
-    if blocks.iter().enumerate().any(|(i, block)| blocks[..i].iter().any(|other| block.shares_slot(other))) {
+    if repeat_a_slot(blocks.iter().copied()) {
         candle_core::bail!("gated ffn: a block with a gradient is given twice");
     }
     let inputs: Vec<&Traced> = [base, x].into_iter().chain(blocks).collect();

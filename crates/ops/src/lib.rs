@@ -35,6 +35,9 @@ pub use rms_norm::rms_norm;
 pub use rope::{NormRope, RopeTable, norm_rope};
 pub use tape::{Gradients, Tape, Traced};
 
+use candle_core::{DType, Tensor};
+use serde::{Deserialize, Serialize};
+
 /// A target that is not scored: padding.
 pub const IGNORE: u32 = u32::MAX;
 
@@ -50,9 +53,6 @@ pub enum Precision {
     /// 5 rows, as when decoding, stay f32.
     Bf16,
 }
-
-use candle_core::{DType, Tensor};
-use serde::{Deserialize, Serialize};
 
 /// Whether the bodies for GPUs apply.
 #[cfg(feature = "cuda")]

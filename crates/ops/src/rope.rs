@@ -51,17 +51,15 @@ impl RopeTable {
     /// The cosines and the sines on a device, copied there once.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<[Tensor; 2]> {
-        if let Some(tables) = self.on_device.get().filter(|tables| tables[0].device().same_device(device)) {
+        let on_it = |tables: &&[Tensor; 2]| tables[0].device().same_device(device);
+        if let Some(tables) = self.on_device.get().filter(on_it) {
             return Ok(tables.clone());
         }
         let upload = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         let tables = [upload(&self.cos)?, upload(&self.sin)?];
-        Ok(self.on_device.get_or_init(|| tables.clone()).clone()).map(|kept| {
-            match kept[0].device().same_device(device) {
-                true => kept,
-                false => tables,
-            }
-        })
+        // Another device's tables stay; these are then uploaded again.
+        let _ = self.on_device.set(tables.clone());
+        Ok(tables)
     }
 
     /// Rotates the heads of one row in place, back when `inverse`.

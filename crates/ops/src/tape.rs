@@ -4,6 +4,7 @@
 //! to), frees an activation as soon as its gradient is known, and can recompute a part instead of keeping its
 //! activations ([`Tape::checkpoint`]).
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Shape, Tensor, Var};
@@ -137,11 +138,6 @@ impl Traced {
         &self.value
     }
 
-    /// Whether the gradients of both are one.
-    pub(crate) fn shares_slot(&self, other: &Self) -> bool {
-        self.slot.is_some() && self.slot == other.slot
-    }
-
     /// Whether no gradient flows to it.
     pub fn is_constant(&self) -> bool {
         self.slot.is_none()
@@ -246,6 +242,12 @@ impl Gradients {
             None => Ok(()),
         }
     }
+}
+
+/// Whether two of these would write their gradients to one slot at the same time.
+pub(crate) fn repeat_a_slot<'a>(inputs: impl IntoIterator<Item = &'a Traced>) -> bool {
+    let mut seen = BTreeSet::new();
+    !inputs.into_iter().filter_map(|input| input.slot).all(|slot| seen.insert(slot))
 }
 
 fn mismatch<T>(found: &Tensor, to: &impl Receiver) -> Result<T> {
