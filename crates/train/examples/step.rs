@@ -1,9 +1,10 @@
 //! Our side of bench/train: times whole optimizer steps of one anchor, without a corpus behind them.
 //!
 //! `step FOLDER [--make SIZE] [--steps N] [--threads N] [--memory different|shared] [--compute bf16,checkpoint]
-//! [--data corpus] [--peak f32|bf16]`: with `--make` it writes what both sides read (weights, tokens, memory,
-//! settings) and ends; with `--peak` it tells how fast matrix products are; else it trains on what was made and
-//! prints one line of JSON.
+//! [--data corpus] [--peak f32|bf16] [--only updates]`: with `--make` it writes what both sides read (weights,
+//! tokens, memory, settings) and ends; with `--peak` it tells how fast matrix products are; with `--only updates` it
+//! answers each line of its input by the seconds of one AdamW update, without and with clipping; else it trains on what was made and prints one
+//! line of JSON.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use cluster_tree::ClusterPath;
 use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
 use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
-use ops::{Tape, Traced};
+use ops::{AdamW, Tape, Traced};
 use serde::{Deserialize, Serialize};
 use train::{Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer};
 
@@ -132,6 +133,7 @@ fn main() -> Result<()> {
             "--compute" => options.compute = value.split(',').map(String::from).collect(),
             "--data" if value == "corpus" => options.corpus = true,
             "--peak" => return peak(options.threads, &value),
+            "--only" if value == "updates" => return updates(&options),
             _ => return Err(format!("{key} {value}: not an option").into()),
         }
     }
@@ -183,6 +185,44 @@ fn peak(threads: usize, precision: &str) -> Result<()> {
         best = best.min(began.elapsed().as_secs_f64());
     }
     println!("{}", serde_json::json!({ "flops_per_s": (2 * m * n * k) as f64 / best }));
+    Ok(())
+}
+
+/// Per line of input, the norm of all gradients and one update of all parameters: prints the seconds of the update
+/// and those of both.
+fn updates(options: &Options) -> Result<()> {
+    ops::init_process(options.threads);
+    let train = Bench::load(&options.folder)?.train;
+    let anchor = Anchor::load(&options.folder.join("anchor.safetensors"), CPU)?;
+    let like = |weights: &Tensor| -> Result<_> {
+        Ok((weights.affine(1e-3, 1e-3)?, [weights.zeros_like()?, weights.zeros_like()?]))
+    };
+    let states = anchor.parameters().values().map(like).collect::<Result<Vec<_>>>()?;
+    for (step, line) in (1..).zip(std::io::stdin().lines()) {
+        line?;
+        let adamw = AdamW {
+            learning_rate: train.learning_rate,
+            beta1: train.beta1,
+            beta2: train.beta2,
+            eps: train.eps,
+            weight_decay: train.weight_decay,
+            step,
+            gradient_scale: 1.0,
+        };
+        let began = Instant::now();
+        ops::on_pool(|| {
+            let mut gradients = states.iter().map(|(gradient, _)| ops::sum_of_squares(gradient));
+            gradients.try_fold(0.0, |sum, square| square.map(|square| sum + square))
+        })?;
+        let before_update = Instant::now();
+        ops::on_pool(|| {
+            let mut each = anchor.parameters().values().zip(&states);
+            each.try_for_each(|(weights, (gradient, [m, v]))| {
+                ops::adamw_step(weights, gradient, [m, v], adamw)
+            })
+        })?;
+        println!("{} {}", before_update.elapsed().as_secs_f64(), began.elapsed().as_secs_f64());
+    }
     Ok(())
 }
 
