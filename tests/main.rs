@@ -6,5 +6,8 @@ mod comparison;
 mod fixtures;
 mod kill;
 mod pipeline;
+mod route_study;
+mod same_tree;
 mod support;
 mod tidy;
+mod tree;

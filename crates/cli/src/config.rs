@@ -5,11 +5,12 @@ mod sections;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
 use train::{Phase, TrainConfig};
 
 use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
-pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection};
+pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind};
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -22,6 +23,7 @@ pub(crate) struct Config {
     pub(crate) anchor: AnchorSection,
     pub(crate) memory: MemorySection,
     pub(crate) train: TrainConfig,
+    pub(crate) retrieve: RetrieveSection,
     pub(crate) eval: EvalSection,
     pub(crate) generate: generate::Options,
 }
@@ -81,14 +83,16 @@ impl Config {
         self.tree.options().check().context("[tree]")?;
         self.embed.hashed().check().context("[embed]")?;
         self.generate.check().context("[generate]")?;
-        if self.embed.kind == EmbedKind::Static && self.embed.path.is_none() {
+        if self.embed.kind != EmbedKind::Hashed && self.embed.path.is_none() {
+            let kind = format!("{:?}", self.embed.kind).to_lowercase();
             bail!(
-                "embed.path: expected the folder of a static embedder (embed.kind = \"static\"), found nothing"
+                "embed.path: expected the folder or the hub id of an embedder (embed.kind = \"{kind}\"), found nothing"
             );
         }
         if self.tree.beam == 0 {
             bail!("tree.beam: expected at least 1, found 0");
         }
+        self.retrieve.check()?;
         let (widths, levels) = (self.memory.width.len(), self.tree.branching.len());
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
@@ -126,6 +130,28 @@ impl Config {
 }
 
 /// Applies `section.key=value`; the value is TOML, or else a string.
+/// The section [tree] alone, from settings `tree.key=value`.
+pub(crate) fn tree_section(overrides: &[String]) -> Result<TreeSection> {
+    let mut table = toml::Table::new();
+    let mut section = TreeSection::default();
+    for setting in overrides {
+        set(&mut table, setting)?;
+        let Some(tree) = table.get("tree").filter(|_| table.len() == 1) else {
+            bail!("--set {setting}: expected a key of [tree]");
+        };
+        section = TreeSection::deserialize(tree.clone())
+            .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+    }
+    Ok(section)
+}
+
+/// A file alone, by path or URL, with the options of object stores that the environment gives.
+pub(crate) fn bare_source(file: &str, format: Format) -> SourceOptions {
+    let corpus =
+        CorpusSection { files: vec![file.to_owned()], format: Some(format), ..CorpusSection::default() };
+    corpus.source()
+}
+
 fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let Some((key, value)) = setting.split_once('=') else {
         bail!("--set {setting}: expected section.key=value");

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use cluster_tree::{ClusterPath, ClusterTree};
 use corpus::Corpus;
-use eval::{Answer, AskOptions, HeldOut, MemoryMode, N_BUCKETS, Question, TRAIN, ask, held_out};
+use eval::{Agreement, Answer, AskOptions, HeldOut, MemoryMode, N_BUCKETS, Question, TRAIN, ask, held_out};
 use generate::{Options, Prompt};
 
 use crate::config::EvalSection;
@@ -55,9 +55,9 @@ pub(crate) fn evaluate(run: &Run) -> Result<Evaluation> {
         Some(path) => select(eval::read_questions(path)?, section.questions_per_bucket),
         None => vec![],
     };
-    let router = run.router()?;
+    let retriever = run.retriever()?;
     let prompts: Vec<&str> = questions.iter().map(|question| question.prompt.as_str()).collect();
-    let routed = if prompts.is_empty() { vec![] } else { router.paths(&prompts)? };
+    let routed = if prompts.is_empty() { vec![] } else { retriever.paths(&prompts)? };
     let leaves = used_leaves(&run.tree)?;
     let asked = Asked { questions: &questions, routed: &routed, leaves: &leaves, corpus: &corpus, section };
     let mut memories = BTreeMap::new();
@@ -135,26 +135,17 @@ fn training_rate(dir: &Path) -> Result<f64> {
 
 /// Share of the training windows whose document's label is the commonest of their cluster, by level.
 fn purity(corpus: &Corpus) -> Result<Vec<f64>> {
-    let n_levels = corpus.branching().len();
-    let mut counts: Vec<BTreeMap<(u32, &str), u64>> = vec![BTreeMap::new(); n_levels];
+    let mut agreement = Agreement::new(corpus.branching());
     for window in corpus.train_windows() {
         let (leaf, document) = window?;
-        let Some(label) = corpus.label(document)? else { continue };
-        let mut cluster = leaf;
-        for (counts, &children) in counts.iter_mut().zip(corpus.branching()).rev() {
-            *counts.entry((cluster, label)).or_default() += 1;
-            cluster /= children as u32;
+        if let Some(label) = corpus.label(document)? {
+            agreement.add(leaf, label);
         }
     }
-    let share = |counts: BTreeMap<(u32, &str), u64>| {
-        let mut largest: BTreeMap<u32, u64> = BTreeMap::new();
-        for ((cluster, _), n) in &counts {
-            let largest = largest.entry(*cluster).or_default();
-            *largest = (*largest).max(*n);
-        }
-        largest.values().sum::<u64>() as f64 / counts.values().sum::<u64>() as f64
-    };
-    Ok(counts.into_iter().filter(|counts| !counts.is_empty()).map(share).collect())
+    Ok(match agreement.is_empty() {
+        true => vec![],
+        false => (0..agreement.n_levels()).map(|level| agreement.purity(level)).collect(),
+    })
 }
 
 /// At most `n` questions a bucket and wording, spread evenly over the file; 0 is all.

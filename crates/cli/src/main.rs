@@ -8,9 +8,12 @@ mod progress;
 mod query;
 mod quickstart;
 mod report;
+mod routing;
 mod run;
+mod study;
 mod summary;
 mod training;
+mod tree;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -82,12 +85,20 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Routers compared on the texts of a run: do they find the nearest leaf, what does a miss cost, and where
+    /// do short prompts go? Writes route-study.html.
+    RouteStudy(study::StudyArgs),
     /// Continue a text with the memory that it fetches; `-` continues each line of the standard input.
     Generate(query::GenerateArgs),
     /// What a memory bank holds.
     Bank {
         #[command(subcommand)]
         command: BankCommand,
+    },
+    /// Look at the cluster tree of a prepared corpus, and edit it.
+    Tree {
+        #[command(subcommand)]
+        command: tree::TreeCommand,
     },
     /// Check a configuration: keys, values, files, sizes and the memory that it needs.
     Check(ConfigArgs),
@@ -103,8 +114,9 @@ enum Command {
         /// End with one line of JSON.
         #[arg(long)]
         json: bool,
-        /// Overrides a key of the run's section [eval] for this evaluation; may be given several times.
-        #[arg(long = "set", value_name = "eval.KEY=VALUE")]
+        /// Overrides a key of the run's sections [eval] and [retrieve] for this evaluation; may be given several
+        /// times.
+        #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
         set: Vec<String>,
     },
 }
@@ -165,6 +177,19 @@ fn one_line(error: &anyhow::Error) -> String {
     line.replace('\n', " ")
 }
 
+/// Fails on a setting that decided the training.
+fn only_reported(set: &[String]) -> Result<()> {
+    let is_reported = |setting: &str| {
+        ["eval.", "retrieve."].iter().any(|section| setting.trim_start().starts_with(section))
+    };
+    match set.iter().find(|setting| !is_reported(setting)) {
+        None => Ok(()),
+        Some(setting) => bail!(
+            "--set {setting}: expected a key of [eval] or [retrieve]: the rest was decided when the run was trained"
+        ),
+    }
+}
+
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Quickstart { dir, seed, seeds, json, set } => {
@@ -184,16 +209,17 @@ fn run(command: Command) -> Result<()> {
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => query::generate(args)?,
         Command::Bank { command: BankCommand::Inspect { dir } } => query::inspect(&dir)?,
+        Command::Tree { command } => tree::run(command)?,
         Command::Check(args) => query::check(&Config::load(&args.config, &args.set)?)?,
         Command::Config { command: ConfigCommand::Print(args) } => {
             print!("{}", Config::load(&args.config, &args.set)?.to_toml()?);
         }
+        Command::RouteStudy(args) => {
+            only_reported(&args.set)?;
+            study::study(&args)?;
+        }
         Command::Eval { run, json, set } => {
-            if let Some(setting) = set.iter().find(|setting| !setting.trim_start().starts_with("eval.")) {
-                bail!(
-                    "--set {setting}: expected a key of [eval]: the rest was decided when the run was trained"
-                );
-            }
+            only_reported(&set)?;
             let run = Run::open_with(&run, &set)?;
             let evaluations = [evaluate::evaluate(&run)?];
             print!("{}", summary::table(&evaluations));

@@ -2,6 +2,7 @@
 //! unchanged is skipped; a killed one goes on or begins again.
 
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use cluster_tree::ClusterTree;
@@ -41,12 +42,26 @@ impl Prepared {
     }
 }
 
-/// The embedder of a finished `embed` stage, from `hashed` or the folder of the configuration.
+/// The embedder of a finished `embed` stage, from `hashed` or what the configuration names.
 pub(crate) fn load_embedder(config: &Config, hashed: &Path) -> Result<Box<dyn Embedder>> {
-    Ok(match (config.embed.kind, &config.embed.path) {
-        (EmbedKind::Static, Some(path)) => Box::new(Static::load(path)?),
-        _ => Box::new(Hashed::load(hashed)?),
-    })
+    match named_embedder(config)? {
+        Some(embedder) => Ok(embedder),
+        None => Ok(Box::new(Hashed::load(hashed)?)),
+    }
+}
+
+/// The embedder that the configuration names, from a folder or the Hugging Face hub; none if it is fitted on the
+/// corpus.
+pub(crate) fn named_embedder(config: &Config) -> Result<Option<Box<dyn Embedder>>> {
+    /// A model2vec folder, the file that no folder lacks last.
+    const STATIC_FILES: [&str; 2] = ["tokenizer.json", "model.safetensors"];
+    let name = config.embed.path.as_deref();
+    let embedder: Box<dyn Embedder> = match (config.embed.kind, name) {
+        (EmbedKind::Static, Some(name)) => Box::new(Static::load(&bert::folder(name, &STATIC_FILES)?)?),
+        (EmbedKind::Bert, Some(name)) => Box::new(bert::open(name)?),
+        _ => return Ok(None),
+    };
+    Ok(Some(embedder))
 }
 
 /// Brings the prepared folder up to date.
@@ -140,20 +155,17 @@ fn train_tokenizer(config: &Config) -> Result<Tokenizer> {
 
 fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
     let e = &config.embed;
-    let fixed = match (e.kind, &e.path) {
-        (EmbedKind::Static, Some(path)) => Some(Static::load(path)?),
-        _ => None,
-    };
+    let named = named_embedder(config)?;
     let options = e.hashed();
-    let settings = match &fixed {
+    let settings = match &named {
         Some(embedder) => embedder.fingerprint().to_string(),
         None => format!("{options:?} {}", e.sample_windows),
     };
     let inputs = hash_inputs(&["embed.v1", tokens, &settings]);
     stage(prepared, "embed", &inputs, || {
         let windows = Windows::open(prepared)?;
-        let embedder: Box<dyn Embedder> = match fixed {
-            Some(embedder) => Box::new(embedder),
+        let embedder: Box<dyn Embedder> = match named {
+            Some(embedder) => embedder,
             None => {
                 let hashed = windows.fit(options, e.sample_windows)?;
                 hashed.save(&prepared.hashed())?;
@@ -167,30 +179,31 @@ fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
 }
 
 /// The windows of a tokenised corpus as texts.
-struct Windows {
-    store: TokenStore,
-    tokenizer: Tokenizer,
+pub(crate) struct Windows {
+    pub(crate) store: TokenStore,
+    pub(crate) tokenizer: Tokenizer,
 }
 
 impl Windows {
-    fn open(prepared: &Prepared) -> Result<Self> {
+    pub(crate) fn open(prepared: &Prepared) -> Result<Self> {
         let store = TokenStore::open(&prepared.dir)?;
         let tokenizer = Tokenizer::load(&prepared.tokenizer())?;
         store.check_tokenizer(&tokenizer)?;
         Ok(Self { store, tokenizer })
     }
 
-    fn texts(&self, windows: &[usize]) -> Result<Vec<String>> {
+    pub(crate) fn texts(&self, windows: &[usize]) -> Result<Vec<String>> {
         let text = |&index: &usize| Ok(self.tokenizer.decode(&self.store.window_tokens(index)?)?);
         windows.par_iter().map(text).collect()
     }
 
     /// Counts word frequencies on windows spread evenly over the corpus.
     fn fit(&self, options: HashedOptions, sample: usize) -> Result<Hashed> {
-        let n = self.store.n_windows();
-        let every = n.div_ceil(sample.max(1));
+        // In the order of ids, so that the sample does not depend on how documents are divided into files.
+        let windows = self.store.windows_by_id()?;
+        let every = windows.len().div_ceil(sample.max(1));
         let mut failed = None;
-        let chosen: Vec<usize> = (0..n).step_by(every).collect();
+        let chosen: Vec<usize> = windows.into_iter().step_by(every).map(|index| index as usize).collect();
         let texts = chosen.chunks(EMBED_BATCH).map_while(|chosen| match self.texts(chosen) {
             Ok(texts) => Some(texts),
             Err(error) => {
@@ -227,15 +240,28 @@ impl Windows {
 
 fn cluster(config: &Config, prepared: &Prepared, embeddings: &str) -> Result<String> {
     let options = config.tree.options();
-    let inputs = hash_inputs(&["cluster.v1", embeddings, &format!("{options:?}")]);
+    // The tree does not depend on the memory it is built in.
+    let settings = kmeans::Options { host_bytes: 0, ..options.clone() };
+    let inputs = hash_inputs(&["cluster.v2", embeddings, &format!("{settings:?}")]);
     stage(prepared, "cluster", &inputs, || {
-        let (rows, dim) = open_embeddings(config, prepared)?;
-        let mut progress = Progress::new("cluster", 1);
-        let report = &mut |p: kmeans::Progress| {
-            progress.set(p.nodes_done as u64, p.nodes as u64, || format!("nodes of level {}", p.level));
+        let store = TokenStore::open(&prepared.dir)?;
+        let embeddings = Embedded::open(config, prepared, &store)?;
+        let order = store.windows_by_id()?;
+        let journal = prepared.dir.join("cluster.journal");
+        let bar = Mutex::new(Progress::new("cluster", 1));
+        let report = |p: kmeans::Progress| {
+            bar.lock()
+                .expect("no report panics")
+                .set(p.done, p.total, || format!("steps of points, {} nodes", p.nodes));
         };
-        let tree = kmeans::build(&rows, dim, &options, report)?;
+        let job = kmeans::Job {
+            order: Some(&order),
+            journal: Some(kmeans::JournalFile { path: &journal, identity: &inputs }),
+            progress: &report,
+        };
+        let tree = kmeans::build(&*embeddings.rows()?, &options, &job)?.tree;
         tree.save(&prepared.tree())?;
+        kmeans::remove_journal(&journal)?;
         let used = |level: usize| tree.counts(level).iter().filter(|&&n| n > 0).count();
         let levels: Vec<String> =
             (0..tree.n_levels()).map(|l| format!("{} of {}", used(l), tree.n_clusters(l))).collect();
@@ -244,10 +270,31 @@ fn cluster(config: &Config, prepared: &Prepared, embeddings: &str) -> Result<Str
     Ok(inputs)
 }
 
-fn open_embeddings(config: &Config, prepared: &Prepared) -> Result<(Embeddings, usize)> {
-    let n = TokenStore::open(&prepared.dir)?.n_windows();
-    let dim = load_embedder(config, &prepared.hashed())?.dim();
-    Ok((Embeddings::open(&prepared.dir, n, dim)?, dim))
+/// The embeddings of all windows, in memory where they fit.
+struct Embedded {
+    mapped: Embeddings,
+    path: PathBuf,
+    dim: usize,
+    host_bytes: u64,
+}
+
+impl Embedded {
+    fn open(config: &Config, prepared: &Prepared, store: &TokenStore) -> Result<Self> {
+        let dim = load_embedder(config, &prepared.hashed())?.dim();
+        Ok(Self {
+            mapped: Embeddings::open(&prepared.dir, store.n_windows(), dim)?,
+            path: Embeddings::path(&prepared.dir),
+            dim,
+            host_bytes: config.tree.options().host_bytes,
+        })
+    }
+
+    fn rows(&self) -> Result<Box<dyn kmeans::Rows + '_>> {
+        Ok(match size_of_val(&*self.mapped) as u64 <= self.host_bytes {
+            true => Box::new(kmeans::Matrix::new(&self.mapped, self.dim)?),
+            false => Box::new(kmeans::RowFile::open(&self.path, self.dim)?),
+        })
+    }
 }
 
 fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
@@ -255,9 +302,9 @@ fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
     let settings = format!("{:?}", (c.seq_len, c.seed, config.tree.beam));
     let inputs = hash_inputs(&["pack.v1", cluster, &settings]);
     stage(prepared, "pack", &inputs, || {
-        let (rows, _) = open_embeddings(config, prepared)?;
+        let embeddings = Embedded::open(config, prepared, &TokenStore::open(&prepared.dir)?)?;
         let tree = ClusterTree::load(&prepared.tree())?;
-        let leaves = kmeans::assign(&tree, &rows, config.tree.beam)?;
+        let leaves = kmeans::assign(&tree, &*embeddings.rows()?, config.tree.beam)?;
         let options = PackOptions {
             seq_len: c.seq_len,
             seed: c.seed,

@@ -12,6 +12,7 @@ use generate::{Options, Prompt};
 use train::Checkpoints;
 
 use crate::config::Config;
+use crate::prepare::named_embedder;
 use crate::run::Run;
 
 /// Texts that are answered together: bounds the memory of a long standard input.
@@ -39,10 +40,10 @@ fn for_texts(argument: &str, mut answer: impl FnMut(&[&str], usize) -> Result<()
 }
 
 pub(crate) fn route(dir: &Path, text: &str, json: bool) -> Result<()> {
-    let router = Run::open(dir)?.router()?;
+    let retriever = Run::open(dir)?.retriever()?;
     let mut out = std::io::stdout().lock();
     for_texts(text, |texts, _| {
-        for (text, routes) in texts.iter().zip(router.routes(texts)?) {
+        for (text, routes) in texts.iter().zip(retriever.routes(texts)?) {
             if json {
                 let routes: Vec<_> = routes.iter().map(|(path, d)| (path.to_string(), d)).collect();
                 writeln!(out, "{}", serde_json::json!({"text": text, "routes": routes}))?;
@@ -110,10 +111,10 @@ pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
         (true, false) => MemoryArg::Fetched,
     };
     let memory = args.memory.unwrap_or(default);
-    let router = if memory == MemoryArg::Fetched { Some(run.router()?) } else { None };
+    let retriever = if memory == MemoryArg::Fetched { Some(run.retriever()?) } else { None };
     let paths = |texts: &[&str]| -> Result<Vec<Option<ClusterPath>>> {
-        Ok(match (memory, &router) {
-            (MemoryArg::Fetched, Some(router)) => router.paths(texts)?.into_iter().map(Some).collect(),
+        Ok(match (memory, &retriever) {
+            (MemoryArg::Fetched, Some(retriever)) => retriever.paths(texts)?.into_iter().map(Some).collect(),
             (MemoryArg::Generic, _) => vec![Some(ClusterPath::generic(run.tree.n_levels())?); texts.len()],
             _ => vec![None; texts.len()],
         })
@@ -184,6 +185,9 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     let held_out = corpus::list_held_out(&source, &files)?;
     let bytes: u64 = files.iter().chain(&held_out).map(|file| file.bytes).sum();
     println!("corpus: {} files ({} held out), {bytes} bytes", files.len() + held_out.len(), held_out.len());
+    if let Some(embedder) = named_embedder(config)? {
+        println!("embedder: {} dimensions", embedder.dim());
+    }
     let vocab_size = match &config.corpus.tokenizer {
         Some(path) => corpus::Tokenizer::load(path)?.vocab_size(),
         None => config.corpus.vocab_size,

@@ -9,13 +9,15 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
+use embed::Embedder;
 use generate::Model;
 use memory_bank::{Blocking, LocalBank, Step};
-use retrieve::Router;
+use retrieve::Retriever;
 use train::{Assign, Checkpoints, TrainState};
 
 use crate::config::Config;
 use crate::prepare::{load_embedder, tree_hash};
+use crate::routing;
 
 /// Where models run: the first GPU of a build with the feature `cuda`, else the CPU.
 pub(crate) fn device() -> Result<Device> {
@@ -33,14 +35,14 @@ pub(crate) struct Run {
     /// The corpus it was trained on.
     pub(crate) fingerprint: Fingerprint,
     pub(crate) tokenizer: Tokenizer,
-    pub(crate) tree: ClusterTree,
+    pub(crate) tree: Arc<ClusterTree>,
     pub(crate) anchor: Anchor,
     pub(crate) bank: Option<Blocking<LocalBank>>,
     pub(crate) state: TrainState,
 }
 
 impl Run {
-    /// Opens the newest whole checkpoint of the run in `dir`, with what [eval] and [generate] of `set` say.
+    /// Opens the newest whole checkpoint of the run in `dir`, with what [eval] and [retrieve] of `set` say.
     pub(crate) fn open_with(dir: &Path, set: &[String]) -> Result<Self> {
         let path = dir.join("config.toml");
         if !path.exists() {
@@ -51,7 +53,7 @@ impl Run {
         let step = checkpoints.require_latest()?;
         let checkpoint = checkpoints.dir(step);
         let fingerprint = Fingerprint::load(dir)?;
-        let tree = ClusterTree::load(&dir.join("tree.safetensors"))?;
+        let tree = Arc::new(ClusterTree::load(&dir.join("tree.safetensors"))?);
         let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
         for (file, expected, found) in [
             ("tree.safetensors", &fingerprint.tree, &tree_hash(&tree, config.tree.beam)),
@@ -86,8 +88,14 @@ impl Run {
         Model { anchor: &self.anchor, bank: self.bank.as_ref(), step: Step(self.state.step) }
     }
 
-    /// The router of this run's tree.
-    pub(crate) fn router(&self) -> Result<Router> {
+    /// What takes a text to its memory, as [retrieve] says.
+    pub(crate) fn retriever(&self) -> Result<Retriever> {
+        let router = routing::router(self, self.config.retrieve.router)?;
+        Ok(Retriever::new(self.embedder()?, router)?)
+    }
+
+    /// The embedder of this run's tree.
+    pub(crate) fn embedder(&self) -> Result<Box<dyn Embedder>> {
         let embedder = load_embedder(&self.config, &self.dir.join("embedder.safetensors"))?;
         if embedder.fingerprint() != self.fingerprint.embedder {
             bail!(
@@ -97,7 +105,7 @@ impl Run {
                 embedder.fingerprint()
             );
         }
-        Ok(Router::new(embedder, self.tree.clone(), self.config.tree.beam)?)
+        Ok(embedder)
     }
 
     /// The prepared corpus that this run was trained on.

@@ -77,7 +77,7 @@ pub(crate) fn loss(evaluations: &[Evaluation], memory: &str) -> Option<Rate> {
 
 /// Σ nats / Σ tokens over sequences, with its interval. The bootstrap is of the ratio linearised at its
 /// mean R, R + (nats − R·tokens) / mean length, so that unequal lengths do not widen it.
-fn per_token(sums: &[(f64, u64)]) -> Option<Rate> {
+pub(crate) fn per_token(sums: &[(f64, u64)]) -> Option<Rate> {
     let tokens: u64 = sums.iter().map(|(_, tokens)| tokens).sum();
     if tokens == 0 {
         return None;

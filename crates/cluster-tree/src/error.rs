@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use crate::ClusterId;
+use crate::{ClusterId, ClusterPath};
 
 /// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -41,8 +41,8 @@ pub enum Error {
         /// Length found.
         found: usize,
     },
-    /// A centroid holds NaN or infinity, or its squared norm overflows.
-    #[error("centroid {index} of level {level} has squared norm {norm_squared}, expected a finite one")]
+    /// A centroid holds NaN or infinity, or has a squared norm above 1e30.
+    #[error("centroid {index} of level {level} has squared norm {norm_squared}, expected at most 1e30")]
     NonFiniteCentroid {
         /// Level of the centroid.
         level: usize,
@@ -82,8 +82,8 @@ pub enum Error {
         /// Dimension of the embedding.
         found: usize,
     },
-    /// An embedding holds NaN or infinity, or its squared norm overflows.
-    #[error("embedding has squared norm {norm_squared}, expected a finite one")]
+    /// An embedding holds NaN or infinity, or has a squared norm above 1e30.
+    #[error("embedding has squared norm {norm_squared}, expected at most 1e30")]
     NonFiniteEmbedding {
         /// The squared norm found.
         norm_squared: f32,
@@ -104,6 +104,50 @@ pub enum Error {
         text: String,
         /// Levels that the path should have.
         n_levels: usize,
+    },
+    /// A leaf that cannot be divided.
+    #[error("leaf {path} cannot be split: expected at least 2 points, found {count}")]
+    TooFewToSplit {
+        /// The leaf.
+        path: ClusterPath,
+        /// Its points.
+        count: u64,
+    },
+    /// A half of a split without points.
+    #[error("the halves of leaf {path} have {points:?} points, expected at least 1 each")]
+    EmptyHalf {
+        /// The leaf.
+        path: ClusterPath,
+        /// Points of the halves.
+        points: [u64; 2],
+    },
+    /// A split needs an empty slot beside the leaf.
+    #[error("leaf {path}: none of the {branching} slots under its parent is empty, merge two of them first")]
+    NoEmptySlot {
+        /// The leaf.
+        path: ClusterPath,
+        /// Slots under its parent.
+        branching: usize,
+    },
+    /// Only leaves under one parent can be merged.
+    #[error("leaves {} and {} are not siblings, expected two under one parent", paths[0], paths[1])]
+    NotSiblings {
+        /// The leaves.
+        paths: Box<[ClusterPath; 2]>,
+    },
+    /// A leaf without points, where some are needed.
+    #[error("leaf {path} is empty, expected points in it")]
+    EmptyLeaf {
+        /// The leaf.
+        path: ClusterPath,
+    },
+    /// Points to add that are not one number a leaf.
+    #[error("points added to {found} leaves, the tree has {expected}")]
+    AddedLength {
+        /// Leaves of the tree.
+        expected: usize,
+        /// Numbers given.
+        found: usize,
     },
     /// Reading or writing a file failed.
     #[error("{}: {source}", path.display())]

@@ -6,6 +6,8 @@
 //!
 //! Shapes: D embedding dimension, N clusters of a level.
 
+mod descent;
+mod edit;
 mod error;
 mod file;
 mod path;

@@ -1,5 +1,6 @@
 use sha2::{Digest, Sha256};
 
+use crate::descent::Descent;
 use crate::{ClusterId, ClusterPath, Error, Result};
 
 /// One level of a tree, as given to [`ClusterTree::new`].
@@ -18,16 +19,7 @@ pub struct Level {
 pub struct ClusterTree {
     dim: usize,
     levels: Vec<Level>,
-    /// `|c|²/2` of every centroid, `[N]` per level: the nearest centroid to `x` is the one of the
-    /// largest `x·c − |c|²/2`, which costs one dot product.
-    half_norms: Vec<Vec<f32>>,
-}
-
-/// A cluster met in a descent, with `x·c − |c|²/2` (larger is nearer).
-#[derive(Copy, Clone)]
-struct Candidate {
-    score: f32,
-    index: u32,
+    descent: Descent,
 }
 
 impl ClusterTree {
@@ -42,9 +34,10 @@ impl ClusterTree {
             return Err(Error::LevelCount { found: levels.len() });
         }
         check_shapes(dim, &levels)?;
-        let half_norms = half_norms(dim, &levels)?;
+        check_centroids(dim, &levels)?;
         check_counts(&levels)?;
-        Ok(Self { dim, levels, half_norms })
+        let descent = Descent::new(dim, &levels);
+        Ok(Self { dim, levels, descent })
     }
 
     /// Dimension of centroids and embeddings.
@@ -115,17 +108,27 @@ impl ClusterTree {
     /// appendix J). `embedding` is `[D]`.
     pub fn descend(&self, embedding: &[f32]) -> Result<ClusterPath> {
         self.check_embedding(embedding)?;
-        let mut indices = Vec::with_capacity(self.n_levels());
-        let mut parent = 0;
-        for level in 0..self.n_levels() {
-            let mut children = self.children(level, parent, embedding);
-            let first = children.next().ok_or(Error::NoPoints)?;
-            let best =
-                children.fold(first, |best, other| if nearer(&other, &best).is_lt() { other } else { best });
-            parent = best.index;
-            indices.push(parent);
+        self.path_of_leaf(self.descent.greedy(self, embedding))
+    }
+
+    /// The leaf of [`ClusterTree::descend`] for each of `n` rows, `[N]`, faster than one after the other. `row` gives
+    /// a row, `[D]`. Of several rows at fault, the error is that of the first.
+    pub fn descend_all<'a>(&'a self, n: usize, row: impl Fn(usize) -> &'a [f32]) -> Result<Vec<u32>> {
+        (0..n).try_for_each(|index| self.check_embedding(row(index)))?;
+        Ok(self.descent.greedy_all(self, n, row))
+    }
+
+    /// The best leaf of a beam descent of `width`: of [`ClusterTree::descend`] for 1, else the first of
+    /// [`ClusterTree::beam`]. `embedding` is `[D]`.
+    pub fn nearest_leaf(&self, embedding: &[f32], width: usize) -> Result<ClusterPath> {
+        if width == 1 {
+            return self.descend(embedding);
         }
-        ClusterPath::new(indices)
+        self.check_embedding(embedding)?;
+        if width == 0 {
+            return Err(Error::ZeroWidth);
+        }
+        self.path_of_leaf(self.descent.beam(self, embedding, width)[0].index)
     }
 
     /// The leaves that a beam descent of `width` ends with, at most `width` of them, best first,
@@ -136,24 +139,8 @@ impl ClusterTree {
         if width == 0 {
             return Err(Error::ZeroWidth);
         }
-        let mut beam = vec![Candidate { score: 0.0, index: 0 }]; // the root
-        let mut next = Vec::new();
-        for level in 0..self.n_levels() {
-            next.clear();
-            for parent in &beam {
-                next.extend(self.children(level, parent.index, embedding));
-            }
-            keep_nearest(&mut next, width);
-            std::mem::swap(&mut beam, &mut next);
-        }
-        let mut leaves = Vec::with_capacity(beam.len());
-        for candidate in &beam {
-            let centroid = self.centroid_at(self.n_levels() - 1, candidate.index);
-            leaves.push((candidate.index, squared_distance(embedding, centroid)));
-        }
-        // The scores of close leaves can round to another order than the distances returned.
-        leaves.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-        leaves.into_iter().map(|(leaf, distance)| Ok((self.path_of_leaf(leaf)?, distance))).collect()
+        let leaves = self.descent.beam(self, embedding, width);
+        leaves.into_iter().map(|leaf| Ok((self.path_of_leaf(leaf.index)?, leaf.distance))).collect()
     }
 
     /// SHA-256, in hex, of dimension, branchings, centroids and counts: the identity of the tree,
@@ -174,23 +161,7 @@ impl ClusterTree {
         &self.levels
     }
 
-    /// The non-empty children of cluster `parent` of the level above, scored.
-    fn children<'a>(
-        &'a self,
-        level: usize,
-        parent: u32,
-        embedding: &'a [f32],
-    ) -> impl Iterator<Item = Candidate> + 'a {
-        let Level { branching, counts, .. } = &self.levels[level];
-        let half_norms = &self.half_norms[level];
-        let first = parent as usize * branching;
-        (first..first + branching).filter(|&child| counts[child] > 0).map(move |child| Candidate {
-            score: dot(embedding, self.centroid_at(level, child as u32)) - half_norms[child],
-            index: child as u32,
-        })
-    }
-
-    fn centroid_at(&self, level: usize, index: u32) -> &[f32] {
+    pub(crate) fn centroid_at(&self, level: usize, index: u32) -> &[f32] {
         let start = index as usize * self.dim;
         &self.levels[level].centroids[start..start + self.dim]
     }
@@ -207,8 +178,8 @@ impl ClusterTree {
         if embedding.len() != self.dim {
             return Err(Error::Dimension { expected: self.dim, found: embedding.len() });
         }
-        let norm_squared = dot(embedding, embedding);
-        if !norm_squared.is_finite() {
+        let norm_squared = norm_squared(embedding);
+        if !is_near_enough(norm_squared) {
             return Err(Error::NonFiniteEmbedding { norm_squared });
         }
         Ok(())
@@ -238,22 +209,25 @@ fn check_shapes(dim: usize, levels: &[Level]) -> Result<()> {
     Ok(())
 }
 
-/// A finite norm says that every value of the centroid is finite, and, with a finite norm of the
-/// embedding, that no dot product of the two overflows.
-fn half_norms(dim: usize, levels: &[Level]) -> Result<Vec<Vec<f32>>> {
-    let half_norm = |level: usize, index: usize, centroid: &[f32]| {
-        let norm_squared = dot(centroid, centroid);
-        if norm_squared.is_finite() {
-            Ok(norm_squared / 2.0)
-        } else {
-            Err(Error::NonFiniteCentroid { level, index, norm_squared })
+fn check_centroids(dim: usize, levels: &[Level]) -> Result<()> {
+    for (level, values) in levels.iter().enumerate() {
+        for (index, centroid) in values.centroids.chunks_exact(dim).enumerate() {
+            let norm_squared = norm_squared(centroid);
+            if !is_near_enough(norm_squared) {
+                return Err(Error::NonFiniteCentroid { level, index, norm_squared });
+            }
         }
-    };
-    let of_level = |(level, values): (usize, &Level)| {
-        let centroids = values.centroids.chunks_exact(dim).enumerate();
-        centroids.map(|(index, centroid)| half_norm(level, index, centroid)).collect()
-    };
-    levels.iter().enumerate().map(of_level).collect()
+    }
+    Ok(())
+}
+
+fn norm_squared(row: &[f32]) -> f32 {
+    row.chunks(32).map(|row| row.iter().map(|value| value * value).sum::<f32>()).sum()
+}
+
+/// Whether all values are finite, and so are all distances between such vectors.
+fn is_near_enough(norm_squared: f32) -> bool {
+    norm_squared <= nearest::MAX_SQUARED_NORM
 }
 
 fn check_counts(levels: &[Level]) -> Result<()> {
@@ -270,42 +244,4 @@ fn check_counts(levels: &[Level]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The order of a beam: larger score first, then lower index. Scores are finite (see
-/// [`half_norms`]) and never −0, so that a tie is a tie.
-fn nearer(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.score.total_cmp(&a.score).then(a.index.cmp(&b.index))
-}
-
-fn keep_nearest(candidates: &mut Vec<Candidate>, width: usize) {
-    if candidates.len() > width {
-        candidates.select_nth_unstable_by(width - 1, nearer);
-        candidates.truncate(width);
-    }
-}
-
-fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum()
-}
-
-/// Dot product in 32 partial sums, which the compiler keeps in vector registers; always the same
-/// order of additions, so the same result wherever it runs. Adding the partial sums one by one is
-/// on purpose: a tree of additions here makes the compiler split the loop above into pairs.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<32>(), b.as_chunks::<32>());
-    let mut sums = [0f32; 32];
-    for (x, y) in a.iter().zip(b) {
-        for lane in 0..32 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    let mut total = 0.0;
-    for sum in sums {
-        total += sum;
-    }
-    for (x, y) in a_rest.iter().zip(b_rest) {
-        total += x * y;
-    }
-    total
 }

@@ -137,7 +137,7 @@ fn embeddings_are_checked() {
         "embedding has 2 dimensions, the tree has 1"
     );
     let text = tree.beam(&[f32::NAN], 1).unwrap_err().to_string();
-    assert_eq!(text, "embedding has squared norm NaN, expected a finite one");
+    assert_eq!(text, "embedding has squared norm NaN, expected at most 1e30");
     assert!(matches!(tree.descend(&[1e30]), Err(Error::NonFiniteEmbedding { .. })));
     assert!(matches!(tree.beam(&[1.0], 0), Err(Error::ZeroWidth)));
 }
@@ -180,7 +180,7 @@ fn a_tree_is_checked_when_made() {
     );
     assert_eq!(
         refusal(|levels| levels[1].centroids[2] = f32::INFINITY),
-        "centroid 2 of level 1 has squared norm inf, expected a finite one"
+        "centroid 2 of level 1 has squared norm inf, expected at most 1e30"
     );
     assert_eq!(
         refusal(|levels| levels[1].counts[2..].fill(0)),

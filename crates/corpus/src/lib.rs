@@ -28,6 +28,7 @@ pub use prepared::stages::{begin_stage, finish_stage, hash_inputs, stage_is_curr
 pub use prepared::tokenise::{TokeniseOptions, TokeniseProgress, TokeniseSummary, tokenise};
 pub use prepared::tokens::{TokenStore, Window};
 pub use source::{
-    Document, Documents, FileRecord, Format, SourceFile, SourceOptions, TxtSplit, list, list_held_out, read,
+    Document, Documents, FileRecord, Format, SourceFile, SourceOptions, TxtSplit, copy, list, list_held_out,
+    read,
 };
 pub use tokenizer::Tokenizer;

@@ -13,8 +13,9 @@ pub trait Embedder: Send + Sync {
     fn fingerprint(&self) -> &str;
 
     /// The embeddings of `texts`, `[N, D]` row-major, each row of unit L2 norm. Texts in which the
-    /// embedder knows nothing (spaces, punctuation) all get the first axis: a corpus may hold such
-    /// windows, and a query of the same kind should meet them in the same cluster.
+    /// embedder knows nothing (spaces, punctuation) all get the same one, the first axis unless a model
+    /// has its own: a corpus may hold such windows, and a query of the same kind should meet them in the
+    /// same cluster.
     fn embed(&self, texts: &[&str]) -> Result<Vec<f32>>;
 }
 
@@ -39,8 +40,8 @@ pub(crate) fn embed_rows<S: Default>(
     Ok(rows)
 }
 
-/// Scales to unit L2 norm; a row without a direction becomes the first axis.
-fn normalise(row: &mut [f32]) {
+/// Scales a row of at least one element to unit L2 norm; one without a direction becomes the first axis.
+pub fn normalise(row: &mut [f32]) {
     let norm = row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
     if norm == 0.0 || !norm.is_finite() {
         row.fill(0.0);
@@ -51,7 +52,7 @@ fn normalise(row: &mut [f32]) {
 }
 
 /// SHA-256, in hex, of the parts, each preceded by its length.
-pub(crate) fn sha256(parts: &[&[u8]]) -> String {
+pub fn sha256(parts: &[&[u8]]) -> String {
     let mut hasher = Sha256::new();
     for part in parts {
         hasher.update((part.len() as u64).to_le_bytes());

@@ -2,7 +2,8 @@
 //!
 //! [`Hashed`] is the default and needs no download: TF-IDF over words and character n-grams, put
 //! into a few hundred dimensions by a random projection. [`Static`] reads a model2vec folder: the
-//! mean of a table's token vectors. Neither has a limit on the length of a text.
+//! mean of a table's token vectors. Neither has a limit on the length of a text. An embedder of another
+//! crate is an [`Embedder`] too; [`normalise`], [`sha256`] and [`table`] are there for it.
 //!
 //! Shapes: N texts, D embedding dimension, V tokens of a vocabulary.
 
@@ -10,9 +11,9 @@ mod embedder;
 mod error;
 mod hashed;
 mod model2vec;
-mod table;
+pub mod table;
 
-pub use embedder::Embedder;
+pub use embedder::{Embedder, normalise, sha256};
 pub use error::{Error, Result};
 pub use hashed::{Hashed, HashedOptions};
 pub use model2vec::Static;

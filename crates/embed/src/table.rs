@@ -8,8 +8,8 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::{Error, Result};
 
-/// The header and the tensors of a file's bytes.
-pub(crate) fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Metadata, SafeTensors<'a>)> {
+/// The header and the tensors of a file's bytes. Fails on bytes that are not a whole safetensors file.
+pub fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Metadata, SafeTensors<'a>)> {
     let error = |source| Error::Format { path: path.to_owned(), source };
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(error)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(error)?;
@@ -17,7 +17,7 @@ pub(crate) fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<(Metadata, SafeT
 }
 
 /// A tensor by name; `expected` says what it should be if it is missing.
-pub(crate) fn view<'a>(
+pub fn view<'a>(
     path: &Path,
     tensors: &SafeTensors<'a>,
     name: &str,
@@ -32,7 +32,7 @@ pub(crate) fn view<'a>(
 }
 
 /// A tensor that is there, but is not what was expected.
-pub(crate) fn tensor_error(path: &Path, name: &str, expected: &str, found: &TensorView) -> Error {
+pub fn tensor_error(path: &Path, name: &str, expected: &str, found: &TensorView) -> Error {
     Error::Tensor {
         path: path.to_owned(),
         tensor: name.to_owned(),
@@ -43,7 +43,7 @@ pub(crate) fn tensor_error(path: &Path, name: &str, expected: &str, found: &Tens
 
 /// The values of a tensor of F64, F32, F16, BF16 or I8 (the integers themselves); none for another
 /// type.
-pub(crate) fn floats(tensor: &TensorView) -> Option<Vec<f32>> {
+pub fn floats(tensor: &TensorView) -> Option<Vec<f32>> {
     let data = tensor.data();
     match tensor.dtype() {
         Dtype::F64 => Some(map(data, |bytes| f64::from_le_bytes(bytes) as f32)),
@@ -56,7 +56,7 @@ pub(crate) fn floats(tensor: &TensorView) -> Option<Vec<f32>> {
 }
 
 /// The values of a tensor of I64 or I32; none for another type.
-pub(crate) fn integers(tensor: &TensorView) -> Option<Vec<i64>> {
+pub fn integers(tensor: &TensorView) -> Option<Vec<i64>> {
     let data = tensor.data();
     match tensor.dtype() {
         Dtype::I64 => Some(map(data, i64::from_le_bytes)),

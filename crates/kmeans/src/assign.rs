@@ -2,26 +2,34 @@ use cluster_tree::ClusterTree;
 use rayon::prelude::*;
 
 use crate::Result;
-use crate::points::Points;
+use crate::rows::{Chunk, Rows, check};
 
-/// The leaf of each of `embeddings`, `[N, D]` row-major, by a beam descent of `width` (1 is greedy
-/// descent, the paper's): the index of the best leaf, `[N]`. Fails on values that are not rows of
-/// the tree's dimension, on no points, on a value that is not finite (the error names the row), and
-/// on a width of 0.
-pub fn assign(tree: &ClusterTree, embeddings: &[f32], width: usize) -> Result<Vec<u32>> {
-    let points = Points::new(embeddings, tree.dim())?;
-    let leaf = |index: u32| -> Result<u32> {
-        let row = points.row(index);
+/// Rows that one task assigns: enough for many to meet in the clusters of the upper levels, and few enough for the
+/// nearer caches.
+const CHUNK: usize = 4096;
+
+/// The leaf of each row, by a beam descent of `width` (1 is greedy descent, the paper's): its index, `[N]`.
+///
+/// # Errors
+/// On points as for [`build`](crate::build), on rows of another dimension than the tree's, and on a width of 0.
+pub fn assign(tree: &ClusterTree, rows: &dyn Rows, width: usize) -> Result<Vec<u32>> {
+    check(rows)?;
+    let mut leaves = vec![0u32; rows.len()];
+    let of_chunk = |(chunk_index, leaves): (usize, &mut [u32])| -> Result<()> {
+        let first = (chunk_index * CHUNK) as u32;
+        let members: Vec<u32> = (first..first + leaves.len() as u32).collect();
+        let mut buffer = vec![];
+        let chunk = Chunk::of(rows, &members, &mut buffer)?;
         if width == 1 {
-            return Ok(tree.descend(row)?.leaf().index);
+            leaves.copy_from_slice(&tree.descend_all(leaves.len(), |position| chunk.row(position))?);
+            return Ok(());
         }
-        // A tree has a non-empty leaf, and a beam at least one place for it.
-        tree.beam(row, width)?
-            .first()
-            .map(|(path, _)| path.leaf().index)
-            .ok_or(cluster_tree::Error::NoPoints.into())
+        for (position, leaf) in leaves.iter_mut().enumerate() {
+            *leaf = tree.nearest_leaf(chunk.row(position), width)?.leaf().index;
+        }
+        Ok(())
     };
-    // Collected before they are judged: the error is that of the first row, whichever thread is first.
-    let leaves: Vec<Result<u32>> = (0..points.len() as u32).into_par_iter().map(leaf).collect();
-    leaves.into_iter().collect()
+    let results: Vec<Result<()>> = leaves.par_chunks_mut(CHUNK).enumerate().map(of_chunk).collect();
+    results.into_iter().collect::<Result<()>>()?;
+    Ok(leaves)
 }

@@ -1,174 +1,228 @@
+use std::sync::Mutex;
+
 use cluster_tree::{ClusterTree, Level};
 use rayon::prelude::*;
 
-use crate::node::{NodeId, labels, train};
-use crate::points::Points;
-use crate::{Error, Result};
+use crate::assignment::Points;
+use crate::journal::Journal;
+use crate::node::{NodeId, Trained, mean, train};
+use crate::options::Options;
+use crate::progress::{Meter, Progress};
+use crate::rows::{Matrix, Rows, check};
+use crate::sums::Grid;
+use crate::{Result, options};
 
-/// Nodes trained between two calls of the progress function.
-const GROUP: usize = 64;
+/// Points that the origin of the root's codes is the mean of, at most.
+const ORIGIN_POINTS: usize = 256;
 
-/// How a tree is built. The default is the paper's tree, 16 clusters at each of 4 levels, with
-/// every point taken in every step.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Options {
-    /// Clusters of each node, by level, coarse first; each at least 2.
-    pub branching: Vec<usize>,
-    /// Seed: with the level and the index of a node, it decides all that is random there.
-    pub seed: u64,
-    /// Steps of k-means in a node, at least 1. A node whose centroids stand still stops before.
-    pub iterations: usize,
-    /// Points of the node that a step takes, fresh ones each step; none is all, every step. At least
-    /// the largest branching. The paper has 6,400.
-    pub points_per_iteration: Option<usize>,
-    /// Share of a step's points above which a cluster is split, from 1/K to 1; none is 1.5/K (the
-    /// paper's 0.094 at K = 16).
-    pub max_share: Option<f64>,
-    /// Whether centroids are scaled to unit norm, so that the nearest by L2 is the nearest by angle.
-    pub spherical: bool,
+/// What goes with a build beyond points and options.
+pub struct Job<'a> {
+    /// The order that points are taken in, each once: the same points with the same order of them give the same tree
+    /// however they are stored. Sorted by document, say. None is that of the rows.
+    pub order: Option<&'a [u32]>,
+    /// Where finished nodes are noted, so that a killed build goes on, and for what points they are good.
+    pub journal: Option<JournalFile<'a>>,
+    /// Called now and then, from any thread.
+    pub progress: &'a (dyn Fn(Progress) + Sync),
 }
 
-impl Default for Options {
+/// The file that a build notes its nodes in.
+#[derive(Clone, Copy)]
+pub struct JournalFile<'a> {
+    /// Made when it is not there; the caller removes it once the tree is safe.
+    pub path: &'a std::path::Path,
+    /// Says what the points are: nodes of a file with another identity or other options are not used.
+    pub identity: &'a str,
+}
+
+impl Default for Job<'_> {
     fn default() -> Self {
-        Self {
-            branching: vec![16; 4],
-            seed: 0,
-            iterations: 20,
-            points_per_iteration: None,
-            max_share: None,
-            spherical: false,
-        }
+        Self { order: None, journal: None, progress: &|_| () }
     }
 }
 
-impl Options {
-    /// Fails on an option out of range.
-    pub fn check(&self) -> Result<()> {
-        let error = |option, expected: String, found: String| Err(Error::Option { option, expected, found });
-        let Options { branching, iterations, points_per_iteration, max_share, .. } = self;
-        let n_clusters = branching.iter().try_fold(1u64, |n, &k| n.checked_mul(k as u64));
-        let fits = n_clusters.is_some_and(|n| n < u64::from(u32::MAX));
-        if branching.is_empty() || branching.iter().any(|&k| k < 2) || !fits {
-            let expected = "numbers from 2 up with a product below 4294967295".to_owned();
-            return error("branching", expected, format!("{branching:?}"));
+/// What a build leaves.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// The tree; its counts are those of `leaves`.
+    pub tree: ClusterTree,
+    /// Leaf of each row, `[N]`. It is the nearest at each level, but for points that had to leave a cluster above
+    /// the cap.
+    pub leaves: Vec<u32>,
+}
+
+/// Trains a cluster tree on `rows`, top-down. Every node is a k-means over the points that reach it (paper, section
+/// 2), balanced step by step; then each of its points goes on to the nearest centroid, or, where that holds its share
+/// already, to the nearest with room. A centroid is the mean of the points that went on to it.
+///
+/// The tree's counts are the points that reached each cluster, so that those of the children of a node add up to its
+/// own; a cluster that none reached has count 0 and a centroid of zeros. The result has the same bits on any number
+/// of threads and processors, and whether the points are in memory or read piece by piece.
+///
+/// Beyond the points and the tree, a build in memory takes D + 40 bytes a point; one of a file keeps to
+/// `options.host_bytes` and 20 bytes a point.
+///
+/// # Errors
+/// On an option out of range, on no points or more than 2³² − 2, on a point that is not finite or all zeros (the
+/// error names the row), on an order that does not hold each row once, and when reading or the journal fails.
+pub fn build(rows: &dyn Rows, options: &Options, job: &Job) -> Result<Built> {
+    options.check()?;
+    let largest = check(rows)?;
+    let order = options::order(rows.len(), job.order)?;
+    let journal = job.journal.map(|file| Journal::open(file, rows, options)).transpose()?;
+    let n_levels = options.branching.len();
+    let mut n_clusters = 1;
+    let levels = options.branching.iter().map(|&branching| {
+        n_clusters *= branching;
+        Level { branching, centroids: vec![0.0; n_clusters * rows.dim()], counts: vec![0; n_clusters] }
+    });
+    let mut builder = Builder {
+        options,
+        grid: Grid::new(rows.len(), largest),
+        levels: levels.collect(),
+        leaves: vec![0; rows.len()],
+        journal: journal.map(Mutex::new),
+        meter: Meter::new(rows.len(), n_levels, options.iterations, job.progress),
+    };
+    builder.grow(rows, order, NodeId { level: 0, index: 0 })?;
+    builder.meter.finish();
+    let tree = ClusterTree::new(rows.dim(), builder.levels)?;
+    Ok(Built { tree, leaves: builder.leaves })
+}
+
+struct Builder<'a> {
+    options: &'a Options,
+    grid: Grid,
+    /// The tree so far.
+    levels: Vec<Level>,
+    leaves: Vec<u32>,
+    journal: Option<Mutex<Journal>>,
+    meter: Meter<'a>,
+}
+
+/// The points of one node: a part of an order.
+struct Part {
+    id: NodeId,
+    start: usize,
+    len: usize,
+}
+
+impl Builder<'_> {
+    /// Trains a node and all below it on `members` of `rows`.
+    fn grow(&mut self, rows: &dyn Rows, members: Vec<u32>, id: NodeId) -> Result<()> {
+        if members.is_empty() {
+            return Ok(());
         }
-        if *iterations == 0 {
-            return error("iterations", "at least 1".to_owned(), "0".to_owned());
+        if rows.in_memory().is_some() {
+            return self.grow_in_memory(rows, members, id, |member| member);
         }
-        let (min, max) = branching.iter().fold((usize::MAX, 0), |(min, max), &k| (k.min(min), k.max(max)));
-        if let Some(n) = points_per_iteration.filter(|&n| n < max) {
-            return error("points_per_iteration", format!("at least the branching {max}"), n.to_string());
+        if members.len() <= self.options.loadable(rows.dim()) {
+            let mut values = vec![0f32; members.len() * rows.dim()];
+            let pieces = members.par_chunks(1024).zip(values.par_chunks_mut(1024 * rows.dim()));
+            pieces.try_for_each(|(members, to)| rows.read(members, to))?;
+            let local = (0..members.len() as u32).collect();
+            let matrix = Matrix::new(&values, rows.dim())?;
+            return self.grow_in_memory(&matrix, local, id, |position| members[position as usize]);
         }
-        let least = 1.0 / min as f64;
-        if let Some(share) = max_share.filter(|share| !(least..=1.0).contains(share)) {
-            return error("max_share", format!("{least} to 1 for the branching {min}"), share.to_string());
+        // Too large to load: its children may not be.
+        let k = self.options.branching[id.level];
+        let trained = self.train(rows, &members, id)?;
+        self.place(id, &trained);
+        let last = id.level + 1 == self.levels.len();
+        let mut children = vec![vec![]; k];
+        for (&member, &label) in members.iter().zip(&trained.labels) {
+            match last {
+                true => self.leaves[member as usize] = (id.index * k) as u32 + label,
+                false => children[label as usize].push(member),
+            }
+        }
+        drop((members, trained));
+        for (child, members) in children.into_iter().enumerate() {
+            self.grow(rows, members, NodeId { level: id.level + 1, index: id.index * k + child })?;
         }
         Ok(())
     }
-}
 
-/// How far a build is.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub struct Progress {
-    /// Level whose centroids are trained.
-    pub level: usize,
-    /// Nodes of the level above that are done.
-    pub nodes_done: usize,
-    /// Nodes of the level above.
-    pub nodes: usize,
-}
-
-/// A node while its level is trained: its points, and where its results go.
-struct Node<'a> {
-    id: NodeId,
-    members: &'a mut [u32],
-    centroids: &'a mut [f32], // [K, D]
-    counts: &'a mut [u64],    // [K]
-}
-
-/// Trains a cluster tree on `embeddings`, `[N, D]` row-major, which are read where they lie and
-/// never copied as a whole: beyond the tree, a build takes about 32 bytes a point and 64 MiB a
-/// thread. Every node is a k-means over the points that reach it (paper, section 2), balanced step
-/// by step; then each of its points goes on to the nearest centroid.
-///
-/// The tree's counts are the points that reached each cluster that way, so that those of the
-/// children of a node add up to its own. A cluster that none reached has count 0 and a centroid of
-/// zeros. The balance is one of training: a share at the end can be above `max_share`, as for a
-/// point that the data holds many times.
-///
-/// Fails on a dimension of 0, on values that are not rows of it, on no points or more than
-/// 2^32 − 1, on a value that is not finite (the error names the row), and on an option out of range.
-pub fn build(
-    embeddings: &[f32],
-    dim: usize,
-    options: &Options,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<ClusterTree> {
-    options.check()?;
-    let points = Points::new(embeddings, dim)?;
-    let mut order: Vec<u32> = (0..points.len() as u32).collect();
-    let mut levels: Vec<Level> = Vec::with_capacity(options.branching.len());
-    let mut sizes = vec![points.len() as u64]; // of the nodes of the level above: the root
-    for (level, &branching) in options.branching.iter().enumerate() {
-        let n_clusters = sizes.len() * branching;
-        let (mut centroids, mut counts) = (vec![0f32; n_clusters * dim], vec![0u64; n_clusters]);
-        let outputs = centroids.chunks_exact_mut(branching * dim).zip(counts.chunks_exact_mut(branching));
-        let mut rest = order.as_mut_slice();
-        let mut nodes = Vec::with_capacity(sizes.len());
-        for (index, (&size, (centroids, counts))) in sizes.iter().zip(outputs).enumerate() {
-            let (members, tail) = rest.split_at_mut(size as usize);
-            rest = tail;
-            nodes.push(Node { id: NodeId { level, index }, members, centroids, counts });
+    /// The same, level by level, of points in memory; `row` tells which row of the build a member is.
+    fn grow_in_memory(
+        &mut self,
+        rows: &dyn Rows,
+        mut order: Vec<u32>,
+        root: NodeId,
+        row: impl Fn(u32) -> u32,
+    ) -> Result<()> {
+        let mut parts = vec![Part { id: root, start: 0, len: order.len() }];
+        for level in root.level..self.levels.len() {
+            let k = self.options.branching[level];
+            let train = |part: &Part| self.train(rows, &order[part.start..][..part.len], part.id);
+            let trained: Vec<Result<Trained>> = parts.par_iter().map(train).collect();
+            let mut children = vec![];
+            let mut next = vec![0; order.len()];
+            for (part, trained) in parts.iter().zip(trained) {
+                let trained = trained?;
+                self.place(part.id, &trained);
+                let mut start = part.start;
+                let starts: Vec<usize> =
+                    trained.counts.iter().map(|&n| (start, start += n as usize).0).collect();
+                let mut at = starts.clone();
+                for (&member, &label) in order[part.start..][..part.len].iter().zip(&trained.labels) {
+                    let at = &mut at[label as usize];
+                    next[*at] = member;
+                    *at += 1;
+                }
+                for (child, (&start, &n)) in starts.iter().zip(&trained.counts).enumerate() {
+                    let id = NodeId { level: level + 1, index: part.id.index * k + child };
+                    children.push(Part { id, start, len: n as usize });
+                }
+            }
+            order = next;
+            parts = children.into_iter().filter(|part| part.len > 0).collect();
         }
-        train_level(&points, &mut nodes, options, progress);
-        sizes.clone_from(&counts);
-        levels.push(Level { branching, centroids, counts });
-    }
-    Ok(ClusterTree::new(dim, levels)?)
-}
-
-/// Trains the nodes of a level, in groups so that the caller hears of them.
-fn train_level(
-    points: &Points,
-    nodes: &mut [Node<'_>],
-    options: &Options,
-    progress: &mut dyn FnMut(Progress),
-) {
-    let n_nodes = nodes.len();
-    let mut nodes_done = 0;
-    for group in nodes.chunks_mut(GROUP) {
-        progress(Progress { level: group[0].id.level, nodes_done, nodes: n_nodes });
-        group.par_iter_mut().filter(|node| !node.members.is_empty()).for_each(|node| {
-            train_node(points, node, options);
-        });
-        nodes_done += group.len();
-    }
-    if let Some(node) = nodes.last() {
-        progress(Progress { level: node.id.level, nodes_done, nodes: n_nodes });
-    }
-}
-
-/// Trains a node, and sorts its points by cluster, in ascending order within each.
-fn train_node(points: &Points, node: &mut Node<'_>, options: &Options) {
-    let k = node.counts.len();
-    let centroids = train(points, node.members, k, options, node.id);
-    let labels = labels(points, node.members, &centroids);
-    labels.iter().for_each(|&label| node.counts[label as usize] += 1);
-    let mut next: Vec<usize> = node
-        .counts
-        .iter()
-        .scan(0, |start, &count| Some(std::mem::replace(start, *start + count as usize)))
-        .collect();
-    let members = node.members.to_vec();
-    for (member, label) in members.into_iter().zip(labels) {
-        node.members[next[label as usize]] = member;
-        next[label as usize] += 1;
-    }
-    let dim = points.dim();
-    let trained = centroids.values().chunks_exact(dim).zip(node.centroids.chunks_exact_mut(dim));
-    for ((from, to), &count) in trained.zip(&*node.counts) {
-        if count > 0 {
-            to.copy_from_slice(from);
+        // The parts are leaves now: ids of a level below the last.
+        for part in parts {
+            for &member in &order[part.start..][..part.len] {
+                self.leaves[row(member) as usize] = part.id.index as u32;
+            }
         }
+        Ok(())
+    }
+
+    /// Trains one node, or takes it from the journal.
+    fn train(&self, rows: &dyn Rows, members: &[u32], id: NodeId) -> Result<Trained> {
+        let k = self.options.branching[id.level];
+        if let Some(journal) = &self.journal {
+            let found = journal.lock().expect("no thread panicked").take(id);
+            if let Some(trained) = found {
+                self.meter.skip(members.len());
+                return Ok(trained);
+            }
+        }
+        let origin = self.origin(rows, members, id)?;
+        let points = Points { rows, members, origin: &origin, grid: self.grid };
+        let trained = train(points, k, self.options, id, &self.meter)?;
+        if let Some(journal) = &self.journal {
+            journal.lock().expect("no thread panicked").append(id, &trained)?;
+        }
+        Ok(trained)
+    }
+
+    /// A point near those of a node: its centroid, or for the root the mean of some points.
+    fn origin(&self, rows: &dyn Rows, members: &[u32], id: NodeId) -> Result<Vec<f32>> {
+        let dim = rows.dim();
+        if let Some(above) = id.level.checked_sub(1) {
+            return Ok(self.levels[above].centroids[id.index * dim..][..dim].to_vec());
+        }
+        let every = members.len().div_ceil(ORIGIN_POINTS);
+        let some: Vec<u32> = members.iter().copied().step_by(every).collect();
+        let mut values = vec![0f32; some.len() * dim];
+        rows.read(&some, &mut values)?;
+        Ok(mean(&values, dim))
+    }
+
+    fn place(&mut self, id: NodeId, trained: &Trained) {
+        let Level { centroids, counts, .. } = &mut self.levels[id.level];
+        let (k, n_values) = (trained.counts.len(), trained.centroids.len());
+        centroids[id.index * n_values..][..n_values].copy_from_slice(&trained.centroids);
+        counts[id.index * k..][..k].copy_from_slice(&trained.counts);
     }
 }

@@ -1,3 +1,5 @@
+use std::path::PathBuf;
+
 /// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -23,13 +25,47 @@ pub enum Error {
         /// The most that indices can name.
         max: u32,
     },
-    /// A point holds NaN or infinity, or its squared norm overflows.
-    #[error("point {row} has squared norm {norm_squared}, expected a finite one")]
-    NonFinite {
+    /// A point that holds NaN or infinity, is all zeros, or has a squared norm above 1e30.
+    #[error("point {row} has squared norm {squared_norm}, expected one above 0 and at most 1e30")]
+    Point {
         /// Row of the point.
         row: usize,
         /// The squared norm found.
-        norm_squared: f32,
+        squared_norm: f32,
+    },
+    /// An order that is not one of all the points.
+    #[error("an order of {found} points, expected each of {expected} rows once")]
+    Order {
+        /// Rows there are.
+        expected: usize,
+        /// Rows named.
+        found: usize,
+    },
+    /// Reading points, or reading or writing the journal, failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file of points that is cut short, or of another dimension.
+    #[error("{}: {found} bytes, expected a multiple of {row_bytes}, the bytes of a point", path.display())]
+    FileLength {
+        /// The file.
+        path: PathBuf,
+        /// Bytes of a point.
+        row_bytes: u64,
+        /// Bytes found.
+        found: u64,
+    },
+    /// A file that is not a `.npy` of rows of f32.
+    #[error("{}: expected a .npy file of little-endian f32, two dimensions, C order, found {found}", path.display())]
+    Npy {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        found: String,
     },
     /// An option outside its range.
     #[error("{option} is {found}, expected {expected}")]

@@ -1,20 +1,31 @@
 //! Vectors to a cluster tree: balanced hierarchical k-means (paper, section 2 and its appendix).
 //!
-//! [`build`] trains a tree top-down, [`assign`] sends vectors to its leaves. Both give the same bits
-//! on any number of threads: work is cut into chunks that depend on the data alone, and their
-//! results are added in order.
+//! [`build`] trains a tree top-down, of points in memory or of a file larger than it; [`assign`] sends vectors to the
+//! leaves of a tree; [`lloyd`] is plain k-means. All give the same bits on any number of threads and on any
+//! processor: points go to the nearest centroid exactly (crate `nearest`), and sums are exact, so that no order of
+//! work shows in them.
 //!
 //! Shapes: N points, D embedding dimension, K clusters of one node.
 
 mod assign;
+mod assignment;
 mod balance;
 mod build;
+mod centroids;
 mod error;
-mod kernel;
+mod journal;
 mod node;
-mod points;
+mod options;
+mod progress;
+mod rows;
 mod seeding;
+mod sums;
 
 pub use assign::assign;
-pub use build::{Options, Progress, build};
+pub use build::{Built, Job, JournalFile, build};
 pub use error::{Error, Result};
+pub use journal::remove_journal;
+pub use node::lloyd;
+pub use options::Options;
+pub use progress::Progress;
+pub use rows::{Matrix, RowFile, Rows};

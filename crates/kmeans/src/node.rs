@@ -3,98 +3,140 @@
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
-use crate::balance::balance;
-use crate::build::Options;
-use crate::kernel::{Centroids, Panels};
-use crate::points::Points;
+use crate::Result;
+use crate::assignment::{Assignment, Points};
+use crate::balance::{balance, cap};
+use crate::centroids::Centroids;
+use crate::options::Options;
+use crate::progress::Meter;
+use crate::rows::Rows;
 use crate::seeding::seed;
-
-/// Points that one task assigns, at least.
-const MIN_CHUNK: usize = 1024;
-
-/// Bytes that the sums of all the tasks of a step may take together.
-const SUM_BYTES: usize = 64 << 20;
+use crate::sums::Grid;
 
 /// Points per centroid that seeding draws from.
 const SEEDING_POINTS: usize = 64;
 
 /// Where a node stands in the tree: with the seed, it decides all that is random in the node.
-#[derive(Copy, Clone)]
+#[derive(Copy, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub(crate) struct NodeId {
     pub(crate) level: usize,
     pub(crate) index: usize,
 }
 
-/// One assignment step over the points taken for it, `M` of them.
-pub(crate) struct Step {
-    /// Centroid of each point, `[M]`.
-    pub(crate) labels: Vec<u32>,
-    /// Squared distance to that centroid, `[M]`.
-    distances: Vec<f32>,
-    /// Sum of the points of each centroid, `[K, D]`.
-    pub(crate) sums: Vec<f64>,
-    /// Points of each centroid, `[K]`.
+/// What training a node leaves.
+pub(crate) struct Trained {
+    /// `[K, D]`; zeros where no point went.
+    pub(crate) centroids: Vec<f32>,
+    /// Points of each cluster, `[K]`.
     pub(crate) counts: Vec<u64>,
+    /// Cluster of each point, `[N]`.
+    pub(crate) labels: Vec<u32>,
 }
 
-/// Trains the `k` centroids of a node on its points, `members`, at least one.
-pub(crate) fn train(points: &Points, members: &[u32], k: usize, options: &Options, id: NodeId) -> Centroids {
+/// Trains the `k` centroids of a node on its points, and assigns the points to them under the cap.
+pub(crate) fn train(
+    points: Points,
+    k: usize,
+    options: &Options,
+    id: NodeId,
+    meter: &Meter,
+) -> Result<Trained> {
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     rng.set_stream(((id.level as u64) << 32) | id.index as u64);
-    let per_step = options.points_per_iteration.map_or(members.len(), |n| n.min(members.len()));
-    let n_seeding = members.len().min(SEEDING_POINTS * k);
-    let drawn = draw(members, per_step, n_seeding, options.iterations, &mut rng);
-    let max_share = options.max_share.unwrap_or(1.5 / k as f64);
-    let mut centroids = seed(points, &drawn[..n_seeding], k, &mut rng);
-    for iteration in 0..options.iterations {
-        let sample: Vec<u32>;
-        let taken = if per_step == members.len() {
-            members
+    let per_step = options.points_per_iteration.map_or(points.len(), |n| n.min(points.len()));
+    let n_seeding = points.len().min(SEEDING_POINTS * k);
+    let drawn = draw(points.len(), per_step, n_seeding, options.iterations, &mut rng);
+    let members =
+        |positions: &[u32]| positions.iter().map(|&at| points.members[at as usize]).collect::<Vec<u32>>();
+    let takes_all = per_step == points.len();
+    // Codes are kept where they are used again, but not of points that are not in memory themselves.
+    let codes = if takes_all && points.rows.in_memory().is_some() { Some(points.coded()?) } else { None };
+    let start = {
+        let some = members(&drawn[..n_seeding]);
+        let sample = points.of(if n_seeding == points.len() { points.members } else { &some });
+        let mut buffer = vec![];
+        let chunk = sample.chunk(sample.members, &mut buffer)?;
+        match &codes {
+            Some(codes) if n_seeding == points.len() => seed(codes, &chunk, k, &mut rng),
+            _ => seed(&sample.coded()?, &chunk, k, &mut rng),
+        }
+    };
+    let mut all = Assignment::none(points.of(points.members), k, codes);
+    let (mut centroids, mut n_steps) = (start, 0);
+    while n_steps < options.iterations {
+        let next = if takes_all {
+            step(&mut all, &centroids, options, (&mut rng, n_steps))?
         } else {
-            sample = fresh(&drawn, per_step, iteration);
-            &sample
+            let sample = members(&fresh(&drawn, per_step, n_steps));
+            step(
+                &mut Assignment::none(points.of(&sample), k, None),
+                &centroids,
+                options,
+                (&mut rng, n_steps),
+            )?
         };
-        let mut step = assignment(points, taken, &centroids);
-        balance(points, taken, &mut step, max_share, &mut rng);
-        let next = update(points, taken, &step, options.spherical);
-        let settled = taken.len() == members.len() && next == centroids;
+        let settled = takes_all && next == centroids;
         centroids = next;
+        n_steps += 1;
+        meter.step(points.len());
         if settled {
             break;
         }
     }
-    centroids
+    let trained = finish(all, centroids, options)?;
+    meter.node(points.len(), n_steps);
+    Ok(trained)
 }
 
-/// The nearest centroid of each point, `[M]`.
-pub(crate) fn labels(points: &Points, members: &[u32], centroids: &Centroids) -> Vec<u32> {
-    let panels = Panels::new(centroids);
-    let mut labels = vec![0; members.len()];
-    labels.par_chunks_mut(MIN_CHUNK).zip(members.par_chunks(MIN_CHUNK)).for_each(|(labels, members)| {
-        panels.nearest(points, members, |position, index, _| labels[position] = index);
-    });
-    labels
+/// One step: points to their nearest centroids, large clusters relieved, centroids to the means.
+///
+/// In the first quarter of the steps large clusters are split at random, as in the paper: it moves centroids to where
+/// points are many. It never lets a node settle, though, so that afterwards the points that lose least leave.
+fn step(
+    taken: &mut Assignment,
+    centroids: &Centroids,
+    options: &Options,
+    (rng, n_steps): (&mut ChaCha8Rng, usize),
+) -> Result<Centroids> {
+    taken.assign(centroids)?;
+    if n_steps < options.iterations / 4 {
+        balance(taken, options.share(centroids.len()), rng)?;
+    } else {
+        let limit = options.limit(centroids.len(), taken.points.len());
+        cap(taken, centroids, limit)?;
+    }
+    taken.means(centroids, options.spherical)
 }
 
-/// As many points, in random order, as seeding takes, or as all the steps take together if a step
-/// takes fewer than all.
-fn draw(
-    members: &[u32],
-    per_step: usize,
-    n_seeding: usize,
-    iterations: usize,
-    rng: &mut ChaCha8Rng,
-) -> Vec<u32> {
-    let n_steps = if per_step < members.len() { per_step.saturating_mul(iterations) } else { 0 };
-    let mut order = members.to_vec();
-    let (drawn, _) = order.partial_shuffle(rng, n_steps.max(n_seeding).min(members.len()));
+/// The last assignment: to the nearest centroids, then from clusters above the cap to others with room.
+fn finish(mut all: Assignment, centroids: Centroids, options: &Options) -> Result<Trained> {
+    let k = centroids.len();
+    all.assign(&centroids)?;
+    let limit = options.limit(k, all.points.len());
+    cap(&mut all, &centroids, limit)?;
+    let dim = all.points.dim();
+    let mut values = vec![0f32; k * dim];
+    all.add_up()?;
+    for (cluster, to) in values.chunks_exact_mut(dim).enumerate().filter(|&(c, _)| all.counts[c] > 0) {
+        let mean = all.sums.mean(cluster, all.counts[cluster], options.spherical);
+        to.iter_mut().zip(mean).for_each(|(to, from)| *to = from);
+    }
+    let counts = all.counts.iter().map(|&count| count as u64).collect();
+    Ok(Trained { centroids: values, counts, labels: all.labels })
+}
+
+/// Positions of as many of `n` points, in random order, as seeding takes, or as all the steps take together if a
+/// step takes fewer than all.
+fn draw(n: usize, per_step: usize, n_seeding: usize, iterations: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+    let n_steps = if per_step < n { per_step.saturating_mul(iterations) } else { 0 };
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    let (drawn, _) = order.partial_shuffle(rng, n_steps.max(n_seeding).min(n));
     drawn.to_vec()
 }
 
-/// The points of a step: those after the points of the step before, from the start again when all
-/// have been taken; in ascending order, which is how they lie in memory.
+/// The positions of the points of a step: those after the points of the step before, from the start again when all
+/// have been taken; in ascending order, which is mostly how they lie in memory.
 fn fresh(drawn: &[u32], per_step: usize, iteration: usize) -> Vec<u32> {
     let start = iteration * per_step % drawn.len();
     let mut sample: Vec<u32> = drawn.iter().cycle().skip(start).take(per_step).copied().collect();
@@ -102,83 +144,45 @@ fn fresh(drawn: &[u32], per_step: usize, iteration: usize) -> Vec<u32> {
     sample
 }
 
-/// Assigns points to their nearest centroids, and adds up the points of each.
-fn assignment(points: &Points, members: &[u32], centroids: &Centroids) -> Step {
-    let (k, dim) = (centroids.len(), points.dim());
-    let panels = Panels::new(centroids);
-    // Depends on the sizes alone, never on the number of threads: the sums round the same way.
-    let n_chunks = (SUM_BYTES / (k * dim * size_of::<f64>())).max(1);
-    let chunk = members.len().div_ceil(n_chunks).max(MIN_CHUNK);
-    let chunks: Vec<Step> = members
-        .par_chunks(chunk)
-        .map(|members| {
-            let mut step = Step::new(members.len(), k, dim);
-            panels.nearest(points, members, |position, index, distance| {
-                step.labels.push(index);
-                step.distances.push(distance);
-                step.counts[index as usize] += 1;
-                let sum = &mut step.sums[index as usize * dim..][..dim];
-                let row = points.row(members[position]);
-                sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += f64::from(value));
-            });
-            step
-        })
-        .collect();
-    let mut whole = Step::new(members.len(), k, dim);
-    for step in &chunks {
-        whole.labels.extend_from_slice(&step.labels);
-        whole.distances.extend_from_slice(&step.distances);
-        whole.counts.iter_mut().zip(&step.counts).for_each(|(count, other)| *count += other);
-        whole.sums.iter_mut().zip(&step.sums).for_each(|(sum, other)| *sum += other);
+/// Centroids after at most `iterations` steps of Lloyd's algorithm over all of `rows` from `start`, `[K, D]`, without
+/// a cap on shares; it ends before when no centroid moves.
+///
+/// # Errors
+/// On points as for [`build`](crate::build), and on a start that is not K finite rows.
+pub fn lloyd(rows: &dyn Rows, start: &[f32], iterations: usize) -> Result<Vec<f32>> {
+    let dim = rows.dim();
+    let largest = crate::rows::check(rows)?;
+    if start.is_empty() || !start.len().is_multiple_of(dim) {
+        return Err(crate::Error::Length { values: start.len(), dim });
     }
-    whole
-}
-
-impl Step {
-    fn new(n_points: usize, k: usize, dim: usize) -> Self {
-        Self {
-            labels: Vec::with_capacity(n_points),
-            distances: Vec::with_capacity(n_points),
-            sums: vec![0.0; k * dim],
-            counts: vec![0; k],
+    let k = start.len() / dim;
+    let mut centroids = Centroids::inactive(k, dim);
+    for (index, row) in start.chunks_exact(dim).enumerate() {
+        if let Some(value) = row.iter().find(|value| !value.is_finite()) {
+            return Err(crate::Error::Point { row: index, squared_norm: *value });
         }
+        centroids.set(index, row.iter().copied());
     }
-}
-
-/// The mean of each centroid's points, of unit norm if `spherical`. A centroid without points moves
-/// to the point that is farthest from its own, the next one to the next; where every point lies on
-/// its centroid it becomes inactive.
-fn update(points: &Points, members: &[u32], step: &Step, spherical: bool) -> Centroids {
-    let dim = points.dim();
-    let mut centroids = Centroids::inactive(step.counts.len(), dim);
-    for (index, (&count, sum)) in step.counts.iter().zip(step.sums.chunks_exact(dim)).enumerate() {
-        if count == 0 {
-            continue;
+    let members: Vec<u32> = (0..rows.len() as u32).collect();
+    let origin = mean(start, dim);
+    let grid = Grid::new(rows.len(), largest);
+    let points = Points { rows, members: &members, origin: &origin, grid };
+    let codes = points.coded()?;
+    let mut all = Assignment::none(points, k, Some(codes));
+    for _ in 0..iterations {
+        all.assign(&centroids)?;
+        let next = all.means(&centroids, false)?;
+        if next == centroids {
+            break;
         }
-        let norm = sum.iter().map(|value| value * value).sum::<f64>().sqrt();
-        // A sum of exactly 0 has no direction: its mean stays where it is.
-        let divisor = if spherical && norm > 0.0 { norm } else { count as f64 };
-        centroids.set(index, sum.iter().map(|value| (value / divisor) as f32));
+        centroids = next;
     }
-    let empty: Vec<usize> = (0..step.counts.len()).filter(|&index| step.counts[index] == 0).collect();
-    for (&index, position) in empty.iter().zip(farthest(&step.distances, empty.len())) {
-        centroids.set(index, points.row(members[position as usize]).iter().copied());
-    }
-    centroids
+    Ok(centroids.into_values())
 }
 
-/// The positions of the `n` largest distances, largest first, ties by position; those of 0 left out.
-fn farthest(distances: &[f32], n: usize) -> Vec<u32> {
-    if n == 0 {
-        return Vec::new();
-    }
-    let mut positions: Vec<u32> =
-        (0..distances.len() as u32).filter(|&position| distances[position as usize] > 0.0).collect();
-    let order = |a: &u32, b: &u32| distances[*b as usize].total_cmp(&distances[*a as usize]).then(a.cmp(b));
-    if positions.len() > n {
-        positions.select_nth_unstable_by(n - 1, order);
-        positions.truncate(n);
-    }
-    positions.sort_unstable_by(order);
-    positions
+/// The mean of rows, `[D]`.
+pub(crate) fn mean(rows: &[f32], dim: usize) -> Vec<f32> {
+    let n = (rows.len() / dim) as f64;
+    let of_axis = |axis: usize| rows.chunks_exact(dim).map(|row| f64::from(row[axis])).sum::<f64>() / n;
+    (0..dim).map(|axis| of_axis(axis) as f32).collect()
 }

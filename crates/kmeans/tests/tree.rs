@@ -1,7 +1,9 @@
 //! Trees over planted data, against an independent k-means, and at the edges.
 
+use std::sync::Mutex;
+
 use cluster_tree::{ClusterId, ClusterTree};
-use kmeans::{Error, Options, Progress, assign, build};
+use kmeans::{Error, Job, Matrix, Options, Progress, build, lloyd};
 use linfa::DatasetBase;
 use linfa::traits::Fit;
 use ndarray::Array2;
@@ -33,7 +35,11 @@ fn options(branching: &[usize]) -> Options {
 }
 
 fn silent(rows: &[f32], dim: usize, options: &Options) -> kmeans::Result<ClusterTree> {
-    build(rows, dim, options, &mut |_| ())
+    Ok(build(&Matrix::new(rows, dim)?, options, &Job::default())?.tree)
+}
+
+fn assign(tree: &ClusterTree, rows: &[f32], width: usize) -> kmeans::Result<Vec<u32>> {
+    kmeans::assign(tree, &Matrix::new(rows, tree.dim())?, width)
 }
 
 /// Share of points whose cluster's most common label is theirs.
@@ -130,15 +136,56 @@ fn the_objective_is_that_of_an_independent_kmeans() {
     }
 }
 
+/// Every cluster within the limit of its node, which has room for all.
+fn assert_capped(tree: &ClusterTree, n_points: usize, options: &Options) {
+    let mut parents = vec![n_points];
+    for level in 0..tree.n_levels() {
+        let k = tree.branching(level);
+        for (node, counts) in tree.counts(level).chunks_exact(k).enumerate() {
+            let limit = options.limit(k, parents[node]) as u64;
+            assert!(
+                counts.iter().all(|&n| n <= limit),
+                "level {level}, node {node}: {counts:?} above {limit}"
+            );
+        }
+        parents = tree.counts(level).iter().map(|&n| n as usize).collect();
+    }
+}
+
 #[test]
 fn no_cluster_takes_more_than_its_share_of_a_huge_one() {
     let (rows, labels) = planted(&[4000, 60, 60, 60, 60, 60, 60, 60], 8, 12.0, 4);
     let share = |tree: &ClusterTree| *tree.counts(0).iter().max().unwrap() as f64 / labels.len() as f64;
     let free = Options { max_share: Some(1.0), iterations: 4, ..options(&[8]) };
     assert!(share(&silent(&rows, 8, &free).unwrap()) > 0.25, "the data does not need the balance");
-    let tree = silent(&rows, 8, &options(&[8])).unwrap();
-    assert!(share(&tree) <= 1.5 / 8.0 * 1.1, "{:?}", tree.counts(0));
+    let capped = options(&[8]);
+    let tree = silent(&rows, 8, &capped).unwrap();
+    assert_capped(&tree, labels.len(), &capped);
     assert_consistent(&tree, labels.len());
+}
+
+#[test]
+fn shares_nest_and_stay_below_the_cap_on_any_data() {
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for case in 0..24 {
+        let sizes: Vec<usize> = (0..rng.random_range(1..12)).map(|_| rng.random_range(1..400)).collect();
+        let dim = rng.random_range(2..40);
+        let (rows, labels) = planted(&sizes, dim, rng.random_range(0.1..20.0), case);
+        let branching: Vec<usize> = (0..rng.random_range(1..4)).map(|_| rng.random_range(2..20)).collect();
+        let least = 1.0 / *branching.iter().min().unwrap() as f64;
+        let options = Options {
+            max_share: [None, Some(rng.random_range(least..1.0))][rng.random_range(0..2)],
+            points_per_iteration: [None, Some(rng.random_range(20..300))][rng.random_range(0..2)],
+            spherical: rng.random(),
+            iterations: rng.random_range(1..12),
+            seed: case,
+            ..options(&branching)
+        };
+        let built = build(&Matrix::new(&rows, dim).unwrap(), &options, &Job::default()).unwrap();
+        assert_consistent(&built.tree, labels.len());
+        assert_capped(&built.tree, labels.len(), &options);
+        assert_eq!(histogram(&built.leaves, built.tree.n_leaves()), built.tree.counts(branching.len() - 1));
+    }
 }
 
 #[test]
@@ -163,7 +210,9 @@ fn the_same_bits_on_any_number_of_threads() {
 #[test]
 fn levels_may_branch_differently_and_points_descend_to_where_they_are_counted() {
     let (rows, labels) = planted(&[50; 32], 12, 10.0, 6);
-    let tree = silent(&rows, 12, &options(&[4, 8])).unwrap();
+    let free = Options { max_share: Some(1.0), ..options(&[4, 8]) };
+    let built = build(&Matrix::new(&rows, 12).unwrap(), &free, &Job::default()).unwrap();
+    let tree = built.tree;
     assert_eq!((tree.n_levels(), tree.n_clusters(0), tree.n_leaves()), (2, 4, 32));
     assert_consistent(&tree, labels.len());
     let assigned = assign(&tree, &rows, 1).unwrap();
@@ -223,21 +272,44 @@ fn fewer_points_than_clusters_are_each_their_own() {
 }
 
 #[test]
-fn progress_counts_the_nodes_of_each_level() {
+fn progress_rises_to_the_whole_and_counts_the_nodes() {
     let (rows, _) = planted(&[30; 10], 4, 5.0, 9);
-    let mut seen = Vec::new();
-    build(&rows, 4, &options(&[10, 10, 2]), &mut |progress| seen.push(progress)).unwrap();
-    let at = |level, nodes_done, nodes| Progress { level, nodes_done, nodes };
-    let wanted = [
-        at(0, 0, 1),
-        at(0, 1, 1),
-        at(1, 0, 10),
-        at(1, 10, 10),
-        at(2, 0, 100),
-        at(2, 64, 100),
-        at(2, 100, 100),
-    ];
-    assert_eq!(seen, wanted);
+    let seen: Mutex<Vec<Progress>> = Mutex::new(vec![]);
+    let progress = |progress| seen.lock().unwrap().push(progress);
+    let job = Job { progress: &progress, ..Job::default() };
+    let tree = build(&Matrix::new(&rows, 4).unwrap(), &options(&[10, 10, 2]), &job).unwrap().tree;
+    let seen = seen.into_inner().unwrap();
+    assert!(seen.len() > 20 && seen.iter().all(|p| p.done <= p.total && p.total == 300 * 3 * 21));
+    let used = |level: usize| tree.counts(level).iter().filter(|&&n| n > 0).count() as u64;
+    let last = Progress { done: 18_900, total: 18_900, nodes: 1 + used(0) + used(1) };
+    assert_eq!(seen.last(), Some(&last));
+}
+
+#[test]
+fn lloyd_reaches_the_objective_of_plain_distances() {
+    let (rows, _) = planted(&[150; 9], 21, 2.0, 10);
+    let start = rows[..40 * 21].to_vec();
+    let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+    for _ in 0..12 {
+        let (mut sums, mut counts) = (vec![0f64; expected.len()], [0f64; 40]);
+        for row in rows.chunks_exact(21) {
+            let distance =
+                |c: &[f64]| -> f64 { row.iter().zip(c).map(|(&x, c)| (f64::from(x) - c).powi(2)).sum() };
+            let distances: Vec<f64> = expected.chunks_exact(21).map(distance).collect();
+            let best = (0..40).min_by(|&a, &b| distances[a].total_cmp(&distances[b])).unwrap();
+            counts[best] += 1.0;
+            sums[best * 21..][..21].iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+        }
+        assert!(counts.iter().all(|&n| n > 0.0), "this reference has no rule for empty clusters");
+        expected =
+            sums.chunks_exact(21).zip(counts).flat_map(|(s, n)| s.iter().map(move |s| s / n)).collect();
+    }
+    let found = lloyd(&Matrix::new(&rows, 21).unwrap(), &start, 12).unwrap();
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+    }
+    let short = lloyd(&Matrix::new(&rows, 21).unwrap(), &start[..20], 1).unwrap_err();
+    assert_eq!(short.to_string(), "20 values are not rows of dimension 21");
 }
 
 #[test]
@@ -245,17 +317,25 @@ fn wrong_points_are_errors() {
     let fail = |rows: &[f32], dim| silent(rows, dim, &options(&[2])).unwrap_err().to_string();
     assert_eq!(fail(&[1.0], 0), "points have dimension 0, expected at least 1");
     assert_eq!(fail(&[1.0; 7], 3), "7 values are not rows of dimension 3");
-    assert_eq!(fail(&[], 3), "0 points, expected 1 to 4294967295");
+    assert_eq!(fail(&[], 3), "0 points, expected 1 to 4294967294");
     let mut rows = vec![1f32; 30_000];
     for (row, value) in [(9_999, f32::NAN), (7_000, f32::INFINITY), (5_000, 1e30)] {
         rows[row * 3 + 1] = value;
-        let Err(Error::NonFinite { row: found, .. }) = silent(&rows, 3, &options(&[2])) else {
+        let Err(Error::Point { row: found, .. }) = silent(&rows, 3, &options(&[2])) else {
             panic!("{value} accepted")
         };
         assert_eq!(found, row);
     }
+    rows[12..15].fill(0.0);
+    assert_eq!(fail(&rows, 3), "point 4 has squared norm 0, expected one above 0 and at most 1e30");
     rows[0] = f32::NAN;
-    assert_eq!(fail(&rows, 3), "point 0 has squared norm NaN, expected a finite one");
+    assert_eq!(fail(&rows, 3), "point 0 has squared norm NaN, expected one above 0 and at most 1e30");
+    let matrix = Matrix::new(&[1.0, 2.0, 3.0], 1).unwrap();
+    for order in [&[0, 1][..], &[0, 1, 1], &[0, 1, 3]] {
+        let job = Job { order: Some(order), ..Job::default() };
+        let error = build(&matrix, &options(&[2]), &job).unwrap_err().to_string();
+        assert_eq!(error, format!("an order of {} points, expected each of 3 rows once", order.len()));
+    }
 }
 
 #[test]
@@ -288,10 +368,10 @@ fn options_out_of_range_are_errors() {
 
 #[test]
 fn wrong_assignments_are_errors() {
-    let tree = silent(&[0.0, 0.0, 1.0, 1.0, 5.0, 5.0], 2, &options(&[2])).unwrap();
+    let tree = silent(&[0.5, 0.5, 1.0, 1.0, 5.0, 5.0], 2, &options(&[2])).unwrap();
     assert_eq!(assign(&tree, &[0.1, 0.1, 5.1, 5.1], 1).unwrap().len(), 2);
     let fail = |rows: &[f32], width| assign(&tree, rows, width).unwrap_err();
     assert!(matches!(fail(&[1.0; 3], 1), Error::Length { values: 3, dim: 2 }));
-    assert!(matches!(fail(&[1.0, 1.0, f32::NAN, 1.0], 1), Error::NonFinite { row: 1, .. }));
+    assert!(matches!(fail(&[1.0, 1.0, f32::NAN, 1.0], 1), Error::Point { row: 1, .. }));
     assert!(matches!(fail(&[1.0; 2], 0), Error::Tree(cluster_tree::Error::ZeroWidth)));
 }

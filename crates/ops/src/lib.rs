@@ -16,6 +16,7 @@ mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod embedding;
+mod encoder;
 mod gated_ffn;
 mod gemm;
 mod linear;
@@ -29,6 +30,7 @@ pub use attention::{AttentionShape, attention};
 pub use buffer::{tensors_of, values_of};
 pub use cross_entropy::{CrossEntropy, LOGIT_ROWS, TokenLoss, linear_cross_entropy};
 pub use embedding::embedding;
+pub use encoder::{Activation, Dense, LayerNorm, SelfAttention};
 pub use gated_ffn::{FfnPart, Run, gated_ffn};
 pub use linear::linear;
 pub use rms_norm::rms_norm;

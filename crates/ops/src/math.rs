@@ -58,20 +58,39 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 /// Replaces each x by e^(x − shift) and returns their sum.
 #[inline]
 pub(crate) fn exp_sub_sum(x: &mut [f32], shift: f32) -> f32 {
+    exp_of_differences(x, shift, 1.0)
+}
+
+/// Replaces each x by e^((x − shift)·factor) and returns their sum.
+#[inline]
+pub(crate) fn exp_of_differences(x: &mut [f32], shift: f32, factor: f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let (chunks, tail) = x.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for i in 0..LANES {
-            chunk[i] = exp(chunk[i] - shift);
+            chunk[i] = exp((chunk[i] - shift) * factor);
             lanes[i] += chunk[i];
         }
     }
     let mut sum = lanes.iter().sum::<f32>();
     for x in tail {
-        *x = exp(*x - shift);
+        *x = exp((*x - shift) * factor);
         sum += *x;
     }
     sum
+}
+
+/// Σ x over 32 running sums, as [`dot`].
+#[inline]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] += chunk[i];
+        }
+    }
+    lanes.iter().sum::<f32>() + tail.iter().sum::<f32>()
 }
 
 /// Multiplies each element by `factor`.
@@ -109,6 +128,11 @@ mod tests {
             let mut y = x.clone();
             let expected: f64 = x.iter().map(|&v| (f64::from(v) - 0.5).exp()).sum();
             assert!((f64::from(exp_sub_sum(&mut y, 0.5)) - expected).abs() < 1e-4);
+            let mut y = x.clone();
+            let expected: f64 = x.iter().map(|&v| ((f64::from(v) - 0.5) * 3.0).exp()).sum();
+            assert!((f64::from(exp_of_differences(&mut y, 0.5, 3.0)) - expected).abs() < 1e-4);
+            let expected: f64 = x.iter().map(|&v| f64::from(v)).sum();
+            assert!((f64::from(sum(&x)) - expected).abs() < 1e-5);
         }
     }
 }

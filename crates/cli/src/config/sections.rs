@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anchor::AnchorConfig;
+use anyhow::{Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
 use serde::{Deserialize, Serialize};
 
@@ -116,13 +117,15 @@ fn store_options(
 pub(crate) enum EmbedKind {
     Hashed,
     Static,
+    Bert,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct EmbedSection {
     pub(crate) kind: EmbedKind,
-    /// The folder of a static (model2vec) embedder.
+    /// A static (model2vec) embedder or a BERT of sentence-transformers: its folder, or its id on the Hugging Face
+    /// hub.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) path: Option<PathBuf>,
     /// Dimensions of the hashed embedder.
@@ -169,6 +172,9 @@ pub(crate) struct TreeSection {
     pub(crate) max_share: Option<f64>,
     pub(crate) spherical: bool,
     pub(crate) seed: u64,
+    /// MiB that embeddings may take while the tree is built: those of a larger corpus are read piece by piece, which
+    /// gives the same tree.
+    pub(crate) host_mib: u64,
     /// Candidates a level of the descent keeps; 1 is greedy.
     pub(crate) beam: usize,
 }
@@ -183,6 +189,7 @@ impl Default for TreeSection {
             max_share: options.max_share,
             spherical: options.spherical,
             seed: 1,
+            host_mib: 4096,
             beam: 4,
         }
     }
@@ -197,6 +204,81 @@ impl TreeSection {
             points_per_iteration: self.points_per_iteration,
             max_share: self.max_share,
             spherical: self.spherical,
+            host_bytes: self.host_mib << 20,
+        }
+    }
+}
+
+/// What takes an embedding to a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum RouterKind {
+    Beam,
+    Prototypes,
+    Hnsw,
+    Exact,
+    Random,
+}
+
+/// How a text that is asked about is routed. The documents of the corpus are assigned by `tree.beam`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RetrieveSection {
+    pub(crate) router: RouterKind,
+    /// Candidates a level of the beam keeps, and leaves that other routers name; tree.beam without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) beam: Option<usize>,
+    /// K-means prototypes a leaf.
+    pub(crate) prototypes: usize,
+    /// Neighbours of a node of the HNSW graph.
+    pub(crate) hnsw_connections: usize,
+    /// Candidates kept while a node is inserted.
+    pub(crate) hnsw_ef_construction: usize,
+    /// Candidates kept by a search.
+    pub(crate) hnsw_ef_search: usize,
+    /// Seed of the prototypes, and of random leaves.
+    pub(crate) seed: u64,
+}
+
+impl Default for RetrieveSection {
+    fn default() -> Self {
+        let hnsw = retrieve::HnswOptions::default();
+        Self {
+            router: RouterKind::Beam,
+            beam: None,
+            prototypes: retrieve::PrototypeOptions::default().per_leaf,
+            hnsw_connections: hnsw.connections,
+            hnsw_ef_construction: hnsw.ef_construction,
+            hnsw_ef_search: hnsw.ef_search,
+            seed: 1,
+        }
+    }
+}
+
+impl RetrieveSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        for (key, found, (least, most)) in [
+            ("beam", self.beam.unwrap_or(1), (1, usize::MAX)),
+            ("prototypes", self.prototypes, (1, usize::MAX)),
+            ("hnsw_connections", self.hnsw_connections, (2, 255)),
+            ("hnsw_ef_construction", self.hnsw_ef_construction, (1, usize::MAX)),
+            ("hnsw_ef_search", self.hnsw_ef_search, (1, usize::MAX)),
+        ] {
+            if !(least..=most).contains(&found) {
+                let range = if most == usize::MAX { "or more".into() } else { format!("to {most}") };
+                bail!("retrieve.{key}: expected {least} {range}, found {found}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The options of the graph, of which `n` leaves are asked.
+    pub(crate) fn hnsw(&self, n: usize) -> retrieve::HnswOptions {
+        retrieve::HnswOptions {
+            connections: self.hnsw_connections,
+            ef_construction: self.hnsw_ef_construction,
+            ef_search: self.hnsw_ef_search,
+            n,
         }
     }
 }

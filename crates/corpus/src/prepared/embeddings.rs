@@ -18,6 +18,11 @@ const SYNC_ROWS: usize = 1 << 16;
 pub struct Embeddings(Mmap);
 
 impl Embeddings {
+    /// The file in `dir`: little-endian f32, `[n_windows, dim]`.
+    pub fn path(dir: &Path) -> PathBuf {
+        dir.join(FILE)
+    }
+
     /// Opens the embeddings in `dir`. Fails when they are not `n_windows` rows of `dim` numbers.
     pub fn open(dir: &Path, n_windows: usize, dim: usize) -> Result<Self> {
         let path = dir.join(FILE);

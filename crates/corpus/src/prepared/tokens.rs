@@ -176,6 +176,17 @@ impl TokenStore {
         })
     }
 
+    /// Windows in the order of their documents' ids (as hashes), and within a document from its start: the same for
+    /// the same documents however they are divided into files, as long as ids are given and differ. Fails on a window
+    /// of a document that is not there.
+    pub fn windows_by_id(&self) -> Result<Vec<u32>> {
+        let key = |window: &Window| Ok((self.document(window.document)?.id_hash, window.start));
+        let keys = self.window_records().iter().map(key).collect::<Result<Vec<_>>>()?;
+        let mut order: Vec<u32> = (0..keys.len() as u32).collect();
+        order.sort_by_key(|&index| keys[index as usize]);
+        Ok(order)
+    }
+
     /// The tokens of window `index`. Fails past the end, and on a token that the vocabulary does not
     /// have.
     pub fn window_tokens(&self, index: usize) -> Result<Vec<u32>> {

@@ -14,10 +14,12 @@ mod tests;
 mod txt;
 
 use std::io::{BufReader, Read};
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::prepared::files::NewFile;
 use crate::{Error, Result};
 pub(crate) use listing::identity;
 pub use listing::{list, list_held_out};
@@ -253,4 +255,28 @@ fn zstd_decoder(reader: ObjectReader) -> std::io::Result<impl Read + Send> {
     // Published corpora are often written with `--long=31`, which the default bound refuses.
     decoder.window_log_max(31)?;
     Ok(decoder)
+}
+
+/// Copies a listed file to `to`, which appears whole or not at all; calls `progress` with the bytes done.
+///
+/// # Errors
+/// When reading or writing fails.
+pub fn copy(
+    file: &SourceFile,
+    options: &[(String, String)],
+    to: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let mut reader = ObjectReader::new(Arc::new(Object::open(file, options)?), 0);
+    let mut copy = NewFile::create(to)?;
+    let (mut buffer, mut done) = (vec![0; 1 << 20], 0);
+    loop {
+        let n = reader.read(&mut buffer).map_err(|e| Error::reading(&file.url, 0, e))?;
+        if n == 0 {
+            return copy.commit();
+        }
+        copy.write(&buffer[..n])?;
+        done += n as u64;
+        progress(done);
+    }
 }

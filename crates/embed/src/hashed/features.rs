@@ -73,7 +73,12 @@ impl Words {
         for word in text.split(|c| !belongs(c)).filter(|word| !word.is_empty()) {
             let start = self.chars.len();
             self.chars.push(WORD_START);
-            self.chars.extend(word.chars().flat_map(char::to_lowercase));
+            // Most words, and several times faster.
+            if word.is_ascii() {
+                self.chars.extend(word.bytes().map(|byte| char::from(byte.to_ascii_lowercase())));
+            } else {
+                self.chars.extend(word.chars().flat_map(char::to_lowercase));
+            }
             self.chars.push(WORD_END);
             let span = start..self.chars.len();
             let hash = mix(self.chars[span.clone()].iter().fold(WORD_BASIS, |hash, &c| absorb(hash, c)));

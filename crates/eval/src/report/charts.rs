@@ -22,6 +22,8 @@ const COLUMNS: usize = 150;
 pub(super) struct RecallChart<'a> {
     pub(super) rows: &'a [RecallRow],
     pub(super) buckets: &'a [String],
+    /// What the buckets are and the rows: "frequency bucket, rarest first, for memory".
+    pub(super) across: &'a str,
     /// What is measured: "exact match".
     pub(super) measure: &'a str,
 }
@@ -67,7 +69,7 @@ impl RecallChart<'_> {
 
     fn describe(&self, rows: &[&RecallRow]) -> String {
         let names: Vec<&str> = rows.iter().map(|row| look(&row.memory).short).collect();
-        format!("{} by frequency bucket, rarest first, for memory: {}", self.measure, names.join(", "))
+        format!("{} by {}: {}", self.measure, self.across, names.join(", "))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The run report: everything a run has measured, as one self-contained page.
 //!
-//! [`html`] is a pure function of a [`Report`]. The page holds its own style and its charts as inline SVG,
+//! [`html`] is a pure function of a [`Report`], and [`route_study_html`] of a [`RouteStudy`]. The page holds its own style and its charts as inline SVG,
 //! asks the network for nothing, and follows the reader's light or dark setting.
 
 mod axis;
@@ -9,6 +9,7 @@ mod format;
 mod headline;
 mod page;
 mod palette;
+mod routes;
 mod sections;
 mod strip;
 mod svg;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::Rate;
 
 pub use page::html;
+pub use routes::{MissLoss, MissedLoss, RouteStudy, RouterStudy, TextAgreement, route_study_html};
 
 /// Everything that a page shows. Written as `report.json` too, so that it can be rendered again; JSON has no
 /// NaN, so a non-finite number is written as null and read as NaN.

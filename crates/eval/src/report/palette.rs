@@ -1,4 +1,4 @@
-//! One name, colour and mark for each memory, the same on the whole page.
+//! One name, colour and mark for each memory, and for each router, the same on the whole page.
 
 /// The shape that stands for a memory, so that it is told apart without colour too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,9 +64,46 @@ const KNOWN: [(&str, Look<'static>); 5] = [
     ),
 ];
 
-/// How the memory `name` is shown; one that is not known keeps its name.
+/// Routers in the order of tables and charts; one more is `random`, which comes after them.
+const ROUTERS: [(&str, Look<'static>); 6] = [
+    ("exact", Look { class: "m-ink", mark: Mark::Cross, short: "exact", meaning: "every leaf compared" }),
+    (
+        "beam",
+        Look { class: "m-fetched", mark: Mark::Disc, short: "beam", meaning: "a few candidates a level" },
+    ),
+    ("greedy", Look { class: "m-none", mark: Mark::Ring, short: "greedy", meaning: "one candidate a level" }),
+    (
+        "hnsw",
+        Look { class: "m-generic", mark: Mark::Diamond, short: "hnsw", meaning: "a graph over the leaves" },
+    ),
+    (
+        "prototypes",
+        Look {
+            class: "m-always-on",
+            mark: Mark::Square,
+            short: "prototypes",
+            meaning: "the most similar of a few points a leaf",
+        },
+    ),
+    (
+        "oracle",
+        Look {
+            class: "m-other",
+            mark: Mark::Cross,
+            short: "oracle",
+            meaning: "the leaf that it is packed in",
+        },
+    ),
+];
+
+/// Names that have a look of their own, in the order of tables and charts.
+fn all() -> impl Iterator<Item = &'static (&'static str, Look<'static>)> {
+    ROUTERS.iter().chain(&KNOWN)
+}
+
+/// How the memory or router `name` is shown; one that is not known keeps its name.
 pub(super) fn look(name: &str) -> Look<'_> {
-    match KNOWN.iter().find(|(known, _)| *known == name) {
+    match all().find(|(known, _)| *known == name) {
         Some((_, look)) => *look,
         None => Look { class: "m-other", mark: Mark::Cross, short: name, meaning: "" },
     }
@@ -82,7 +119,7 @@ pub(super) fn phrase(name: &str) -> String {
 
 /// The place of `name` in tables and charts: those not known come last.
 pub(super) fn rank(name: &str) -> usize {
-    KNOWN.iter().position(|(known, _)| *known == name).unwrap_or(KNOWN.len())
+    all().position(|(known, _)| *known == name).unwrap_or(KNOWN.len() + ROUTERS.len())
 }
 
 /// Each of `names` once, in the order of tables and charts.

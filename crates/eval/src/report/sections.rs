@@ -17,6 +17,9 @@ const CURVES: usize = 8;
 /// Characters of a sample's text that are shown.
 const SAMPLE_TEXT: usize = 400;
 
+/// What the charts of recall compare, for those who cannot see them.
+const BUCKETS: &str = "frequency bucket, rarest first, for memory";
+
 /// Every section with something to show.
 pub(super) fn sections(report: &Report) -> String {
     let all = [
@@ -34,7 +37,7 @@ pub(super) fn sections(report: &Report) -> String {
 }
 
 /// A section; `about` says how to read it, `body` is markup.
-fn section(title: &str, about: &str, body: &str) -> String {
+pub(super) fn section(title: &str, about: &str, body: &str) -> String {
     format!(
         "<section>\n<h2>{}</h2>\n<p class=\"about\">{}</p>\n{body}</section>\n",
         escape(title),
@@ -43,7 +46,7 @@ fn section(title: &str, about: &str, body: &str) -> String {
 }
 
 /// The same chart for a desktop and for a phone, so that text keeps its size on both; one of them is shown.
-fn figure(draw: impl Fn(f64, f64) -> String) -> String {
+pub(super) fn figure(draw: impl Fn(f64, f64) -> String) -> String {
     format!(
         "<figure><div class=\"wide\">{}</div><div class=\"narrow\">{}</div></figure>\n",
         draw(720.0, 380.0),
@@ -53,30 +56,30 @@ fn figure(draw: impl Fn(f64, f64) -> String) -> String {
 
 fn recall(report: &Report) -> Option<String> {
     let (rows, buckets) = (&report.recall[..], &report.buckets[..]);
-    let chart = RecallChart { rows, buckets, measure: "exact match" };
+    let chart = RecallChart { rows, buckets, across: BUCKETS, measure: "exact match" };
     let about = "Closed-book questions in the wording of the training text: the share answered to the letter, by \
                  how often that text names the entity. Rarest entities at the left; bars are 95\u{202f}% intervals.";
-    let body =
-        figure(|width, height| chart.draw(width, height)) + &recall_table(rows, buckets, "exact match, %");
+    let body = figure(|width, height| chart.draw(width, height))
+        + &recall_table(rows, buckets, ("exact match, %", "questions"));
     (!rows.is_empty()).then(|| section("Recall by frequency", about, &body))
 }
 
 fn recall_held_out(report: &Report) -> Option<String> {
     let (rows, buckets) = (&report.recall_held_out[..], &report.buckets[..]);
-    let chart = RecallChart { rows, buckets, measure: "exact match" };
+    let chart = RecallChart { rows, buckets, across: BUCKETS, measure: "exact match" };
     let about = "The same facts asked in a wording that the training text never uses.";
     let body = figure(|width, height| chart.draw(width, height * 0.85))
-        + &recall_table(rows, buckets, "exact match, %");
+        + &recall_table(rows, buckets, ("exact match, %", "questions"));
     (!rows.is_empty()).then(|| section("Recall in a new wording", about, &body))
 }
 
 fn choice(report: &Report) -> Option<String> {
     let (rows, buckets) = (&report.recall_choice[..], &report.buckets[..]);
-    let chart = RecallChart { rows, buckets, measure: "true answer likeliest" };
+    let chart = RecallChart { rows, buckets, across: BUCKETS, measure: "true answer likeliest" };
     let about =
         "The same questions by choice: how often the true answer is likelier than every other choice.";
     let body = figure(|width, height| chart.draw(width, height * 0.85))
-        + &recall_table(rows, buckets, "true answer likeliest, %");
+        + &recall_table(rows, buckets, ("true answer likeliest, %", "questions"));
     (!rows.is_empty()).then(|| section("Recall by choice", about, &body))
 }
 

@@ -11,7 +11,7 @@ use super::{MemoryRow, RecallRow};
 const NAME: usize = 80;
 
 /// A table from its parts, all of them markup; `label` says what it holds.
-fn table(label: &str, head: &str, rows: &[String]) -> String {
+pub(super) fn table(label: &str, head: &str, rows: &[String]) -> String {
     let rows: String = rows.iter().map(|row| format!("<tr>{row}</tr>\n")).collect();
     let label = escape(label);
     format!(
@@ -20,7 +20,7 @@ fn table(label: &str, head: &str, rows: &[String]) -> String {
     )
 }
 
-fn number(text: &str) -> String {
+pub(super) fn number(text: &str) -> String {
     format!("<td class=\"n\">{text}</td>")
 }
 
@@ -71,8 +71,8 @@ pub(super) fn memory_table(rows: &[MemoryRow]) -> String {
     table("held-out loss by memory", &head, &rows.iter().map(row).collect::<Vec<_>>())
 }
 
-/// Accuracy by bucket and memory, in percent, with intervals.
-pub(super) fn recall_table(rows: &[RecallRow], buckets: &[String], label: &str) -> String {
+/// Accuracy by bucket and memory, in percent, with intervals, and the number of `units` it rests on.
+pub(super) fn recall_table(rows: &[RecallRow], buckets: &[String], (label, units): (&str, &str)) -> String {
     let n = bucket_count(rows, buckets);
     let mut rows: Vec<&RecallRow> = rows.iter().collect();
     rows.sort_by_key(|row| rank(&row.memory));
@@ -97,7 +97,7 @@ pub(super) fn recall_table(rows: &[RecallRow], buckets: &[String], label: &str) 
         |bucket: usize| rows.iter().filter_map(|row| row.buckets.get(bucket)?.map(|rate| rate.n)).max();
     let asked: String =
         (0..n).map(|bucket| number(&asked(bucket).map_or(ABSENT.into(), |n| count(n as u64)))).collect();
-    body.push(format!("<th scope=\"row\" class=\"quiet\">questions</th>{asked}"));
+    body.push(format!("<th scope=\"row\" class=\"quiet\">{units}</th>{asked}"));
     table(label, &format!("<th>{}</th>{heads}", escape(&axis)), &body)
 }
 
