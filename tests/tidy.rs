@@ -35,6 +35,7 @@ const EDGES: [(&str, &[&str]); 15] = [
             "generate",
             "kmeans",
             "memory-bank",
+            "nearest",
             "ops",
             "retrieve",
             "train",

@@ -134,7 +134,7 @@ fn documents_that_are_there_already_lie_where_they_lie() {
     let whole = json(&work, &[&["tree", "add", "run.toml", "--json"], &files[..]].concat());
     let corpus = json(&work, &["tree", "inspect", "run.toml", "--json"]);
     assert_eq!(whole["windows"], corpus["windows"]);
-    assert_eq!(whole["distance"], whole["training_distance"]);
+    assert_eq!(whole["distance"], whole["corpus_distance"]);
     let n = whole["windows"].as_u64().unwrap();
     let beyond = whole["new_topics"].as_u64().unwrap();
     // Several windows may lie as far as the 99th percentile, but some lie farther.
@@ -159,7 +159,7 @@ fn added_documents_count_on_their_path() {
         (sum("windows"), sum("new_topics")),
         (whole["windows"].as_u64().unwrap(), whole["new_topics"].as_u64().unwrap())
     );
-    let median = whole["training_distance"][0].as_f64().unwrap();
+    let median = whole["corpus_distance"][0].as_f64().unwrap();
     assert_eq!(documents[20]["id"], "strange");
     assert!(documents[20]["distance"].as_f64().unwrap() > median, "{out}");
 

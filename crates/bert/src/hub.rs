@@ -35,7 +35,10 @@ pub fn folder(name: &Path, files: &[&str]) -> Result<PathBuf> {
     let cache = Cache::from_env().model(id.to_owned());
     // Another tool may have fetched only some, and a model without its modules would be another model.
     let cached: Option<Vec<PathBuf>> = files.iter().map(|file| cache.get(file)).collect();
-    let file = match cached.and_then(|mut cached| cached.pop()) {
+    let named = cache.get("modules.json").and_then(|path| std::fs::read_to_string(path).ok());
+    let lacks_pooling =
+        named.is_some_and(|text| text.contains("1_Pooling")) && cache.get("1_Pooling/config.json").is_none();
+    let file = match cached.filter(|_| !lacks_pooling).and_then(|mut cached| cached.pop()) {
         Some(file) => file,
         None => fetch(id, files, last)?,
     };

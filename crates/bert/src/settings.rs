@@ -140,14 +140,19 @@ fn check(path: &Path, config: &Config) -> Result<Activation> {
 fn modules(folder: &Path) -> Result<(PathBuf, Pooling)> {
     let path = folder.join("modules.json");
     let Some(modules) = read_if_there::<Vec<Module>>(&path)? else {
-        return Ok((folder.to_owned(), pooling(&folder.join("1_Pooling"))?));
+        let pooled = pooling(&folder.join("1_Pooling"))?;
+        return Ok((folder.to_owned(), pooled.unwrap_or(Pooling::Mean)));
     };
     let (mut transformer, mut pooled) = (folder.to_owned(), Pooling::Mean);
     for module in modules {
         // sentence-transformers has moved its modules between packages, not renamed them.
         match module.kind.rsplit('.').next() {
             Some("Transformer") => transformer = folder.join(module.path),
-            Some("Pooling") => pooled = pooling(&folder.join(module.path))?,
+            Some("Pooling") => {
+                let of = folder.join(module.path);
+                let missing = || Error::io(&of.join("config.json"))(std::io::ErrorKind::NotFound.into());
+                pooled = pooling(&of)?.ok_or_else(missing)?;
+            }
             // Embeddings always have unit norm.
             Some("Normalize") => {}
             _ => {
@@ -159,12 +164,12 @@ fn modules(folder: &Path) -> Result<(PathBuf, Pooling)> {
     Ok((transformer, pooled))
 }
 
-/// What the `config.json` of a pooling module says: by one name, or by a switch per kind.
-fn pooling(folder: &Path) -> Result<Pooling> {
+/// What the `config.json` of a pooling module says, by one name or by a switch per kind; none without the file.
+fn pooling(folder: &Path) -> Result<Option<Pooling>> {
     const SWITCHES: &str = "pooling_mode_";
     let path = folder.join("config.json");
     let Some(config) = read_if_there::<serde_json::Map<String, serde_json::Value>>(&path)? else {
-        return Ok(Pooling::Mean);
+        return Ok(None);
     };
     let on = |(key, value): (&String, &serde_json::Value)| {
         let kind = key.strip_prefix(SWITCHES)?.trim_end_matches("_tokens").trim_end_matches("_token");
@@ -175,9 +180,9 @@ fn pooling(folder: &Path) -> Result<Pooling> {
         None => config.iter().filter_map(on).collect(),
     };
     match kinds.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] | ["mean"] => Ok(Pooling::Mean),
-        ["cls"] => Ok(Pooling::Cls),
-        ["max"] => Ok(Pooling::Max),
+        [] | ["mean"] => Ok(Some(Pooling::Mean)),
+        ["cls"] => Ok(Some(Pooling::Cls)),
+        ["max"] => Ok(Some(Pooling::Max)),
         _ => Err(Error::key(&path, "pooling_mode", "one of mean, cls and max", kinds.join(" and "))),
     }
 }

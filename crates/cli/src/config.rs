@@ -129,7 +129,6 @@ impl Config {
     }
 }
 
-/// Applies `section.key=value`; the value is TOML, or else a string.
 /// The section [tree] alone, from settings `tree.key=value`.
 pub(crate) fn tree_section(overrides: &[String]) -> Result<TreeSection> {
     let mut table = toml::Table::new();
@@ -152,6 +151,7 @@ pub(crate) fn bare_source(file: &str, format: Format) -> SourceOptions {
     corpus.source()
 }
 
+/// Applies `section.key=value`; the value is TOML, or else a string.
 fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
     let Some((key, value)) = setting.split_once('=') else {
         bail!("--set {setting}: expected section.key=value");

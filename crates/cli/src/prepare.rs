@@ -247,27 +247,38 @@ fn cluster(config: &Config, prepared: &Prepared, embeddings: &str) -> Result<Str
         let store = TokenStore::open(&prepared.dir)?;
         let embeddings = Embedded::open(config, prepared, &store)?;
         let order = store.windows_by_id()?;
-        let journal = prepared.dir.join("cluster.journal");
-        let bar = Mutex::new(Progress::new("cluster", 1));
-        let report = |p: kmeans::Progress| {
-            bar.lock()
-                .expect("no report panics")
-                .set(p.done, p.total, || format!("steps of points, {} nodes", p.nodes));
-        };
-        let job = kmeans::Job {
-            order: Some(&order),
-            journal: Some(kmeans::JournalFile { path: &journal, identity: &inputs }),
-            progress: &report,
-        };
-        let tree = kmeans::build(&*embeddings.rows()?, &options, &job)?.tree;
-        tree.save(&prepared.tree())?;
-        kmeans::remove_journal(&journal)?;
-        let used = |level: usize| tree.counts(level).iter().filter(|&&n| n > 0).count();
-        let levels: Vec<String> =
-            (0..tree.n_levels()).map(|l| format!("{} of {}", used(l), tree.n_clusters(l))).collect();
-        Ok(format!("clusters that hold documents, by level: {}", levels.join(", ")))
+        let path = prepared.dir.join("cluster.journal");
+        let journal = kmeans::JournalFile { path: &path, identity: &inputs };
+        let (built, summary) = grow_tree(&*embeddings.rows(&options)?, &options, Some(&order), journal)?;
+        built.tree.save(&prepared.tree())?;
+        kmeans::remove_journal(&path)?;
+        Ok(format!("clusters that hold windows, by level: {summary}"))
     })?;
     Ok(inputs)
+}
+
+/// Builds a tree, told as it goes on; and how many clusters hold points, by level.
+pub(crate) fn grow_tree(
+    rows: &dyn kmeans::Rows,
+    options: &kmeans::Options,
+    order: Option<&[u32]>,
+    journal: kmeans::JournalFile,
+) -> Result<(kmeans::Built, String)> {
+    let bar = Mutex::new(Progress::new("cluster", 1));
+    let progress = |p: kmeans::Progress| {
+        let mut bar = bar.lock().expect("no report panics");
+        bar.set(p.done, p.total, || format!("steps of points, {} nodes", p.nodes));
+    };
+    let job = kmeans::Job { order, journal: Some(journal), progress: &progress };
+    let built = kmeans::build(rows, options, &job)?;
+    let tree = &built.tree;
+    let used = |level: usize| tree.counts(level).iter().filter(|&&n| n > 0).count();
+    let levels = (0..tree.n_levels()).map(|level| format!("{} of {}", used(level), tree.n_clusters(level)));
+    let summary = levels.collect::<Vec<_>>().join(", ");
+    if rows.len() < tree.n_leaves() {
+        eprintln!("note: {} points for {} leaves: most stay empty", rows.len(), tree.n_leaves());
+    }
+    Ok((built, summary))
 }
 
 /// The embeddings of all windows, in memory where they fit.
@@ -275,7 +286,6 @@ struct Embedded {
     mapped: Embeddings,
     path: PathBuf,
     dim: usize,
-    host_bytes: u64,
 }
 
 impl Embedded {
@@ -285,12 +295,11 @@ impl Embedded {
             mapped: Embeddings::open(&prepared.dir, store.n_windows(), dim)?,
             path: Embeddings::path(&prepared.dir),
             dim,
-            host_bytes: config.tree.options().host_bytes,
         })
     }
 
-    fn rows(&self) -> Result<Box<dyn kmeans::Rows + '_>> {
-        Ok(match size_of_val(&*self.mapped) as u64 <= self.host_bytes {
+    fn rows(&self, options: &kmeans::Options) -> Result<Box<dyn kmeans::Rows + '_>> {
+        Ok(match self.mapped.len() / self.dim <= options.loadable(self.dim) {
             true => Box::new(kmeans::Matrix::new(&self.mapped, self.dim)?),
             false => Box::new(kmeans::RowFile::open(&self.path, self.dim)?),
         })
@@ -304,7 +313,7 @@ fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
     stage(prepared, "pack", &inputs, || {
         let embeddings = Embedded::open(config, prepared, &TokenStore::open(&prepared.dir)?)?;
         let tree = ClusterTree::load(&prepared.tree())?;
-        let leaves = kmeans::assign(&tree, &*embeddings.rows()?, config.tree.beam)?;
+        let leaves = kmeans::assign(&tree, &*embeddings.rows(&config.tree.options())?, config.tree.beam)?;
         let options = PackOptions {
             seq_len: c.seq_len,
             seed: c.seed,

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use corpus::{Embeddings, TokenStore};
 use rayon::prelude::*;
-use retrieve::{Beam, Exact, Hnsw, PrototypeOptions, Prototypes, Query, Random, Route, Router};
+use retrieve::{Beam, Exact, Hnsw, PrototypeOptions, Prototypes, Random, Route, Router};
 
 use crate::config::RouterKind;
 use crate::run::Run;
@@ -25,8 +25,7 @@ impl Windows {
         let store = TokenStore::open(dir)?;
         let embeddings = Embeddings::open(dir, store.n_windows(), dim)?;
         // As `prepare` packed them.
-        let router = Beam::new(run.tree.clone(), run.config.tree.beam)?;
-        let leaf = |row| Ok(first(router.route(Query { text: "", embedding: row })?)?.0.leaf().index);
+        let leaf = |row| Ok(run.tree.nearest_leaf(row, run.config.tree.beam)?.leaf().index);
         let leaves: Vec<Result<u32>> = embeddings.par_chunks_exact(dim).map(leaf).collect();
         let leaves = leaves.into_iter().collect::<Result<_>>()?;
         Ok(Self { store, embeddings, dim, leaves })

@@ -14,9 +14,14 @@ pub enum Error {
         /// Levels given.
         found: usize,
     },
-    /// Embeddings have at least one dimension.
-    #[error("a cluster tree needs a dimension of at least 1, found 0")]
-    ZeroDimension,
+    /// Too few or too many dimensions.
+    #[error("a cluster tree has 1 to {max} dimensions, found {found}")]
+    TreeDimension {
+        /// Dimension given.
+        found: usize,
+        /// The most there may be.
+        max: usize,
+    },
     /// The branchings give no clusters, or more than an index can name.
     #[error("level {level} with branching {branching} has {found} clusters, expected 1 to {max}")]
     ClusterCount {

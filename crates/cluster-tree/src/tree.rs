@@ -27,8 +27,8 @@ impl ClusterTree {
     /// centroid that is not finite, on a tree without points, and on a cluster that has points
     /// while its children have none, or the other way round.
     pub fn new(dim: usize, levels: Vec<Level>) -> Result<Self> {
-        if dim == 0 {
-            return Err(Error::ZeroDimension);
+        if !(1..=nearest::MAX_DIM).contains(&dim) {
+            return Err(Error::TreeDimension { found: dim, max: nearest::MAX_DIM });
         }
         if levels.is_empty() || levels.len() > usize::from(u8::MAX) {
             return Err(Error::LevelCount { found: levels.len() });

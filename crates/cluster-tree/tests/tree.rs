@@ -164,7 +164,7 @@ fn refusal(change: impl FnOnce(&mut Vec<Level>)) -> String {
 
 #[test]
 fn a_tree_is_checked_when_made() {
-    assert!(matches!(ClusterTree::new(0, small_levels()), Err(Error::ZeroDimension)));
+    assert!(matches!(ClusterTree::new(0, small_levels()), Err(Error::TreeDimension { found: 0, .. })));
     assert!(matches!(ClusterTree::new(1, Vec::new()), Err(Error::LevelCount { found: 0 })));
     assert_eq!(
         refusal(|levels| levels[1].centroids.push(0.0)),

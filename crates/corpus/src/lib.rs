@@ -24,7 +24,7 @@ pub use prepared::embeddings::{EmbeddingWriter, Embeddings};
 pub use prepared::files::lock;
 pub use prepared::fingerprint::Fingerprint;
 pub use prepared::pack::{PackOptions, PackSummary, pack};
-pub use prepared::stages::{begin_stage, finish_stage, hash_inputs, stage_is_current};
+pub use prepared::stages::{begin_stage, finish_stage, hash_inputs, stage_is_current, stage_is_finished};
 pub use prepared::tokenise::{TokeniseOptions, TokeniseProgress, TokeniseSummary, tokenise};
 pub use prepared::tokens::{TokenStore, Window};
 pub use source::{

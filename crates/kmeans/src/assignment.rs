@@ -62,8 +62,10 @@ impl<'a> Points<'a> {
         let of_chunk = |(members, labels): (&[u32], &[u32])| -> Result<Vec<f32>> {
             let mut buffer = vec![];
             let chunk = self.chunk(members, &mut buffer)?;
-            let distance = |(position, &label): (usize, &u32)| {
-                squared_distance(chunk.row(position), centroids.get(label as usize))
+            // Points that were put into a cluster without a centroid have no distance yet.
+            let distance = |(position, &label): (usize, &u32)| match centroids.is_active(label as usize) {
+                true => squared_distance(chunk.row(position), centroids.get(label as usize)),
+                false => 0.0,
             };
             Ok(labels.iter().enumerate().map(distance).collect())
         };
@@ -140,7 +142,7 @@ impl<'a> Assignment<'a> {
     }
 
     /// Squared distances of the points at `positions` to all of the centroids last assigned to, `[N, K]`, as codes tell
-    /// them: within a percent or so.
+    /// them.
     pub(crate) fn approximate_distances(&self, positions: &[u32]) -> Result<Vec<f32>> {
         let k = self.counts.len();
         let of_chunk = |positions: &[u32]| -> Result<Vec<f32>> {

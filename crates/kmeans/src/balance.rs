@@ -99,8 +99,9 @@ impl PartialOrd for Move {
     }
 }
 
-/// Moves points out of clusters with more than `limit`, those first that lose least, each to the nearest cluster
-/// with room (by distances that are true to a percent or so). A cluster of one point many times stays as it is: equal points keep one leaf.
+/// Moves points out of clusters with more than `limit`, those first that lose least, each to the nearest cluster with
+/// room, by the distances that codes tell. A cluster that holds one point many times and nothing else stays as it is:
+/// no other is better for some of them.
 pub(crate) fn cap(step: &mut Assignment, centroids: &Centroids, limit: usize) -> Result<()> {
     let mut over: Vec<usize> = (0..centroids.len()).filter(|&cluster| step.counts[cluster] > limit).collect();
     over.sort_by_key(|&cluster| (Reverse(step.counts[cluster]), cluster));

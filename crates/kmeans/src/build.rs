@@ -60,16 +60,17 @@ pub struct Built {
 /// of threads and processors, and whether the points are in memory or read piece by piece.
 ///
 /// Beyond the points and the tree, a build in memory takes D + 40 bytes a point; one of a file keeps to
-/// `options.host_bytes` and 20 bytes a point.
+/// `options.host_bytes` and 24 bytes a point. Both take 4·K + 24 bytes more for each point of one cluster that is
+/// above the cap, and one that goes on from a journal 4 bytes a point and level.
 ///
 /// # Errors
 /// On an option out of range, on no points or more than 2³² − 2, on a point that is not finite or all zeros (the
-/// error names the row), on an order that does not hold each row once, and when reading or the journal fails.
+/// error names the row), on points whose norms are too far apart, on an order that does not hold each row once, and when reading or the journal fails.
 pub fn build(rows: &dyn Rows, options: &Options, job: &Job) -> Result<Built> {
     options.check()?;
     let largest = check(rows)?;
     let order = options::order(rows.len(), job.order)?;
-    let journal = job.journal.map(|file| Journal::open(file, rows, options)).transpose()?;
+    let journal = job.journal.map(|file| Journal::open(file, rows, &order, options)).transpose()?;
     let n_levels = options.branching.len();
     let mut n_clusters = 1;
     let levels = options.branching.iter().map(|&branching| {
@@ -78,7 +79,7 @@ pub fn build(rows: &dyn Rows, options: &Options, job: &Job) -> Result<Built> {
     });
     let mut builder = Builder {
         options,
-        grid: Grid::new(rows.len(), largest),
+        largest,
         levels: levels.collect(),
         leaves: vec![0; rows.len()],
         journal: journal.map(Mutex::new),
@@ -92,7 +93,8 @@ pub fn build(rows: &dyn Rows, options: &Options, job: &Job) -> Result<Built> {
 
 struct Builder<'a> {
     options: &'a Options,
-    grid: Grid,
+    /// The largest |value| of all points.
+    largest: f32,
     /// The tree so far.
     levels: Vec<Level>,
     leaves: Vec<u32>,
@@ -198,7 +200,8 @@ impl Builder<'_> {
             }
         }
         let origin = self.origin(rows, members, id)?;
-        let points = Points { rows, members, origin: &origin, grid: self.grid };
+        let grid = Grid::new(members.len(), self.largest);
+        let points = Points { rows, members, origin: &origin, grid };
         let trained = train(points, k, self.options, id, &self.meter)?;
         if let Some(journal) = &self.journal {
             journal.lock().expect("no thread panicked").append(id, &trained)?;

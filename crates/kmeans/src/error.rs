@@ -6,9 +6,32 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What can be wrong with the points or the options.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Points have at least one dimension.
-    #[error("points have dimension 0, expected at least 1")]
-    ZeroDimension,
+    /// Too few or too many dimensions.
+    #[error("points have dimension {found}, expected 1 to {max}")]
+    Dimension {
+        /// Dimension given.
+        found: usize,
+        /// The most there may be.
+        max: usize,
+    },
+    /// Points that are too unlike to be added up.
+    #[error(
+        "points have norms from {least_norm} to values of {largest}, expected less far apart: the least are lost in sums"
+    )]
+    Spread {
+        /// The largest |value|.
+        largest: f32,
+        /// The least norm.
+        least_norm: f32,
+    },
+    /// A centroid to start from that holds NaN or infinity, or has a squared norm above 1e30.
+    #[error("start {index} has squared norm {squared_norm}, expected at most 1e30")]
+    Start {
+        /// Index of the centroid.
+        index: usize,
+        /// The squared norm found.
+        squared_norm: f32,
+    },
     /// The values are not rows of the dimension.
     #[error("{values} values are not rows of dimension {dim}")]
     Length {

@@ -23,14 +23,17 @@ pub(crate) struct Journal {
 
 impl Journal {
     /// Reads the nodes of a killed build of the same points and options; else begins anew.
-    pub(crate) fn open(to: JournalFile, rows: &dyn Rows, options: &Options) -> Result<Self> {
+    pub(crate) fn open(to: JournalFile, rows: &dyn Rows, order: &[u32], options: &Options) -> Result<Self> {
         let JournalFile { path, identity } = to;
         let io = |source| Error::Io { path: path.into(), source };
         // The bytes that a build may hold do not change what it makes.
         let options = Options { host_bytes: 0, ..options.clone() };
-        let head = format!("{FORMAT} {identity} {} {} {options:?}", rows.len(), rows.dim());
+        // Labels are by position in the order.
+        let order = order.iter().fold(0, |crc, row| crc32c::crc32c_append(crc, &row.to_le_bytes()));
+        let head = format!("{FORMAT} {identity} {} {} {order:08x} {options:?}", rows.len(), rows.dim());
         let mut file =
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        file.try_lock().map_err(|source| io(source.into()))?;
         let (mut done, mut whole) = (HashMap::new(), 0);
         let mut reader = BufReader::new(&mut file);
         if read_record(&mut reader).map_err(io)?.as_deref() == Some(head.as_bytes()) {

@@ -145,7 +145,8 @@ fn fresh(drawn: &[u32], per_step: usize, iteration: usize) -> Vec<u32> {
 }
 
 /// Centroids after at most `iterations` steps of Lloyd's algorithm over all of `rows` from `start`, `[K, D]`, without
-/// a cap on shares; it ends before when no centroid moves.
+/// a cap on shares; it ends before when no centroid moves. It keeps codes of all points, N × D bytes.
+/// A centroid that no point is left for is zeros.
 ///
 /// # Errors
 /// On points as for [`build`](crate::build), and on a start that is not K finite rows.
@@ -158,8 +159,9 @@ pub fn lloyd(rows: &dyn Rows, start: &[f32], iterations: usize) -> Result<Vec<f3
     let k = start.len() / dim;
     let mut centroids = Centroids::inactive(k, dim);
     for (index, row) in start.chunks_exact(dim).enumerate() {
-        if let Some(value) = row.iter().find(|value| !value.is_finite()) {
-            return Err(crate::Error::Point { row: index, squared_norm: *value });
+        let squared_norm = row.iter().map(|x| x * x).sum::<f32>();
+        if squared_norm.is_nan() || squared_norm > nearest::MAX_SQUARED_NORM {
+            return Err(crate::Error::Start { index, squared_norm });
         }
         centroids.set(index, row.iter().copied());
     }

@@ -71,9 +71,9 @@ impl Options {
         ((self.share(k) * n as f64) as usize).max(n.div_ceil(k))
     }
 
-    /// The most points of `dim` dimensions that are loaded together: each in f32, in codes of 8 bits, and in what
-    /// the steps note of it.
-    pub(crate) fn loadable(&self, dim: usize) -> usize {
+    /// The most points of `dim` dimensions that are held together under `host_bytes`: each in f32, in codes of 8 bits,
+    /// and in what the steps note of it.
+    pub fn loadable(&self, dim: usize) -> usize {
         (self.host_bytes / (5 * dim as u64 + 40)) as usize
     }
 }

@@ -7,10 +7,17 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use crate::sums::Grid;
 use crate::{Error, Result};
 
 /// Rows that one task of a pass over all points reads.
 const CHUNK_ROWS: usize = 2048;
+
+/// The part of the least norm that rounding may take of a point when points are added up.
+const LOST: f64 = 1e-3;
+
+/// What a `.npy` file begins with.
+const NPY_MAGIC: &[u8] = b"\x93NUMPY";
 
 /// N points of D dimensions, by index.
 pub trait Rows: Sync {
@@ -46,9 +53,7 @@ impl<'a> Matrix<'a> {
     /// # Errors
     /// On a dimension of 0, and on values that are not rows of it.
     pub fn new(values: &'a [f32], dim: usize) -> Result<Self> {
-        if dim == 0 {
-            return Err(Error::ZeroDimension);
-        }
+        check_dim(dim)?;
         if !values.len().is_multiple_of(dim) {
             return Err(Error::Length { values: values.len(), dim });
         }
@@ -99,14 +104,23 @@ impl RowFile {
         let io = |source| Error::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
         let bytes = file.metadata().map_err(io)?.len();
-        if dim == 0 {
-            return Err(Error::ZeroDimension);
-        }
+        check_dim(dim)?;
         let row_bytes = dim as u64 * 4;
         if !bytes.is_multiple_of(row_bytes) {
             return Err(Error::FileLength { path: path.into(), row_bytes, found: bytes });
         }
         Ok(Self { file, path: path.into(), start: 0, n: (bytes / row_bytes) as usize, dim })
+    }
+
+    /// Whether a file begins as a `.npy` file does.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn is_npy(path: &Path) -> Result<bool> {
+        let io = |source| Error::Io { path: path.into(), source };
+        let mut start = vec![];
+        File::open(path).map_err(io)?.take(6).read_to_end(&mut start).map_err(io)?;
+        Ok(start == NPY_MAGIC)
     }
 
     /// Opens a `.npy` file (NumPy format, versions 1 to 3) of little-endian f32, C order, two dimensions.
@@ -120,7 +134,7 @@ impl RowFile {
         let mut start = [0u8; 8];
         file.read_exact(&mut start).map_err(io)?;
         let (magic, version) = (&start[..6], start[6]);
-        if magic != b"\x93NUMPY" || !(1..=3).contains(&version) {
+        if magic != NPY_MAGIC || !(1..=3).contains(&version) {
             return Err(wrong(format!("a file that begins with {start:?}")));
         }
         // The header's length: two bytes in version 1, four since.
@@ -131,12 +145,11 @@ impl RowFile {
         let mut header = String::new();
         file.by_ref().take(header_bytes).read_to_string(&mut header).map_err(io)?;
         let Some((n, dim)) = npy_shape(&header) else { return Err(wrong(header.trim().to_owned())) };
-        if dim == 0 {
-            return Err(Error::ZeroDimension);
-        }
+        check_dim(dim)?;
         let start = 8 + n_length as u64 + header_bytes;
-        let (bytes, expected) = (file.metadata().map_err(io)?.len(), start + (n * dim) as u64 * 4);
-        if bytes != expected {
+        let (bytes, expected) =
+            (file.metadata().map_err(io)?.len(), start as u128 + n as u128 * dim as u128 * 4);
+        if u128::from(bytes) != expected {
             return Err(wrong(format!("{bytes} bytes where {n} rows of {dim} end at {expected}")));
         }
         Ok(Self { file, path: path.into(), start, n, dim })
@@ -173,6 +186,13 @@ impl Rows for RowFile {
             done += run.len();
         }
         Ok(())
+    }
+}
+
+fn check_dim(dim: usize) -> Result<()> {
+    match dim {
+        1..=nearest::MAX_DIM => Ok(()),
+        found => Err(Error::Dimension { found, max: nearest::MAX_DIM }),
     }
 }
 
@@ -213,17 +233,18 @@ impl<'a> Chunk<'a> {
 }
 
 /// The largest |value| of all points. Fails on no points or too many, on a value that is not finite, and on a point
-/// of zeros, which has no direction; of several such points it names the first.
+/// of zeros, which has no direction; of several such points it names the first. Fails too on norms so far apart that
+/// the least would be lost in sums.
 pub(crate) fn check(rows: &dyn Rows) -> Result<f32> {
     let n = rows.len();
     if n == 0 || n >= u32::MAX as usize {
         return Err(Error::PointCount { found: n, max: u32::MAX - 1 });
     }
-    let of_chunk = |first: usize| -> Result<f32> {
+    let of_chunk = |first: usize| -> Result<(f32, f32)> {
         let members: Vec<u32> = (first as u32..n.min(first + CHUNK_ROWS) as u32).collect();
         let mut buffer = vec![];
         let chunk = Chunk::of(rows, &members, &mut buffer)?;
-        let mut largest = 0f32;
+        let (mut largest, mut least_norm) = (0f32, f32::INFINITY);
         for position in 0..members.len() {
             let row = chunk.row(position);
             let squared_norm: f32 = row.chunks(64).map(|x| x.iter().map(|x| x * x).sum::<f32>()).sum();
@@ -231,10 +252,20 @@ pub(crate) fn check(rows: &dyn Rows) -> Result<f32> {
                 return Err(Error::Point { row: first + position, squared_norm });
             }
             largest = row.iter().fold(largest, |largest, x| largest.max(x.abs()));
+            least_norm = least_norm.min(squared_norm.sqrt());
         }
-        Ok(largest)
+        Ok((largest, least_norm))
     };
     let firsts: Vec<usize> = (0..n).step_by(CHUNK_ROWS).collect();
-    let found: Vec<Result<f32>> = firsts.into_par_iter().map(of_chunk).collect();
-    found.into_iter().try_fold(0.0, |largest, found| Ok(f32::max(largest, found?)))
+    let found: Vec<Result<(f32, f32)>> = firsts.into_par_iter().map(of_chunk).collect();
+    let (mut largest, mut least_norm) = (0f32, f32::INFINITY);
+    for found in found {
+        let found = found?;
+        (largest, least_norm) = (largest.max(found.0), least_norm.min(found.1));
+    }
+    let step = Grid::new(n, largest).step();
+    if step * (rows.dim() as f64).sqrt() > LOST * f64::from(least_norm) {
+        return Err(Error::Spread { largest, least_norm });
+    }
+    Ok(largest)
 }

@@ -11,9 +11,15 @@ pub(crate) struct Grid {
 impl Grid {
     /// For sums of at most `n` numbers of at most `largest` in absolute value.
     pub(crate) fn new(n: usize, largest: f32) -> Self {
-        // n · largest < 2^exponent, and 2^(exponent − 52) is the step.
-        let exponent = (n as f64 * f64::from(largest)).log2().floor() as i32 + 1;
+        // n · largest < 2^exponent: read from its bits, which are the same on every machine.
+        let sum = n as f64 * f64::from(largest);
+        let exponent = (sum.to_bits() >> 52) as i32 - 1022;
         Self { magic: 1.5 * 2f64.powi(exponent) }
+    }
+
+    /// What numbers are rounded to multiples of.
+    pub(crate) fn step(self) -> f64 {
+        self.magic / 1.5 / 2f64.powi(52)
     }
 
     #[inline(always)]

@@ -310,12 +310,25 @@ fn lloyd_reaches_the_objective_of_plain_distances() {
     }
     let short = lloyd(&Matrix::new(&rows, 21).unwrap(), &start[..20], 1).unwrap_err();
     assert_eq!(short.to_string(), "20 values are not rows of dimension 21");
+    let far = lloyd(&Matrix::new(&rows, 21).unwrap(), &[&start[..21], &[1e20; 21]].concat(), 1).unwrap_err();
+    assert_eq!(far.to_string(), "start 1 has squared norm inf, expected at most 1e30");
+}
+
+#[test]
+fn values_too_small_for_codes_do_not_matter() {
+    let rows = [1.0f32, 1e-38, 1.0, 0.0, 1.0, 3e-20].repeat(40);
+    let built = build(&Matrix::new(&rows, 2).unwrap(), &options(&[4, 2]), &Job::default()).unwrap();
+    assert_consistent(&built.tree, 120);
+    let centroids = lloyd(&Matrix::new(&rows, 2).unwrap(), &rows[..6], 3).unwrap();
+    // Three starts for what is one point in sums: what has no point of its own is zeros.
+    assert_eq!(centroids[..4], [1.0, 0.0, 1.0, 0.0]);
+    assert_eq!(centroids[4..], [0.0, 0.0]);
 }
 
 #[test]
 fn wrong_points_are_errors() {
     let fail = |rows: &[f32], dim| silent(rows, dim, &options(&[2])).unwrap_err().to_string();
-    assert_eq!(fail(&[1.0], 0), "points have dimension 0, expected at least 1");
+    assert_eq!(fail(&[1.0], 0), "points have dimension 0, expected 1 to 65536");
     assert_eq!(fail(&[1.0; 7], 3), "7 values are not rows of dimension 3");
     assert_eq!(fail(&[], 3), "0 points, expected 1 to 4294967294");
     let mut rows = vec![1f32; 30_000];
@@ -328,6 +341,14 @@ fn wrong_points_are_errors() {
     }
     rows[12..15].fill(0.0);
     assert_eq!(fail(&rows, 3), "point 4 has squared norm 0, expected one above 0 and at most 1e30");
+    rows[12..15].fill(1.0);
+    for (row, value) in [(9_999, 1.0), (7_000, 1.0), (5_000, 1e14)] {
+        rows[row * 3 + 1] = value;
+    }
+    assert_eq!(
+        fail(&rows, 3),
+        "points have norms from 1.7320508 to values of 100000000000000, expected less far apart: the least are lost in sums"
+    );
     rows[0] = f32::NAN;
     assert_eq!(fail(&rows, 3), "point 0 has squared norm NaN, expected one above 0 and at most 1e30");
     let matrix = Matrix::new(&[1.0, 2.0, 3.0], 1).unwrap();

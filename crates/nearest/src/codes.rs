@@ -11,8 +11,14 @@ const ROUND: f32 = 12_582_912.0;
 
 const LANES: usize = 32;
 
-/// More than rounding in f32 can add to a sum of this crate, relative to it.
-pub(crate) const SLACK: f32 = 8e-6;
+/// Differences from the origin below this are not coded: their squares would leave the range of f32.
+const FLOOR: f32 = 1e-15;
+
+/// More than rounding in f32 can add to a sum of `dim` terms as this crate adds them, relative to the sum of their
+/// absolute values: each of 32 lanes adds dim / 32 of them, and the lanes are added one by one.
+pub(crate) fn slack(dim: usize) -> f32 {
+    4e-6 + dim as f32 * 4e-9
+}
 
 /// What is known of a coded vector v, coded as `scale`·q.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -94,9 +100,10 @@ impl Codes {
 /// Codes row − origin into `codes`, `[D padded]`.
 pub(crate) fn encode(row: &[f32], origin: &[f32], codes: &mut [i8]) -> Coded {
     let largest = largest_difference(row, origin);
-    if largest == 0.0 {
+    if largest < FLOOR {
         codes.fill(0);
-        return Coded::default();
+        let most = largest * (row.len() as f32).sqrt();
+        return Coded { error: most, norm: most, ..Coded::default() };
     }
     let (scale, inverse) = (largest / MAX_CODE, MAX_CODE / largest);
     let (mut norms, mut errors) = ([0f32; LANES], [0f32; LANES]);
@@ -125,7 +132,7 @@ pub(crate) fn encode(row: &[f32], origin: &[f32], codes: &mut [i8]) -> Coded {
         squares += i32::from(code) * i32::from(code);
     }
     let norm = add_up(norms).sqrt();
-    let error = add_up(errors).sqrt() * (1.0 + SLACK) + norm * 1e-7;
+    let error = add_up(errors).sqrt() * (1.0 + slack(row.len())) + norm * 1e-7;
     Coded { scale, error, norm, square: scale * scale * squares as f32, sum }
 }
 

@@ -20,3 +20,6 @@ pub use panels::{Interval, Panels};
 
 /// The largest squared norm that a vector or a candidate may have, so that no distance overflows.
 pub const MAX_SQUARED_NORM: f32 = 1e30;
+
+/// The most dimensions, so that sums of products of codes stay within 32 bits.
+pub const MAX_DIM: usize = 1 << 16;

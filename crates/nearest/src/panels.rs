@@ -1,9 +1,12 @@
-use crate::codes::{Coded, Codes, SLACK, encode, padded};
+use crate::codes::{Coded, Codes, encode, padded, slack};
 use crate::distance::squared_distance;
 use crate::kernel::{LANES, Quad, ROWS, products};
 
 /// Half the squared norm of a lane without a candidate: far enough for it to be never the nearest.
 const ABSENT: f32 = 1e36;
+
+/// Added to every bound: more than what is not coded, because it is too small, can be of a score.
+const TINY: f32 = 1e-25;
 
 /// Groups of K candidates each, coded for products with [`Codes`]. Their values stay with the caller.
 #[derive(Clone, Debug, PartialEq)]
@@ -146,7 +149,7 @@ impl Panels {
             let (quads, facts) = self.panel(group * n_panels + panel);
             let products = products(codes, quads);
             for r in 0..R {
-                let scores = facts.scores(&products[r], &coded[r]);
+                let scores = facts.scores(&products[r], &coded[r], slack(self.dim));
                 least[r].iter_mut().zip(scores.least).for_each(|(least, score)| *least = least.max(score));
                 most(panel, r, scores.most);
             }
@@ -159,15 +162,14 @@ impl Panels {
         let n_panels = self.k.div_ceil(LANES);
         let coded = rows.coded(index);
         let squared_norm = coded.norm * coded.norm;
-        // What rounding adds to the norm and to the difference.
-        let slack = squared_norm * SLACK;
+        let slack = slack(self.dim);
         for panel in 0..n_panels {
             let (quads, facts) = self.panel(group * n_panels + panel);
-            let scores = facts.scores(&products([rows.row(index)], quads)[0], &coded);
+            let scores = facts.scores(&products([rows.row(index)], quads)[0], &coded, slack);
             for lane in (0..LANES).filter(|&lane| facts.half[lane] < ABSENT) {
                 intervals.push(Interval {
-                    least: squared_norm - 2.0 * scores.most[lane] - slack,
-                    most: squared_norm - 2.0 * scores.least[lane] + slack,
+                    least: squared_norm - 2.0 * scores.most[lane],
+                    most: squared_norm - 2.0 * scores.least[lane],
                     index: panel * LANES + lane,
                 });
             }
@@ -175,8 +177,8 @@ impl Panels {
     }
 
     /// Calls `found` with each of the rows, the panel (16 candidates of a group) and the squared distances to them as
-    /// the codes tell them: exactly 0 between equal ones, and within a percent or so. Those of absent candidates
-    /// mean nothing.
+    /// the codes tell them: exactly 0 between equal ones, and off by about a percent of the product of both distances
+    /// to the origin. Those of absent candidates mean nothing.
     pub fn approximate(&self, group: usize, rows: &Codes, mut found: impl FnMut(usize, usize, &[f32; 16])) {
         let n_panels = self.k.div_ceil(LANES);
         for first in (0..rows.len()).step_by(ROWS) {
@@ -207,16 +209,23 @@ impl Panels {
 impl Facts {
     /// With x = x̂ + ξ and c = ĉ + γ (hats are what the codes stand for), x·c − x̂·ĉ = ξ·c + x̂·γ, which is at most
     /// |ξ||c| + |x̂||γ| (Cauchy–Schwarz); |x̂| ≤ |x| + |ξ|.
+    ///
+    /// `slack` times the squared norms covers rounding: here, in the true distances that decide between what is left,
+    /// and in |x|² − 2·score.
     #[inline(always)]
-    fn scores(&self, products: &[i32; LANES], row: &Coded) -> Scores {
+    fn scores(&self, products: &[i32; LANES], row: &Coded, slack: f32) -> Scores {
         let shift = 128 * row.sum;
         let (mut least, mut most) = ([0f32; LANES], [0f32; LANES]);
         let coded_norm = row.norm + row.error;
-        let error = row.error + row.norm * SLACK;
+        let error = row.error + row.norm * slack;
+        let of_row = row.norm * row.norm * slack + TINY;
         for lane in 0..LANES {
             let product = (products[lane] - shift) as f32 * (row.scale * self.scale[lane]);
             let score = product - self.half[lane];
-            let bound = error * self.norm[lane] + coded_norm * self.error[lane] + self.half[lane] * SLACK;
+            let bound = error * self.norm[lane]
+                + coded_norm * self.error[lane]
+                + self.half[lane] * (4.0 * slack)
+                + of_row;
             least[lane] = score - bound;
             most[lane] = score + bound;
         }
@@ -309,6 +318,28 @@ mod tests {
                 }
             });
             assert_eq!(n_found, n);
+        }
+    }
+
+    #[test]
+    fn tiny_and_far_values_are_compared_in_full() {
+        // Around an origin, apart by less than codes can hold; and ties of rounded distances far away.
+        let cases: [(&[f32], &[f32], &[f32]); 4] = [
+            (&[1.0, 1e-38], &[1.0, 0.0, 1.0, 1e-38], &[1.0, 0.0]),
+            (&[1.0, 3e-20], &[1.0, 0.0, 1.0, 5e-20], &[1.0, 0.0]),
+            (&[1000.0], &[0.001, 0.001_005], &[0.0]),
+            (&[-7e14], &[3e14, -2e14], &[1e14]),
+        ];
+        for (row, candidates, origin) in cases {
+            let dim = row.len();
+            let mut codes = Codes::with_capacity(9, dim);
+            (0..9).for_each(|_| codes.push(row, origin));
+            let mut panels = Panels::absent(1, 2, dim);
+            let candidate = |c: usize| &candidates[c * dim..][..dim];
+            (0..2).for_each(|c| panels.set(0, c, candidate(c), origin));
+            let distances = [0, 1].map(|c| squared_distance(row, candidate(c)));
+            let expected = usize::from(distances[1] < distances[0]);
+            panels.nearest(0, &codes, |_| row, candidate, |_, found| assert_eq!(found, expected, "{row:?}"));
         }
     }
 

@@ -28,14 +28,14 @@ impl Leaves {
         &self.indices
     }
 
-    /// Fails on an embedding that is not `[D]` finite numbers.
+    /// Fails on an embedding that is not `[D]` finite numbers of a squared norm of at most 1e30.
     pub(crate) fn check(&self, embedding: &[f32]) -> Result<()> {
         let (expected, found) = (self.dim(), embedding.len());
         if expected != found {
             return Err(cluster_tree::Error::Dimension { expected, found }.into());
         }
         let norm_squared: f32 = embedding.iter().map(|value| value * value).sum();
-        match norm_squared.is_finite() {
+        match norm_squared <= nearest::MAX_SQUARED_NORM {
             true => Ok(()),
             false => Err(cluster_tree::Error::NonFiniteEmbedding { norm_squared }.into()),
         }

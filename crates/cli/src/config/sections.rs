@@ -204,7 +204,7 @@ impl TreeSection {
             points_per_iteration: self.points_per_iteration,
             max_share: self.max_share,
             spherical: self.spherical,
-            host_bytes: self.host_mib << 20,
+            host_bytes: self.host_mib.saturating_mul(1 << 20),
         }
     }
 }

@@ -77,7 +77,7 @@ impl Sample {
             let prompts: Vec<String> = eval::read_questions(path)?.into_iter().map(|q| q.prompt).collect();
             others.push(embedded("questions".into(), spread(&prompts, n), Origin::Questions)?);
         }
-        let held_out_kind = (!held_out.texts.is_empty()).then_some(1);
+        let held_out_kind = (!held_out.texts.is_empty()).then_some(usize::from(!training.texts.is_empty()));
         let mut kinds = vec![training, held_out];
         kinds.extend(others);
         kinds.retain(|kind| !kind.texts.is_empty());

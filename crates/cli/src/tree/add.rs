@@ -7,7 +7,7 @@ use embed::Embedder;
 use rayon::prelude::*;
 use serde_json::json;
 
-use super::{Opened, Target, edit, percent, squared_distance};
+use super::{Opened, Target, edit, percent};
 use crate::prepare::load_embedder;
 
 /// Documents routed at a time.
@@ -72,7 +72,7 @@ pub(super) fn add(opened: &Opened, files: Vec<String>, json: bool, target: &Targ
             .collect();
         let whole = json!({
             "documents": n_documents, "windows": after.0.len(), "in_several_leaves": n_elsewhere,
-            "training_distance": before.told(), "distance": after.told(), "new_topics": n_far, "overfull": leaves,
+            "corpus_distance": before.told(), "distance": after.told(), "new_topics": n_far, "overfull": leaves,
         });
         println!("{whole}");
     } else {
@@ -81,11 +81,11 @@ pub(super) fn add(opened: &Opened, files: Vec<String>, json: bool, target: &Targ
             after.0.len()
         );
         println!("{:>20} {:>8} {:>8} {:>8}", "squared distance", "50 %", "90 %", "99 %");
-        for (name, distances) in [("training windows", &before), ("added windows", &after)] {
+        for (name, distances) in [("windows there are", &before), ("added windows", &after)] {
             let [a, b, c] = distances.told();
             println!("{name:>20} {a:>8.4} {b:>8.4} {c:>8.4}");
         }
-        println!("{n_far} windows are farther than 99 % of the training windows: new topics to this tree");
+        println!("{n_far} windows are farther than 99 % of those there are: new topics to this tree");
         for (path, was, is, cap) in &overfull {
             let (was, is, cap) = (percent(*was), percent(*is), percent(*cap));
             println!("leaf {path} becomes overfull: {is} of its parent, before {was}, cap {cap}");
@@ -130,7 +130,7 @@ fn routed(
     let rows = embedder.embed(&windows)?;
     let place = |row: &[f32]| -> Result<(u32, f32)> {
         let leaf = opened.tree.nearest_leaf(row, opened.config.tree.beam)?.leaf();
-        Ok((leaf.index, squared_distance(row, opened.tree.centroid(leaf)?)))
+        Ok((leaf.index, nearest::squared_distance(row, opened.tree.centroid(leaf)?)))
     };
     let places = rows.par_chunks_exact(opened.tree.dim()).map(place).collect::<Result<Vec<_>>>()?;
     let mut places = places.into_iter();
@@ -189,7 +189,10 @@ impl Distances {
     fn of_corpus(opened: &Opened) -> Result<Self> {
         let level = (opened.tree.n_levels() - 1) as u8;
         let distance = |(window, &index): (usize, &u32)| {
-            Ok(squared_distance(opened.row(window), opened.tree.centroid(ClusterId { level, index })?))
+            Ok(nearest::squared_distance(
+                opened.row(window),
+                opened.tree.centroid(ClusterId { level, index })?,
+            ))
         };
         let mut distances: Vec<f32> =
             opened.leaves()?.par_iter().enumerate().map(distance).collect::<Result<_>>()?;

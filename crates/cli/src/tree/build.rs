@@ -1,15 +1,14 @@
 //! `anchorage tree build`: a tree of embeddings that were made elsewhere.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use cluster_tree::ClusterTree;
 use corpus::{Format, SourceFile, SourceOptions};
-use kmeans::{Job, JournalFile, Options, RowFile, Rows};
+use kmeans::{Built, JournalFile, RowFile, Rows};
 
 use crate::config;
+use crate::prepare::grow_tree;
 use crate::progress::Progress;
 
 #[derive(Args)]
@@ -45,24 +44,29 @@ pub(crate) fn build(args: &BuildArgs) -> Result<()> {
         name.push(extension);
         PathBuf::from(name)
     };
-    let (journal, copy) = (beside(".journal"), beside(".points"));
+    if args.dim.is_none() && !file.url.ends_with(".npy") {
+        bail!("{}: expected a .npy file, or --dim, the numbers of an embedding", args.embeddings);
+    }
+    // The copy of another object, or of another state of it, has another name.
+    let copy = beside(&format!(".points-{}", &corpus::hash_inputs(&[&identity])[..16]));
     let local = fetched(file, &source, &copy)?;
-    let is_npy = file.url.ends_with(".npy");
-    let rows = match args.dim {
-        _ if is_npy => RowFile::open_npy(&local)?,
-        Some(dim) => RowFile::open(&local, dim)?,
-        None => bail!("{}: expected --dim, the numbers of an embedding", args.embeddings),
+    let rows = match (args.dim, RowFile::is_npy(&local)?) {
+        (Some(dim), false) => RowFile::open(&local, dim)?,
+        (_, _) => RowFile::open_npy(&local)?,
     };
     if let Some(dim) = args.dim.filter(|&dim| dim != rows.dim()) {
         bail!("{}: expected {dim} numbers a row as --dim says, found {}", args.embeddings, rows.dim());
     }
-    let (tree, leaves) = train(&rows, &options, JournalFile { path: &journal, identity: &identity })?;
+    let path = beside(".journal");
+    let journal = JournalFile { path: &path, identity: &identity };
+    let (Built { tree, leaves }, summary) = grow_tree(&rows, &options, None, journal)?;
     tree.save(&args.out)?;
     if let Some(path) = &args.leaves {
         let bytes: Vec<u8> = leaves.iter().flat_map(|leaf| leaf.to_le_bytes()).collect();
         crate::run::write_whole(path, &bytes)?;
     }
-    kmeans::remove_journal(&journal)?;
+    kmeans::remove_journal(&path)?;
+    eprintln!("{:>18}: {} points; clusters that hold some, by level: {summary}", "cluster", rows.len());
     if copy.exists() {
         std::fs::remove_file(&copy).with_context(|| copy.display().to_string())?;
     }
@@ -74,31 +78,12 @@ fn fetched(file: &SourceFile, source: &SourceOptions, copy: &Path) -> Result<Pat
     if !file.url.contains("://") {
         return Ok(PathBuf::from(&file.url));
     }
-    // Named when it is whole; of another object it has another size, or its journal another identity.
-    let kept = std::fs::metadata(copy).is_ok_and(|kept| kept.len() == file.bytes);
-    if !kept {
+    // It has its name only when it is whole.
+    if !copy.exists() {
         let mut bar = Progress::new("copy", file.bytes);
         let report = &mut |done| bar.set(done, file.bytes, || "bytes".into());
         corpus::copy(file, &source.object_store_options, copy, report)?;
         bar.finish(format!("{} bytes of {}", file.bytes, file.url));
     }
     Ok(copy.to_owned())
-}
-
-fn train(rows: &RowFile, options: &Options, journal: JournalFile) -> Result<(ClusterTree, Vec<u32>)> {
-    let n = rows.len();
-    let bar = Mutex::new(Progress::new("cluster", 1));
-    let progress = |p: kmeans::Progress| {
-        let mut bar = bar.lock().expect("no report panics");
-        bar.set(p.done, p.total, || format!("steps of points, {} nodes", p.nodes));
-    };
-    let job = Job { order: None, journal: Some(journal), progress: &progress };
-    let built = kmeans::build(rows, options, &job)?;
-    let tree = built.tree;
-    let used: Vec<String> = (0..tree.n_levels())
-        .map(|l| format!("{} of {}", tree.counts(l).iter().filter(|&&n| n > 0).count(), tree.n_clusters(l)))
-        .collect();
-    let bar = bar.into_inner().expect("no report panics");
-    bar.finish(format!("{n} points; clusters that hold some, by level: {}", used.join(", ")));
-    Ok((tree, built.leaves))
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use cluster_tree::{ClusterId, ClusterTree};
 use kmeans::Matrix;
 
-use super::{Opened, Target, percent, squared_distance};
+use super::{Opened, Target, percent};
 use crate::run::write_whole;
 
 /// Steps of the k-means that halves a leaf, at most.
@@ -95,19 +95,21 @@ fn halve(rows: &[f32], dim: usize, spherical: bool) -> Result<Option<Halves>> {
         return Ok(None);
     }
     let farthest_from = |from: &[f32]| {
-        let distance = |point: &&&[f32]| squared_distance(point, from);
+        let distance = |point: &&&[f32]| nearest::squared_distance(point, from);
         points.iter().max_by(|a, b| distance(a).total_cmp(&distance(b))).copied().unwrap_or(points[0])
     };
     let one = farthest_from(&mean(&points, dim));
     let other = farthest_from(one);
-    let along = |point: &&[f32]| squared_distance(point, one) - squared_distance(point, other);
+    let along =
+        |point: &&[f32]| nearest::squared_distance(point, one) - nearest::squared_distance(point, other);
     let mut sorted = points.clone();
     sorted.sort_by(|a, b| along(a).total_cmp(&along(b)));
     let (left, right) = sorted.split_at(sorted.len() / 2);
     let start = [mean(left, dim), mean(right, dim)].concat();
     let centroids = kmeans::lloyd(&Matrix::new(rows, dim)?, &start, ITERATIONS)?;
     let (first, second) = centroids.split_at(dim);
-    let in_second = |point: &&&[f32]| squared_distance(point, second) < squared_distance(point, first);
+    let in_second =
+        |point: &&&[f32]| nearest::squared_distance(point, second) < nearest::squared_distance(point, first);
     let n_second = points.iter().filter(in_second).count() as u64;
     let n = [points.len() as u64 - n_second, n_second];
     if n.contains(&0) {

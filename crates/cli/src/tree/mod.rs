@@ -146,6 +146,12 @@ impl Opened {
         let config = Config::load(&path, &of.set)?;
         let prepared = Prepared::of(&config);
         let windows = Windows::open(&prepared)?;
+        if !corpus::stage_is_finished(&prepared.dir, "cluster")? {
+            bail!(
+                "{}: expected the stage cluster to be finished: run `anchorage prepare`",
+                prepared.dir.display()
+            );
+        }
         let tree = ClusterTree::load(&prepared.tree())?;
         let own = folder.map(|folder| folder.join("tree.safetensors")).filter(|own| own.exists());
         if let Some(own) = own
@@ -173,7 +179,7 @@ impl Opened {
 
     /// The share of its parent that k-means lets a cluster of `level` have.
     fn cap(&self, level: usize) -> f64 {
-        self.config.tree.max_share.unwrap_or(1.5 / self.tree.branching(level) as f64)
+        self.config.tree.options().share(self.tree.branching(level))
     }
 
     fn branching(&self) -> Vec<usize> {
@@ -219,10 +225,6 @@ impl Opened {
         }
         Ok(id.index)
     }
-}
-
-fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum()
 }
 
 /// A share in percent, with a digit behind the point.

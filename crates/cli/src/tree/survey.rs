@@ -7,7 +7,7 @@ use corpus::TokenStore;
 use eval::Agreement;
 use eval::tree_page::LevelRow;
 
-use super::{Opened, squared_distance};
+use super::Opened;
 
 /// Texts shown from the middle and from the edge of a cluster.
 const N_NEAREST: usize = 3;
@@ -84,7 +84,7 @@ impl Survey {
         for (window, &leaf) in leaves.iter().enumerate() {
             let document = store.window(window)?.document;
             for id in tree.path_of_leaf(leaf)?.ids() {
-                let distance = squared_distance(opened.row(window), tree.centroid(id)?);
+                let distance = nearest::squared_distance(opened.row(window), tree.centroid(id)?);
                 let place = Place { window: window as u32, document, distance };
                 clusters[usize::from(id.level)][id.index as usize].add(place);
             }

@@ -19,6 +19,12 @@ pub fn stage_is_current(dir: &Path, stage: &str, inputs_hash: &str) -> Result<bo
     Ok(read(dir)?.get(stage).is_some_and(|hash| hash == inputs_hash))
 }
 
+/// Whether `stage` was finished in `dir`, with whatever inputs. Fails as [`stage_is_current`].
+pub fn stage_is_finished(dir: &Path, stage: &str) -> Result<bool> {
+    position(stage)?;
+    Ok(read(dir)?.contains_key(stage))
+}
+
 /// Call before a stage changes the folder: from here on neither it nor a later stage counts as
 /// finished. `tokenise` and `pack` do it themselves.
 pub fn begin_stage(dir: &Path, stage: &str) -> Result<()> {

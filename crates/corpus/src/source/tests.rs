@@ -462,3 +462,23 @@ fn an_identity_tells_changed_files() {
     assert_ne!(identity(&[file(1)]), identity(&[file(2)]));
     assert_ne!(identity(&[file(1)]), identity(&[file(1), file(1)]));
 }
+
+#[test]
+fn a_copy_is_whole_or_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let (from, to) = (folder.path().join("a.txt"), folder.path().join("copy"));
+    let content: Vec<u8> = (0..9_000_000u32).map(|i| (i * i >> 7) as u8).collect();
+    fs::write(&from, &content).unwrap();
+    let options = SourceOptions { files: vec![from.display().to_string()], ..SourceOptions::default() };
+    let file = super::list(&options).unwrap().remove(0);
+    let mut told = vec![];
+    super::copy(&file, &[], &to, &mut |done| told.push(done)).unwrap();
+    assert!(fs::read(&to).unwrap() == content);
+    assert!(told.is_sorted() && told.last() == Some(&9_000_000), "{told:?}");
+    // Cut short after it was listed.
+    fs::write(&from, &content[..5_000_000]).unwrap();
+    let other = folder.path().join("other");
+    let error = super::copy(&file, &[], &other, &mut |_| ()).unwrap_err().to_string();
+    assert!(error.contains("a.txt"), "{error}");
+    assert!(!other.exists());
+}
