@@ -10,7 +10,7 @@ use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 
-use crate::support::{Workdir, checkpoints, failure, files, half_written};
+use crate::support::{Workdir, checkpoints, failure, files, half_written, write_npy};
 
 /// A corpus of one file with this content: `prepare` fails with `parts`, and no stage counts as finished.
 fn prepare_fails(name: &str, content: &[u8], parts: &[&str]) {
@@ -319,6 +319,21 @@ fn no_space_for_a_prepared_corpus() {
     // With space again it goes on as if nothing had been.
     work.ok(&["train", "run.toml"]);
     assert!(half_written(&work.path("prepared")).is_empty());
+}
+
+#[test]
+fn no_space_for_the_journal_of_a_tree() {
+    let work = Workdir::new();
+    write_npy(&work.path("points.npy"), 3000);
+    let build = |out: &str| format!("tree build points.npy --set tree.branching=[6,5] --out {out}");
+    let built = |out: &str| work.ok(&build(out).split(' ').collect::<Vec<_>>());
+    built("whole");
+    // Room for the root, 4 bytes a point noted, and not for all of its children.
+    failure(&without_space(&work, 20, &build("again")), &["again.journal: File too large"]);
+    assert!(!work.path("again").exists() && fs::metadata(work.path("again.journal")).unwrap().len() > 12_000);
+    built("again");
+    assert!(fs::read(work.path("again")).unwrap() == fs::read(work.path("whole")).unwrap());
+    assert!(!work.path("again.journal").exists());
 }
 
 #[test]

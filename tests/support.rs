@@ -151,3 +151,18 @@ pub(crate) fn metrics(run: &Path) -> Vec<Value> {
     };
     text.lines().map(line).collect()
 }
+
+/// A `.npy` file of `rows` vectors of 8 numbers.
+pub(crate) fn write_npy(path: &Path, rows: usize) {
+    let shape = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 8), }}");
+    let header = format!("{shape:<117}\n");
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    // Deterministic and all different.
+    let value = |i: usize| {
+        ((i * 7919 % 4093) as f32 / 4093.0 - 0.5 + (i % 8 == i / 500 % 8) as u8 as f32).to_le_bytes()
+    };
+    bytes.extend((0..rows * 8).flat_map(value));
+    fs::write(path, bytes).unwrap();
+}

@@ -5,7 +5,7 @@ use std::fs;
 use cluster_tree::ClusterTree;
 use serde_json::Value;
 
-use crate::support::{Workdir, half_written};
+use crate::support::{Workdir, half_written, write_npy};
 
 fn prepared() -> Workdir {
     let work = Workdir::new();
@@ -212,21 +212,6 @@ fn wrong_clusters_and_missing_parts_are_told() {
         &[&["tree", "purity", "plain.toml"], &unlabelled[..]].concat(),
         &["plain: no document has a label"],
     );
-}
-
-/// A `.npy` file of `rows` unit-free vectors of 8 numbers.
-fn write_npy(path: &std::path::Path, rows: usize) {
-    let shape = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, 8), }}");
-    let header = format!("{shape:<117}\n");
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    bytes.extend((header.len() as u16).to_le_bytes());
-    bytes.extend(header.as_bytes());
-    // Deterministic and all different.
-    let value = |i: usize| {
-        ((i * 7919 % 4093) as f32 / 4093.0 - 0.5 + (i % 8 == i / 500 % 8) as u8 as f32).to_le_bytes()
-    };
-    bytes.extend((0..rows * 8).flat_map(value));
-    fs::write(path, bytes).unwrap();
 }
 
 #[test]
