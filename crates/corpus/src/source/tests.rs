@@ -467,7 +467,7 @@ fn an_identity_tells_changed_files() {
 fn a_copy_is_whole_or_not_there() {
     let folder = tempfile::tempdir().unwrap();
     let (from, to) = (folder.path().join("a.txt"), folder.path().join("copy"));
-    let content: Vec<u8> = (0..9_000_000u32).map(|i| (i * i >> 7) as u8).collect();
+    let content: Vec<u8> = (0..9_000_000u32).map(|i| ((i * i) >> 7) as u8).collect();
     fs::write(&from, &content).unwrap();
     let options = SourceOptions { files: vec![from.display().to_string()], ..SourceOptions::default() };
     let file = super::list(&options).unwrap().remove(0);
