@@ -216,6 +216,10 @@ fn errors_name_the_file_the_key_and_what_was_expected() {
         &folder,
         "modules.json: type is \"sentence_transformers.models.Dense\", expected Transformer, Pooling or",
     );
+    // A module that is named must be there: without it the folder would be another embedder.
+    let folder = copy();
+    fs::remove_file(folder.path().join("1_Pooling/config.json")).unwrap();
+    assert_fails(&folder, "1_Pooling/config.json: entity not found");
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
         let folder = copy();
         let path = folder.path().join(file);
