@@ -1,7 +1,11 @@
+use std::sync::Arc;
+
+use half::bf16;
+use multiversion::multiversion;
 use serde::{Deserialize, Serialize};
 
 use crate::schedule::setting;
-use crate::{Result, Schedule};
+use crate::{Result, Row, Schedule, Values};
 
 /// Lazy AdamW (Loshchilov & Hutter, arXiv 1711.05101): a block is updated, its moments and its
 /// weights decayed, only in steps that push a gradient of it, and its bias correction counts those
@@ -21,26 +25,6 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Largest L2 norm of one block's gradient; a longer one is scaled down to it.
     pub clip: Option<f64>,
-}
-
-/// One block's weights and optimizer state. `values`, `m` and `v` have the block's length.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub(crate) struct Row {
-    pub(crate) values: Vec<f32>,
-    pub(crate) m: Vec<f32>,
-    pub(crate) v: Vec<f32>,
-    /// Updates of this block so far.
-    pub(crate) steps: u64,
-}
-
-impl Row {
-    pub(crate) fn m(&self) -> &[f32] {
-        &self.m
-    }
-
-    pub(crate) fn v(&self) -> &[f32] {
-        &self.v
-    }
 }
 
 impl AdamW {
@@ -67,46 +51,145 @@ impl AdamW {
         }
     }
 
-    /// One update of a block by the gradient of the global step `step`, in one pass.
-    pub(crate) fn update(&self, row: &mut Row, grad: &[f32], step: u64) {
+    /// One update of a block by its gradients, summed in their order, in one pass over the block:
+    /// gradients are widened and summed a piece at a time, on the way.
+    pub(crate) fn update(&self, row: &mut Row, gradients: &[Values], step: u64) {
         row.steps += 1;
         let t = row.steps as f64;
         let rate = self.schedule.at(step);
-        let (beta1, beta2) = (self.beta1 as f32, self.beta2 as f32);
-        let (rest1, rest2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
-        let decay = (1.0 - rate * self.weight_decay) as f32;
-        let step_size = (rate / (1.0 - self.beta1.powf(t))) as f32;
-        let v_scale = (1.0 / (1.0 - self.beta2.powf(t)).sqrt()) as f32;
-        let eps = self.eps as f32;
-        let scale = self.clip.map_or(1.0, |clip| clip_scale(grad, clip));
-        let state = row.values.iter_mut().zip(&mut row.m).zip(&mut row.v);
-        for (((value, m), v), &grad) in state.zip(grad) {
-            let grad = grad * scale;
-            *m = beta1 * *m + rest1 * grad;
-            *v = beta2 * *v + rest2 * grad * grad;
-            *value = decay * *value - step_size * *m / (v.sqrt() * v_scale + eps);
+        let mut piece = [0f32; PIECE];
+        let numbers = Numbers {
+            beta1: self.beta1 as f32,
+            rest1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            rest2: (1.0 - self.beta2) as f32,
+            decay: (1.0 - rate * self.weight_decay) as f32,
+            step_size: (rate / (1.0 - self.beta1.powf(t))) as f32,
+            v_scale: (1.0 / (1.0 - self.beta2.powf(t)).sqrt()) as f32,
+            eps: self.eps as f32,
+            scale: self.clip.map_or(1.0, |clip| clip_scale(gradients, row.values.len(), clip)),
+        };
+        // What a fetch or a snapshot still holds stays as it was: then these copy.
+        let values = Arc::make_mut(&mut row.values).chunks_mut(PIECE);
+        let moments =
+            Arc::make_mut(&mut row.m).chunks_mut(PIECE).zip(Arc::make_mut(&mut row.v).chunks_mut(PIECE));
+        for (i, (values, (m, v))) in values.zip(moments).enumerate() {
+            let gradient = sum(gradients, i * PIECE, &mut piece[..values.len()]);
+            update_piece(&numbers, [values, m, v], gradient);
         }
     }
 }
 
-/// What to multiply a gradient with so that its L2 norm is at most `clip`. Sums in f64 and in a
-/// fixed order.
-fn clip_scale(grad: &[f32], clip: f64) -> f32 {
-    let norm = squared_norm(grad).sqrt();
+/// Parameters updated at a time: their gradients stay in the first-level cache while they are summed.
+const PIECE: usize = 2048;
+
+/// The numbers of one block's update, the same for each of its parameters.
+struct Numbers {
+    beta1: f32,
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    /// What weight decay leaves of a weight.
+    decay: f32,
+    /// Learning rate with the correction of the first moment.
+    step_size: f32,
+    /// Root of the correction of the second moment.
+    v_scale: f32,
+    eps: f32,
+    /// Factor on the gradient.
+    scale: f32,
+}
+
+/// Compiled for several vector widths, of which the processor's widest runs. No product is fused
+/// with a sum, so all give the same bits.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2"))]
+fn update_piece(numbers: &Numbers, [values, m, v]: [&mut [f32]; 3], gradient: &[f32]) {
+    let Numbers { beta1, rest1, beta2, rest2, decay, step_size, v_scale, eps, scale } = *numbers;
+    let state = values.iter_mut().zip(m).zip(v);
+    for (((value, m), v), &gradient) in state.zip(gradient) {
+        let gradient = gradient * scale;
+        *m = beta1 * *m + rest1 * gradient;
+        *v = beta2 * *v + rest2 * gradient * gradient;
+        *value = decay * *value - step_size * *m / (v.sqrt() * v_scale + eps);
+    }
+}
+
+/// The sum over ranks of one piece of a block's gradients, from value `start` on. One f32 gradient
+/// is its own sum, and is not copied.
+fn sum<'a>(gradients: &'a [Values], start: usize, piece: &'a mut [f32]) -> &'a [f32] {
+    let range = start..start + piece.len();
+    match gradients {
+        [Values::F32(values)] => return &values[range],
+        [first, rest @ ..] => {
+            match first {
+                Values::F32(values) => piece.copy_from_slice(&values[range.clone()]),
+                Values::Bf16(values) => widen(&values[range.clone()], piece),
+            }
+            for gradient in rest {
+                match gradient {
+                    Values::F32(values) => add(&values[range.clone()], piece),
+                    Values::Bf16(values) => add_bf16(&values[range.clone()], piece),
+                }
+            }
+        }
+        [] => piece.fill(0.0),
+    }
+    piece
+}
+
+/// A bf16 is the upper half of an f32.
+fn wide(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2"))]
+fn widen(from: &[bf16], to: &mut [f32]) {
+    to.iter_mut().zip(from).for_each(|(to, &from)| *to = wide(from));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2"))]
+fn add(values: &[f32], to: &mut [f32]) {
+    to.iter_mut().zip(values).for_each(|(to, &value)| *to += value);
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2"))]
+fn add_bf16(values: &[bf16], to: &mut [f32]) {
+    to.iter_mut().zip(values).for_each(|(to, &value)| *to += wide(value));
+}
+
+/// What to multiply a summed gradient with so that its L2 norm is at most `clip`.
+fn clip_scale(gradients: &[Values], len: usize, clip: f64) -> f32 {
+    let (mut sums, mut piece) = ([0f64; LANES], [0f32; PIECE]);
+    for start in (0..len).step_by(PIECE) {
+        let n = PIECE.min(len - start);
+        add_squares(sum(gradients, start, &mut piece[..n]), &mut sums);
+    }
+    let norm = sums.iter().sum::<f64>().sqrt();
     if norm > clip { (clip / norm) as f32 } else { 1.0 }
 }
 
-/// The sum of squares in 16 partial sums, which the compiler keeps in vector registers.
+/// Partial sums of [`squared_norm`], which the compiler keeps in vector registers.
+const LANES: usize = 16;
+const _: () = assert!(PIECE.is_multiple_of(LANES), "the sum of pieces is that of the whole");
+
+/// The sum of squares, in f64 and in a fixed order.
 pub fn squared_norm(values: &[f32]) -> f64 {
-    let (chunks, rest) = values.as_chunks::<16>();
-    let mut sums = [0f64; 16];
+    let mut sums = [0f64; LANES];
+    add_squares(values, &mut sums);
+    sums.iter().sum()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2"))]
+fn add_squares(values: &[f32], sums: &mut [f64; LANES]) {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut partial = *sums;
     for chunk in chunks {
-        for (sum, &value) in sums.iter_mut().zip(chunk) {
+        for (sum, &value) in partial.iter_mut().zip(chunk) {
             *sum += f64::from(value) * f64::from(value);
         }
     }
-    for (sum, &value) in sums.iter_mut().zip(rest) {
+    for (sum, &value) in partial.iter_mut().zip(rest) {
         *sum += f64::from(value) * f64::from(value);
     }
-    sums.iter().sum()
+    *sums = partial;
 }

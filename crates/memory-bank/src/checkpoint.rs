@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::adamw::Row;
 use crate::manifest::{FORMAT, FileRecord, Manifest, OPTIMIZER, VALUES, Verify, verify};
 use crate::tensor_file::{Reader, Writer, io_error, mismatch, optimizer_tensors, value_tensors};
-use crate::{BlockSpec, Result, Shard, ShardOptions, init_block};
+use crate::{BlockSpec, Result, Row, Shard, ShardOptions, init_block};
 
 /// Bytes of blocks made at once while writing, unless one block is larger.
 const BATCH_BYTES: usize = 64 << 20;
@@ -37,22 +37,23 @@ pub(crate) fn resume(
     let mut values = Reader::open(&folder.join(VALUES), &value_tensors(&spec))?;
     let mut optimizer = Reader::open(&folder.join(OPTIMIZER), &optimizer_tensors(&spec))?;
     let steps = read_steps(&mut optimizer, folder, &manifest)?;
-    let mut rows = vec![BTreeMap::new(); spec.n_levels()];
+    let mut rows = Vec::new();
     for (place, level) in spec.levels().enumerate() {
         let len = spec.block_len(level);
         // The tensors of steps come first, one a level, then two of moments a level.
         let m = spec.levels().count() + 2 * place;
         for (row, &steps) in steps[place].iter().enumerate().filter(|&(_, &steps)| steps > 0) {
             let state = Row {
-                values: values.read(place, row * len, len)?,
-                m: optimizer.read(m, row * len, len)?,
-                v: optimizer.read(m + 1, row * len, len)?,
+                values: Arc::new(values.read(place, row * len, len)?),
+                m: Arc::new(optimizer.read(m, row * len, len)?),
+                v: Arc::new(optimizer.read(m + 1, row * len, len)?),
                 steps,
+                last: manifest.step,
             };
-            rows[level].insert(spec.id_of_row(level, row).index, state);
+            rows.push((spec.id_of_row(level, row), state));
         }
     }
-    Shard::from_rows(spec, options, manifest.step, rows)
+    Shard::with_rows(spec, options, manifest.step, rows)
 }
 
 /// The update counts of every row, per level with memory. Fails when they are not those that the
@@ -101,8 +102,8 @@ fn write_folder(shard: &Shard, hashes: &BTreeMap<String, String>, folder: &Path)
         format: FORMAT.to_owned(),
         spec: shard.spec().clone(),
         step: shard.applied(),
-        seed: shard.seed(),
-        touched: (0..shard.spec().n_levels()).map(|level| shard.n_touched(level) as u64).collect(),
+        seed: shard.options().seed,
+        touched: shard.n_touched().into_iter().map(|n| n as u64).collect(),
         files: BTreeMap::from([(VALUES.to_owned(), values?), (OPTIMIZER.to_owned(), optimizer?)]),
         hashes: hashes.clone(),
     };
@@ -122,7 +123,7 @@ fn write_values(shard: &Shard, path: &Path) -> Result<FileRecord> {
                 let id = spec.id_of_row(level, row);
                 match shard.row(id) {
                     Some(row) => Cow::Borrowed(row.values.as_slice()),
-                    None => Cow::Owned(init_block(spec, shard.seed(), id)),
+                    None => Cow::Owned(init_block(spec, shard.options().seed, id)),
                 }
             };
             let blocks: Vec<Cow<[f32]>> = rows.into_par_iter().map(values).collect();
@@ -143,10 +144,10 @@ fn write_optimizer(shard: &Shard, path: &Path) -> Result<FileRecord> {
     }
     for level in spec.levels() {
         let n_bytes = (spec.block_len(level) * size_of::<f32>()) as u64;
-        for moment in [Row::m, Row::v] {
+        for moment in [|row: &Row| Arc::clone(&row.m), |row: &Row| Arc::clone(&row.v)] {
             for row in rows(level) {
                 match row {
-                    Some(row) => writer.write(moment(row))?,
+                    Some(row) => writer.write(&moment(row))?,
                     None => writer.skip(n_bytes),
                 }
             }
@@ -170,15 +171,16 @@ fn sync_folder(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{AdamW, Error, MemoryKind, Schedule, Step};
+    use crate::{AdamW, Error, MemoryKind, Placement, Schedule, Step};
 
     fn shard() -> Shard {
         let (width, branching) = (vec![64], vec![32]);
         let spec = BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 64, width, branching };
         let schedule = Schedule { peak: 0.1, floor: 0.1, warmup_steps: 0, total_steps: 1 };
         let adamw = AdamW { schedule, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip: None };
-        Shard::from_rows(spec, ShardOptions { seed: 1, adamw, world_size: 1 }, Step(1), vec![BTreeMap::new()])
-            .unwrap()
+        let options =
+            ShardOptions { seed: 1, adamw, world_size: 1, staleness: 0, placement: Placement::WHOLE };
+        Shard::with_rows(spec, options, Step(1), []).unwrap()
     }
 
     /// `/dev/full` is a disk without space: every write to it fails as one on a full disk does.

@@ -71,12 +71,42 @@ pub enum Error {
         world_size: usize,
     },
     /// A push that skips a step, or one for step 0.
-    #[error("push of step {found}, but steps up to {applied} are applied: expected {}", applied.0 + 1)]
+    #[error("push of step {found}, but steps up to {applied} are applied: expected {}", steps(*applied, *last))]
     PushStep {
         /// Step pushed.
         found: Step,
         /// Last step applied.
         applied: Step,
+        /// Last step that may be pushed now.
+        last: Step,
+    },
+    /// A block asked of, or pushed to, a shard that does not own it.
+    #[error("block {id} belongs to shard {owner} of {n_shards}, not to shard {shard}")]
+    NotOwned {
+        /// The block.
+        id: ClusterId,
+        /// The shard that owns it.
+        owner: usize,
+        /// The shard that was asked.
+        shard: usize,
+        /// Shards of the bank.
+        n_shards: usize,
+    },
+    /// A stored block whose weights or moments are of another length than the spec's.
+    #[error("row of block {id} has {found} values, expected {expected}")]
+    RowLength {
+        /// The block.
+        id: ClusterId,
+        /// Values of a block of its level.
+        expected: usize,
+        /// Values found.
+        found: usize,
+    },
+    /// A stored block that is there twice.
+    #[error("block {id} is stored twice, expected once")]
+    RepeatedRow {
+        /// The block.
+        id: ClusterId,
     },
     /// A save of another step than the bank is at.
     #[error("save of step {expected}, but the bank is at step {applied}")]
@@ -143,4 +173,10 @@ pub enum Error {
         /// What it is.
         found: String,
     },
+}
+
+/// The steps that may be pushed, for a message.
+fn steps(applied: Step, last: Step) -> String {
+    let first = applied.0 + 1;
+    if last.0 == first { first.to_string() } else { format!("{first} to {last}") }
 }

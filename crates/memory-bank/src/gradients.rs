@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use cluster_tree::ClusterId;
+use half::bf16;
 use rayon::prelude::*;
 
 use crate::{Block, BlockSpec, Error, Result};
@@ -9,17 +10,71 @@ use crate::{Block, BlockSpec, Error, Result};
 /// of ranks would not fit an f32, and the second moment of the block would be lost for good.
 pub const MAX_GRADIENT: f32 = 1e15;
 
+/// The numbers of one block, in the precision in which they came.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Values {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// The upper half of single precision.
+    Bf16(Vec<bf16>),
+}
+
+impl Values {
+    /// How many numbers these are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The first number whose magnitude is not a gradient's, with its position.
+    fn first_wrong(&self) -> Option<(usize, f32)> {
+        let limit = bf16_limit();
+        match self {
+            Self::F32(values) if is_bounded(values) => None,
+            Self::Bf16(values) if values.iter().map(|&x| magnitude_bf16(x)).fold(0, u16::max) <= limit => {
+                None
+            }
+            Self::F32(values) => {
+                let is_wrong = |value: &f32| magnitude(*value) > MAX_GRADIENT.to_bits();
+                values.iter().position(is_wrong).map(|position| (position, values[position]))
+            }
+            Self::Bf16(values) => {
+                let is_wrong = |value: &bf16| magnitude_bf16(*value) > limit;
+                values.iter().position(is_wrong).map(|position| (position, values[position].to_f32()))
+            }
+        }
+    }
+}
+
+impl Default for Values {
+    fn default() -> Self {
+        Self::F32(Vec::new())
+    }
+}
+
 /// One push: gradients that fit their blocks, at most one a block.
 #[derive(Clone, PartialEq, Debug)]
-pub struct Gradients(BTreeMap<ClusterId, Vec<f32>>);
+pub struct Gradients(BTreeMap<ClusterId, Values>);
 
 impl Gradients {
     /// Checks a push against the spec. Fails on a block that the spec does not have, on a wrong
     /// length, on a value that is not finite or above [`MAX_GRADIENT`], and on two gradients of one
     /// block.
     pub fn new(spec: &BlockSpec, blocks: Vec<Block>) -> Result<Self> {
+        Self::of(spec, blocks.into_iter().map(|block| (block.id, Values::F32(block.values))).collect())
+    }
+
+    /// As [`Gradients::new`], of gradients in either precision.
+    pub fn of(spec: &BlockSpec, gradients: Vec<(ClusterId, Values)>) -> Result<Self> {
         let mut places = BTreeMap::new();
-        for (second, Block { id, values }) in blocks.iter().enumerate() {
+        for (second, (id, values)) in gradients.iter().enumerate() {
             spec.check(*id)?;
             let expected = spec.block_len(usize::from(id.level));
             if values.len() != expected {
@@ -29,14 +84,23 @@ impl Gradients {
                 return Err(Error::RepeatedGradient { id: *id, first, second });
             }
         }
-        match blocks.par_iter().find_first(|block| !is_bounded(&block.values)) {
-            Some(block) => Err(value_error(block)),
-            None => Ok(Self(blocks.into_iter().map(|block| (block.id, block.values)).collect())),
+        let wrong = gradients.par_iter().find_map_first(|(id, values)| {
+            let (position, value) = values.first_wrong()?;
+            Some(Error::GradientValue { id: *id, position, value, limit: MAX_GRADIENT })
+        });
+        match wrong {
+            Some(error) => Err(error),
+            None => Ok(Self(gradients.into_iter().collect())),
         }
     }
 
+    /// The blocks that have a gradient.
+    pub fn ids(&self) -> impl Iterator<Item = ClusterId> {
+        self.0.keys().copied()
+    }
+
     /// In the order of ids.
-    pub(crate) fn into_blocks(self) -> impl Iterator<Item = (ClusterId, Vec<f32>)> {
+    pub(crate) fn into_blocks(self) -> impl Iterator<Item = (ClusterId, Values)> {
         self.0.into_iter()
     }
 }
@@ -44,15 +108,18 @@ impl Gradients {
 /// Compares bit patterns: without the sign, those of NaN and infinity are above every number's, and
 /// integers vectorise where a comparison that minds NaN does not.
 fn is_bounded(values: &[f32]) -> bool {
-    values.iter().map(|value| magnitude_bits(*value)).fold(0, u32::max) <= MAX_GRADIENT.to_bits()
+    values.iter().map(|&value| magnitude(value)).fold(0, u32::max) <= MAX_GRADIENT.to_bits()
 }
 
-fn magnitude_bits(value: f32) -> u32 {
+fn magnitude(value: f32) -> u32 {
     value.to_bits() & !(1 << 31)
 }
 
-fn value_error(block: &Block) -> Error {
-    let is_wrong = |value: &f32| magnitude_bits(*value) > MAX_GRADIENT.to_bits();
-    let position = block.values.iter().position(is_wrong).unwrap_or_default();
-    Error::GradientValue { id: block.id, position, value: block.values[position], limit: MAX_GRADIENT }
+fn magnitude_bf16(value: bf16) -> u16 {
+    value.to_bits() & !(1 << 15)
+}
+
+/// The largest magnitude in bf16 that is at most [`MAX_GRADIENT`].
+fn bf16_limit() -> u16 {
+    (MAX_GRADIENT.to_bits() >> 16) as u16
 }

@@ -1,16 +1,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex};
 
 use cluster_tree::ClusterId;
 use rayon::prelude::*;
-use tokio::sync::watch;
 
 use crate::manifest::{Manifest, VALUES, Verify, verify};
 use crate::tensor_file::{Mapped, Reader, value_tensors};
 use crate::{
-    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Result, Shard, ShardOptions, Step, Update,
-    checkpoint,
+    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Placement, Result, Shard, ShardOptions, Step,
+    Update, checkpoint,
 };
 
 /// How a bank is trained and where its checkpoints go.
@@ -40,14 +39,12 @@ pub struct LocalBank {
 
 #[derive(Clone)]
 enum Source {
-    Live(Arc<Live>),
+    Live(Arc<Trained>),
     ReadOnly(Arc<ReadOnly>),
 }
 
-struct Live {
-    shard: RwLock<Shard>,
-    /// Follows the shard's applied step, for those who wait for it.
-    applied: watch::Sender<Step>,
+struct Trained {
+    live: Live,
     saving: Mutex<()>,
     checkpoint_root: PathBuf,
     hashes: BTreeMap<String, String>,
@@ -85,7 +82,7 @@ impl LocalBank {
     /// The last step applied.
     pub fn applied(&self) -> Step {
         match &self.source {
-            Source::Live(live) => *live.applied.borrow(),
+            Source::Live(bank) => bank.live.applied(),
             Source::ReadOnly(files) => files.manifest.step,
         }
     }
@@ -93,23 +90,22 @@ impl LocalBank {
     /// Hashes of what the bank belongs to, as given when it was made.
     pub fn hashes(&self) -> &BTreeMap<String, String> {
         match &self.source {
-            Source::Live(live) => &live.hashes,
+            Source::Live(bank) => &bank.hashes,
             Source::ReadOnly(files) => &files.manifest.hashes,
         }
     }
 
     fn live(shard: Shard, options: BankOptions) -> Self {
-        let spec = Arc::new(shard.spec().clone());
         let BankOptions { checkpoint_root, hashes, .. } = options;
-        let applied = watch::Sender::new(shard.applied());
-        let live =
-            Live { shard: RwLock::new(shard), applied, saving: Mutex::new(()), checkpoint_root, hashes };
-        Self { spec, source: Source::Live(Arc::new(live)) }
+        let live = Live::new(shard);
+        let spec = Arc::clone(live.spec());
+        let bank = Trained { live, saving: Mutex::new(()), checkpoint_root, hashes };
+        Self { spec, source: Source::Live(Arc::new(bank)) }
     }
 
-    fn live_for(&self, action: &'static str, step: Step) -> Result<Arc<Live>> {
+    fn live_for(&self, action: &'static str, step: Step) -> Result<Arc<Trained>> {
         match &self.source {
-            Source::Live(live) => Ok(Arc::clone(live)),
+            Source::Live(bank) => Ok(Arc::clone(bank)),
             Source::ReadOnly(files) => Err(Error::ReadOnly { action, step, applied: files.manifest.step }),
         }
     }
@@ -124,11 +120,18 @@ impl BlockStore for LocalBank {
         ids.iter().try_for_each(|&id| self.spec.check(id))?;
         let ids = ids.to_vec();
         match &self.source {
-            Source::Live(live) => {
-                let mut applied = live.applied.subscribe();
-                applied.wait_for(|&applied| applied >= after).await.map_err(|_| Error::Unfinished)?;
-                let live = Arc::clone(live);
-                blocking(move || live.fetch(&ids)).await
+            Source::Live(bank) => {
+                bank.live.reached(after).await?;
+                let bank = Arc::clone(bank);
+                blocking(move || {
+                    let shared = bank.live.fetch(&ids)?;
+                    let block = |(&id, values): (&ClusterId, Arc<Vec<f32>>)| Block {
+                        id,
+                        values: Arc::unwrap_or_clone(values),
+                    };
+                    Ok(ids.par_iter().zip(shared).map(block).collect())
+                })
+                .await
             }
             Source::ReadOnly(files) => {
                 let applied = files.manifest.step;
@@ -142,54 +145,40 @@ impl BlockStore for LocalBank {
     }
 
     async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> Result<()> {
-        let live = self.live_for("push", step)?;
+        let bank = self.live_for("push", step)?;
         let spec = Arc::clone(&self.spec);
-        blocking(move || live.push(step, rank, Gradients::new(&spec, grads)?)).await
+        blocking(move || bank.live.push(step, rank, Gradients::new(&spec, grads)?).map(|_| ())).await
     }
 
     async fn save(&self, step: Step) -> Result<()> {
-        let live = self.live_for("save", step)?;
-        blocking(move || live.save(step)).await
+        let bank = self.live_for("save", step)?;
+        blocking(move || bank.save(step)).await
     }
 }
 
 impl BankOptions {
     fn shard(&self) -> ShardOptions {
-        ShardOptions { seed: self.seed, adamw: self.adamw, world_size: self.world_size }
+        ShardOptions {
+            seed: self.seed,
+            adamw: self.adamw,
+            world_size: self.world_size,
+            staleness: 0,
+            placement: Placement::WHOLE,
+        }
     }
 }
 
-impl Live {
-    fn fetch(&self, ids: &[ClusterId]) -> Result<Vec<Block>> {
-        let shard = self.read()?;
-        ids.par_iter().map(|&id| Ok(Block { id, values: shard.block(id)? })).collect()
-    }
-
-    fn push(&self, step: Step, rank: usize, grads: Gradients) -> Result<()> {
-        let mut shard = self.write()?;
-        shard.push(step, rank, grads, |updates| updates.into_par_iter().for_each(Update::run))?;
-        self.applied.send_replace(shard.applied());
-        Ok(())
-    }
-
-    /// The next step is applied after the files are written. A second save waits for the first, as
-    /// both may be of one folder.
+impl Trained {
+    /// A second save waits for the first, as both may be of one folder.
     fn save(&self, step: Step) -> Result<()> {
         let _saving = self.saving.lock().map_err(|_| Error::Unfinished)?;
-        let shard = self.read()?;
-        let applied = shard.applied();
-        if applied != step {
-            return Err(Error::SaveStep { expected: step, applied });
+        match self
+            .live
+            .with(|shard| (shard.applied(), checkpoint::save(shard, &self.checkpoint_root, &self.hashes)))?
+        {
+            (applied, saved) if applied == step => saved,
+            (applied, _) => Err(Error::SaveStep { expected: step, applied }),
         }
-        checkpoint::save(&shard, &self.checkpoint_root, &self.hashes)
-    }
-
-    fn read(&self) -> Result<RwLockReadGuard<'_, Shard>> {
-        self.shard.read().map_err(|_| Error::Unfinished)
-    }
-
-    fn write(&self) -> Result<RwLockWriteGuard<'_, Shard>> {
-        self.shard.write().map_err(|_| Error::Unfinished)
     }
 }
 

@@ -1,10 +1,13 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 
-use crate::adamw::{AdamW, Row};
 use crate::schedule::setting;
-use crate::{BlockSpec, Error, Gradients, Result, Step, init_block};
+use crate::{AdamW, BlockSpec, Error, Gradients, Placement, Result, Row, Snapshot, Step, Values, init_block};
+
+/// Most steps that a rank may be ahead of the slowest.
+pub const MAX_STALENESS: u64 = 64;
 
 /// What a shard needs to know beside its spec.
 #[derive(Copy, Clone, PartialEq, Debug)]
@@ -15,6 +18,10 @@ pub struct ShardOptions {
     pub adamw: AdamW,
     /// Ranks whose pushes make a step.
     pub world_size: usize,
+    /// Steps that a rank may push beyond the one that is waited for; 0 is synchronous training.
+    pub staleness: u64,
+    /// The part of the bank that the shard owns.
+    pub placement: Placement,
 }
 
 /// The owner of blocks: a value without I/O, clock or threads, fed with pushes and asked for blocks.
@@ -27,8 +34,9 @@ pub struct Shard {
     applied: Step,
     /// Updated blocks by level and index; the generic block comes last, as in the files.
     rows: Vec<BTreeMap<u32, Row>>,
-    /// What each rank has pushed of the step after `applied`.
-    pending: Vec<Option<Gradients>>,
+    /// What each rank has pushed of the steps after `applied`: of the next one, and of `staleness`
+    /// more.
+    pending: VecDeque<Vec<Option<Gradients>>>,
 }
 
 /// The update of one block in one step, independent of every other one of that step.
@@ -37,31 +45,52 @@ pub struct Update<'a> {
     options: ShardOptions,
     step: Step,
     id: ClusterId,
-    row: &'a mut Row,
+    /// None before the first update.
+    row: &'a mut Option<Row>,
     /// In rank order, at least one.
-    grads: Vec<Vec<f32>>,
+    gradients: Vec<Values>,
 }
 
 impl Shard {
     /// A shard in its initial state. Fails on a spec or options that make no bank.
     pub fn new(spec: BlockSpec, options: ShardOptions) -> Result<Self> {
-        let rows = vec![BTreeMap::new(); spec.n_levels()];
-        Self::from_rows(spec, options, Step(0), rows)
+        Self::with_rows(spec, options, Step(0), [])
     }
 
-    /// A shard after `applied` steps; the updated blocks have the spec's lengths.
-    pub(crate) fn from_rows(
+    /// A shard after `applied` steps, with the blocks updated so far. Fails on a spec or options
+    /// that make no bank, and on a row that is not the shard's, is there twice or has another
+    /// length than its block.
+    pub fn with_rows(
         spec: BlockSpec,
         options: ShardOptions,
         applied: Step,
-        rows: Vec<BTreeMap<u32, Row>>,
+        rows: impl IntoIterator<Item = (ClusterId, Row)>,
     ) -> Result<Self> {
         spec.validate()?;
         options.adamw.validate()?;
+        options.placement.validate()?;
         if options.world_size == 0 {
             return Err(setting("world_size", "at least 1", 0));
         }
-        Ok(Self { spec, options, applied, rows, pending: vec![None; options.world_size] })
+        if options.staleness > MAX_STALENESS {
+            return Err(setting("staleness", &format!("at most {MAX_STALENESS}"), options.staleness));
+        }
+        let mut by_level = vec![BTreeMap::new(); spec.n_levels()];
+        for (id, row) in rows {
+            spec.check(id)?;
+            options.placement.check(id)?;
+            let expected = spec.block_len(usize::from(id.level));
+            for found in [row.values.len(), row.m.len(), row.v.len()] {
+                if found != expected {
+                    return Err(Error::RowLength { id, expected, found });
+                }
+            }
+            if by_level[usize::from(id.level)].insert(id.index, row).is_some() {
+                return Err(Error::RepeatedRow { id });
+            }
+        }
+        let pending = (0..=options.staleness).map(|_| vec![None; options.world_size]).collect();
+        Ok(Self { spec, options, applied, rows: by_level, pending })
     }
 
     /// The sizes of the blocks.
@@ -69,9 +98,9 @@ impl Shard {
         &self.spec
     }
 
-    /// The seed of the initial weights.
-    pub fn seed(&self) -> u64 {
-        self.options.seed
+    /// How the shard was made.
+    pub fn options(&self) -> &ShardOptions {
+        &self.options
     }
 
     /// The last step applied.
@@ -79,68 +108,105 @@ impl Shard {
         self.applied
     }
 
-    /// The weights of a block, `[L, 3, r, d]`, as a copy. Fails on a block that the spec does not have.
-    pub fn block(&self, id: ClusterId) -> Result<Vec<f32>> {
+    /// The weights of a block, `[L, 3, r, d]`, shared and not copied; `None` before its first
+    /// update, when they are [`init_block`]. Fails on a block that the spec does not have, and on
+    /// one that another shard owns.
+    pub fn values(&self, id: ClusterId) -> Result<Option<Arc<Vec<f32>>>> {
         self.spec.check(id)?;
-        Ok(match self.row(id) {
-            Some(row) => row.values.clone(),
-            None => init_block(&self.spec, self.options.seed, id),
-        })
+        self.options.placement.check(id)?;
+        Ok(self.row(id).map(|row| Arc::clone(&row.values)))
     }
 
-    /// Takes one rank's gradients of a step, which counts from 1. The push that completes the step
-    /// applies it: `run` is then called once and must run every update it is given, in any order
-    /// and on any thread. A push already taken, of this step or one before, is ignored. Fails on a
-    /// rank outside the world and on a step that is neither applied nor the next one.
+    /// The weights of a block as a copy, whether it was updated or not. Fails as [`Shard::values`].
+    pub fn block(&self, id: ClusterId) -> Result<Vec<f32>> {
+        let values = self.values(id)?;
+        Ok(values.map_or_else(|| init_block(&self.spec, self.options.seed, id), |values| values.to_vec()))
+    }
+
+    /// Takes one rank's gradients of a step, which counts from 1. The push that completes a step
+    /// applies it, and those after it that are complete too: for each, `run` is called once and
+    /// must run every update it is given, in any order and on any thread. A push already taken, of
+    /// a step applied or not, is ignored. Fails on a rank outside the world, on a step beyond those
+    /// that may wait, and on a block that another shard owns.
     pub fn push(
         &mut self,
         step: Step,
         rank: usize,
-        grads: Gradients,
-        run: impl FnOnce(Vec<Update<'_>>),
+        gradients: Gradients,
+        mut run: impl FnMut(Vec<Update<'_>>),
     ) -> Result<()> {
         let world_size = self.options.world_size;
         if rank >= world_size {
             return Err(Error::Rank { rank, world_size });
         }
-        if step == Step(0) || step.0 > self.applied.0 + 1 {
-            return Err(Error::PushStep { found: step, applied: self.applied });
+        let last = self.applied.0 + 1 + self.options.staleness;
+        if step == Step(0) || step.0 > last {
+            let (applied, last) = (self.applied, Step(last));
+            return Err(Error::PushStep { found: step, applied, last });
         }
-        if step <= self.applied || self.pending[rank].is_some() {
+        if step <= self.applied {
             return Ok(());
         }
-        self.pending[rank] = Some(grads);
-        if self.pending.iter().all(Option::is_some) {
-            self.apply(step, run);
+        gradients.ids().try_for_each(|id| self.options.placement.check(id))?;
+        let waiting = &mut self.pending[(step.0 - self.applied.0 - 1) as usize][rank];
+        if waiting.is_some() {
+            return Ok(());
+        }
+        *waiting = Some(gradients);
+        while self.pending[0].iter().all(Option::is_some) {
+            self.apply(&mut run);
         }
         Ok(())
     }
 
-    /// A block that has been updated.
+    /// Whether a rank's push of a step has been taken.
+    pub fn has_pushed(&self, step: Step, rank: usize) -> bool {
+        let waiting =
+            step.0.checked_sub(self.applied.0 + 1).and_then(|place| self.pending.get(place as usize));
+        step <= self.applied || waiting.is_some_and(|ranks| ranks.get(rank).is_some_and(Option::is_some))
+    }
+
+    /// The blocks updated after step `since`, as they are now. Their arrays are shared, so this takes
+    /// time by the number of blocks and not by their size.
+    pub fn snapshot(&self, since: Step) -> Snapshot {
+        let level = |(level, rows): (usize, &BTreeMap<u32, Row>)| -> Vec<(ClusterId, Row)> {
+            let id = |index| ClusterId { level: level as u8, index };
+            let updated = rows.iter().filter(|(_, row)| row.last > since);
+            updated.map(|(&index, row)| (id(index), row.clone())).collect()
+        };
+        let rows = self.rows.iter().enumerate().flat_map(level).collect();
+        Snapshot { step: self.applied, placement: self.options.placement, rows }
+    }
+
+    /// Number of updated blocks by level.
+    pub fn n_touched(&self) -> Vec<usize> {
+        self.rows.iter().map(BTreeMap::len).collect()
+    }
+
     pub(crate) fn row(&self, id: ClusterId) -> Option<&Row> {
         self.rows[usize::from(id.level)].get(&id.index)
     }
 
-    /// Number of updated blocks of a level.
-    pub(crate) fn n_touched(&self, level: usize) -> usize {
-        self.rows[level].len()
-    }
-
-    /// Has every block that got gradients updated; the work is of their number, not of the bank's.
-    fn apply(&mut self, step: Step, run: impl FnOnce(Vec<Update<'_>>)) {
-        let mut grads: BTreeMap<ClusterId, Vec<Vec<f32>>> = BTreeMap::new();
-        for (id, values) in self.pending.iter_mut().filter_map(Option::take).flat_map(Gradients::into_blocks)
-        {
-            grads.entry(id).or_default().push(values);
+    /// Has every block that got gradients in the next step updated; the work is of their number, not
+    /// of the bank's.
+    fn apply(&mut self, run: &mut impl FnMut(Vec<Update<'_>>)) {
+        let step = Step(self.applied.0 + 1);
+        let pushes = self.pending.pop_front().into_iter().flatten().flatten();
+        self.pending.push_back(vec![None; self.options.world_size]);
+        let mut gradients: BTreeMap<ClusterId, Vec<Values>> = BTreeMap::new();
+        for (id, values) in pushes.flat_map(Gradients::into_blocks) {
+            gradients.entry(id).or_default().push(values);
         }
-        let take = |id: &ClusterId| self.rows[usize::from(id.level)].remove(&id.index).unwrap_or_default();
-        let mut rows: Vec<Row> = grads.keys().map(take).collect();
-        let ids: Vec<ClusterId> = grads.keys().copied().collect();
+        let ids: Vec<ClusterId> = gradients.keys().copied().collect();
+        let take = |id: &ClusterId| self.rows[usize::from(id.level)].remove(&id.index);
+        let mut rows: Vec<Option<Row>> = ids.iter().map(take).collect();
         let (spec, options) = (&self.spec, self.options);
-        let update = |((id, grads), row)| Update { spec, options, step, id, row, grads };
-        run(grads.into_iter().zip(&mut rows).map(update).collect());
+        let update = |((id, gradients), row)| Update { spec, options, step, id, row, gradients };
+        run(gradients.into_iter().zip(&mut rows).map(update).collect());
         for (id, row) in ids.into_iter().zip(rows) {
-            self.rows[usize::from(id.level)].insert(id.index, row);
+            if let Some(row) = row {
+                self.rows[usize::from(id.level)].insert(id.index, row);
+            }
         }
         self.applied = step;
     }
@@ -149,17 +215,13 @@ impl Shard {
 impl Update<'_> {
     /// Sums the gradients in rank order and updates the block.
     pub fn run(self) {
-        let Self { spec, options, step, id, row, grads } = self;
-        if row.steps == 0 {
-            row.values = init_block(spec, options.seed, id);
-            row.m = vec![0.0; row.values.len()];
-            row.v = vec![0.0; row.values.len()];
-        }
-        let mut grads = grads.into_iter();
-        let mut sum = grads.next().unwrap_or_default();
-        for grad in grads {
-            sum.iter_mut().zip(&grad).for_each(|(sum, value)| *sum += value);
-        }
-        options.adamw.update(row, &sum, step.0);
+        let Self { spec, options, step, id, row, gradients } = self;
+        let row = row.get_or_insert_with(|| {
+            let values = init_block(spec, options.seed, id);
+            let zeros = || Arc::new(vec![0.0; values.len()]);
+            Row { m: zeros(), v: zeros(), values: Arc::new(values), steps: 0, last: Step(0) }
+        });
+        row.last = step;
+        options.adamw.update(row, &gradients, step.0);
     }
 }

@@ -2,14 +2,19 @@ use std::task::Poll;
 
 use cluster_tree::ClusterId;
 use memory_bank::{
-    Block, BlockStore, Error, Gradients, MAX_GRADIENT, Shard, ShardOptions, Step, Update, init_block,
+    Block, BlockStore, Error, Gradients, MAX_GRADIENT, Placement, Shard, ShardOptions, Step, Update,
+    init_block,
 };
 use rayon::prelude::*;
 
 use crate::support::{adamw, all_ids, bank, bits, blocks, gradient, gradients, id, run, spec, train};
 
+fn options(world_size: usize, staleness: u64) -> ShardOptions {
+    ShardOptions { seed: 7, adamw: adamw(), world_size, staleness, placement: Placement::WHOLE }
+}
+
 fn shard(world_size: usize) -> Shard {
-    Shard::new(spec(), ShardOptions { seed: 7, adamw: adamw(), world_size }).unwrap()
+    Shard::new(spec(), options(world_size, 0)).unwrap()
 }
 
 fn checked(blocks: Vec<Block>) -> Gradients {

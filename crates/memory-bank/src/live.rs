@@ -1,0 +1,131 @@
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::time::{Duration, Instant};
+
+use cluster_tree::ClusterId;
+use rayon::prelude::*;
+use tokio::sync::watch;
+
+use crate::{BlockSpec, Error, Gradients, Result, Shard, Snapshot, Step, Update, init_block};
+
+/// A shard that many requests share: readers beside each other, one push at a time, and those who
+/// wait for a step woken by the push that completes it.
+///
+/// Its functions run on the calling thread, some for long: a runtime calls them on its threads for
+/// blocking work.
+pub struct Live {
+    spec: Arc<BlockSpec>,
+    shard: RwLock<Shard>,
+    /// Follows the shard's applied step, for those who wait for it.
+    applied: watch::Sender<Step>,
+}
+
+/// What a push has set off.
+#[derive(Copy, Clone, PartialEq, Debug)]
+pub struct Pushed {
+    /// The last step applied.
+    pub applied: Step,
+    /// Blocks that were updated by it: none until a step is complete.
+    pub n_updates: usize,
+    /// How long the updates took.
+    pub updating: Duration,
+}
+
+impl Live {
+    /// Takes over a shard.
+    pub fn new(shard: Shard) -> Self {
+        let (spec, applied) = (Arc::new(shard.spec().clone()), watch::Sender::new(shard.applied()));
+        Self { spec, shard: RwLock::new(shard), applied }
+    }
+
+    /// The sizes of the blocks.
+    pub fn spec(&self) -> &Arc<BlockSpec> {
+        &self.spec
+    }
+
+    /// The last step applied.
+    pub fn applied(&self) -> Step {
+        *self.applied.borrow()
+    }
+
+    /// Waits until a step has been applied.
+    pub async fn reached(&self, after: Step) -> Result<()> {
+        let mut applied = self.applied.subscribe();
+        applied.wait_for(|&applied| applied >= after).await.map(|_| ()).map_err(|_| Error::Unfinished)
+    }
+
+    /// The weights of these blocks, shared with the shard. Fails on a block that it does not own.
+    pub fn fetch(&self, ids: &[ClusterId]) -> Result<Vec<Arc<Vec<f32>>>> {
+        let (seed, found) = {
+            let shard = self.read()?;
+            let found = ids.iter().map(|&id| shard.values(id)).collect::<Result<Vec<_>>>()?;
+            (shard.options().seed, found)
+        };
+        let initial = |id| Arc::new(init_block(&self.spec, seed, id));
+        let values = ids.par_iter().zip(found).map(|(&id, found)| found.unwrap_or_else(|| initial(id)));
+        Ok(values.collect())
+    }
+
+    /// As [`Live::fetch`], if it needs neither wait for an update nor compute: `None` otherwise.
+    pub fn fetch_at_once(&self, ids: &[ClusterId]) -> Result<Option<Vec<Arc<Vec<f32>>>>> {
+        match self.shard.try_read() {
+            Ok(shard) => ids.iter().map(|&id| shard.values(id)).collect(),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Poisoned(_)) => Err(Error::Unfinished),
+        }
+    }
+
+    /// Hands over one rank's gradients of a step; see [`Shard::push`]. The updates of a step run on
+    /// all threads of the pool that this is called on.
+    pub fn push(&self, step: Step, rank: usize, gradients: Gradients) -> Result<Pushed> {
+        let mut shard = self.write()?;
+        let (mut n_updates, mut updating) = (0, Duration::ZERO);
+        shard.push(step, rank, gradients, |updates| {
+            let start = Instant::now();
+            n_updates += updates.len();
+            updates.into_par_iter().for_each(Update::run);
+            updating += start.elapsed();
+        })?;
+        let applied = shard.applied();
+        self.applied.send_replace(applied);
+        Ok(Pushed { applied, n_updates, updating })
+    }
+
+    /// The blocks updated after `since`, as they are after `step`: they take no copy, and the next
+    /// steps may be applied beside whoever reads them. Fails when the shard is at another step.
+    pub fn snapshot(&self, step: Step, since: Step) -> Result<Snapshot> {
+        let shard = self.read()?;
+        match shard.applied() {
+            applied if applied == step => Ok(shard.snapshot(since)),
+            applied => Err(Error::SaveStep { expected: step, applied }),
+        }
+    }
+
+    /// What `look` sees of the shard, which no push changes meanwhile.
+    pub fn with<T>(&self, look: impl FnOnce(&Shard) -> T) -> Result<T> {
+        self.read().map(|shard| look(&shard))
+    }
+
+    /// Puts another shard of the same spec in its place, as after a restore; pushes that waited for
+    /// others are gone. Fails on another spec.
+    pub fn replace(&self, shard: Shard) -> Result<()> {
+        if shard.spec() != &*self.spec {
+            let (expected, found) = (format!("{:?}", self.spec), format!("{:?}", shard.spec()));
+            return Err(Error::Setting { field: "spec", expected, found });
+        }
+        // What an unfinished update left behind is replaced too.
+        let mut place = self.shard.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.applied.send_replace(shard.applied());
+        *place = shard;
+        drop(place);
+        self.shard.clear_poison();
+        Ok(())
+    }
+
+    fn read(&self) -> Result<RwLockReadGuard<'_, Shard>> {
+        self.shard.read().map_err(|_| Error::Unfinished)
+    }
+
+    fn write(&self) -> Result<RwLockWriteGuard<'_, Shard>> {
+        self.shard.write().map_err(|_| Error::Unfinished)
+    }
+}
