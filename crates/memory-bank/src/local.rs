@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use crate::manifest::{Manifest, VALUES, Verify, verify};
 use crate::tensor_file::{Mapped, Reader, value_tensors};
 use crate::{
-    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Placement, Result, Shard, ShardOptions, Step,
-    Update, checkpoint,
+    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Live, Placement, Result, Shard, ShardOptions,
+    Step, checkpoint,
 };
 
 /// How a bank is trained and where its checkpoints go.
@@ -172,13 +172,10 @@ impl Trained {
     /// A second save waits for the first, as both may be of one folder.
     fn save(&self, step: Step) -> Result<()> {
         let _saving = self.saving.lock().map_err(|_| Error::Unfinished)?;
-        match self
-            .live
-            .with(|shard| (shard.applied(), checkpoint::save(shard, &self.checkpoint_root, &self.hashes)))?
-        {
-            (applied, saved) if applied == step => saved,
-            (applied, _) => Err(Error::SaveStep { expected: step, applied }),
-        }
+        self.live.with(|shard| match shard.applied() {
+            applied if applied == step => checkpoint::save(shard, &self.checkpoint_root, &self.hashes),
+            applied => Err(Error::SaveStep { expected: step, applied }),
+        })?
     }
 }
 
