@@ -1,0 +1,3 @@
+//! The memory bank over gRPC.
+
+mod security;
