@@ -164,7 +164,7 @@ def main():
         return answer_updates(own, optimizer, train["clip"])
     model = torch.compile(anchor) if args.compile else anchor
     context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16)
-    losses, times, updates = [], [], []
+    losses, times = [], []
     for step in range(args.steps):
         batch = tokens[step % len(tokens)]
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -174,16 +174,13 @@ def main():
         loss.backward()
         torch.nn.utils.clip_grad_norm_(own, train["clip"], foreach=True)
         clip_blocks(anchor.memory, train["clip"])
-        before_update = time.perf_counter()
         optimizer.step()
-        updates.append(time.perf_counter() - before_update)
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - began)
         losses.append(loss.item())
     warm = min(3, args.steps - 1)
     print(json.dumps({
         "step_s": statistics.median(times[warm:]),
-        "update_s": statistics.median(updates[warm:]),
         "parameters": sum(p.numel() for p in own),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "losses": losses,

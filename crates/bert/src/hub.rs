@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 
-use crate::{Bert, Error, Result};
+use crate::{Bert, Error, Result, settings};
 
 /// The files of a BERT's folder, the one that no folder lacks last.
 pub const FILES: [&str; 5] =
@@ -35,9 +35,8 @@ pub fn folder(name: &Path, files: &[&str]) -> Result<PathBuf> {
     let cache = Cache::from_env().model(id.to_owned());
     // Another tool may have fetched only some, and a model without its modules would be another model.
     let cached: Option<Vec<PathBuf>> = files.iter().map(|file| cache.get(file)).collect();
-    let named = cache.get("modules.json").and_then(|path| std::fs::read_to_string(path).ok());
-    let lacks_pooling =
-        named.is_some_and(|text| text.contains("1_Pooling")) && cache.get("1_Pooling/config.json").is_none();
+    let modules = cache.get("modules.json");
+    let lacks_pooling = modules.as_deref().and_then(Path::parent).is_some_and(settings::lacks_pooling);
     let file = match cached.filter(|_| !lacks_pooling).and_then(|mut cached| cached.pop()) {
         Some(file) => file,
         None => fetch(id, files, last)?,

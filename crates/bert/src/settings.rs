@@ -65,6 +65,13 @@ struct Module {
     kind: String,
 }
 
+impl Module {
+    /// Its class without the package: sentence-transformers has moved its modules between packages, not renamed them.
+    fn class(&self) -> &str {
+        self.kind.rsplit('.').next().unwrap_or_default()
+    }
+}
+
 /// `sentence_bert_config.json`
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -145,16 +152,15 @@ fn modules(folder: &Path) -> Result<(PathBuf, Pooling)> {
     };
     let (mut transformer, mut pooled) = (folder.to_owned(), Pooling::Mean);
     for module in modules {
-        // sentence-transformers has moved its modules between packages, not renamed them.
-        match module.kind.rsplit('.').next() {
-            Some("Transformer") => transformer = folder.join(module.path),
-            Some("Pooling") => {
+        match module.class() {
+            "Transformer" => transformer = folder.join(module.path),
+            "Pooling" => {
                 let of = folder.join(module.path);
                 let missing = || Error::io(&of.join("config.json"))(std::io::ErrorKind::NotFound.into());
                 pooled = pooling(&of)?.ok_or_else(missing)?;
             }
             // Embeddings always have unit norm.
-            Some("Normalize") => {}
+            "Normalize" => {}
             _ => {
                 let found = format!("{:?}", module.kind);
                 return Err(Error::key(&path, "type", "Transformer, Pooling or Normalize", found));
@@ -162,6 +168,14 @@ fn modules(folder: &Path) -> Result<(PathBuf, Pooling)> {
         }
     }
     Ok((transformer, pooled))
+}
+
+/// Whether a folder names a pooling in `modules.json` that is not there. A `modules.json` that cannot be read names none
+/// here: [`Settings::read`] says what is wrong with it.
+pub(crate) fn lacks_pooling(folder: &Path) -> bool {
+    let modules: Option<Vec<Module>> = read_if_there(&folder.join("modules.json")).ok().flatten();
+    let is_missing = |module: &Module| !folder.join(&module.path).join("config.json").exists();
+    modules.iter().flatten().any(|module| module.class() == "Pooling" && is_missing(module))
 }
 
 /// What the `config.json` of a pooling module says, by one name or by a switch per kind; none without the file.
@@ -197,4 +211,27 @@ fn read_if_there<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 
 fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes).map_err(|source| Error::Json { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pooling_is_looked_for_where_modules_json_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(folder.path().join(file), text).unwrap();
+        assert!(!lacks_pooling(folder.path()));
+        write(
+            "modules.json",
+            r#"[{"path": "", "type": "m.Transformer"}, {"path": "2_Pooling", "type": "m.Pooling"}]"#,
+        );
+        assert!(lacks_pooling(folder.path()));
+        fs::create_dir(folder.path().join("2_Pooling")).unwrap();
+        write("2_Pooling/config.json", "{}");
+        assert!(!lacks_pooling(folder.path()));
+        // What is no list of modules is for the loading to refuse.
+        write("modules.json", "1_Pooling");
+        assert!(!lacks_pooling(folder.path()));
+    }
 }

@@ -145,10 +145,10 @@ pub(crate) fn tree_section(overrides: &[String]) -> Result<TreeSection> {
 }
 
 /// A file alone, by path or URL, with the options of object stores that the environment gives.
-pub(crate) fn bare_source(file: &str, format: Format) -> SourceOptions {
-    let corpus =
-        CorpusSection { files: vec![file.to_owned()], format: Some(format), ..CorpusSection::default() };
-    corpus.source()
+pub(crate) fn bare_source(file: &str) -> SourceOptions {
+    // No document of it is read, but without a format a folder's files whose names tell none (.npy) are passed over.
+    let format = Some(Format::Txt);
+    CorpusSection { files: vec![file.to_owned()], format, ..CorpusSection::default() }.source()
 }
 
 /// Applies `section.key=value`; the value is TOML, or else a string.

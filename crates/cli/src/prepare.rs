@@ -69,9 +69,9 @@ pub(crate) fn prepare(config: &Config) -> Result<Prepared> {
     let prepared = Prepared::of(config);
     let _held = corpus::lock(&prepared.dir)?;
     let tokens = tokenise(config, &prepared)?;
-    let embeddings = embed(config, &prepared, &tokens)?;
-    let tree = cluster(config, &prepared, &embeddings)?;
-    pack(config, &prepared, &tree)?;
+    let (embeddings, embedder) = embed(config, &prepared, &tokens)?;
+    let tree = cluster(config, &prepared, &embeddings, &*embedder)?;
+    pack(config, &prepared, &tree, &*embedder)?;
     Ok(prepared)
 }
 
@@ -153,7 +153,8 @@ fn train_tokenizer(config: &Config) -> Result<Tokenizer> {
         .with_context(|| format!("corpus.files = {:?}", config.corpus.files))
 }
 
-fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
+/// The hash of what the embeddings are made from; and the embedder, for the later stages: a named one is slow to load.
+fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<(String, Box<dyn Embedder>)> {
     let e = &config.embed;
     let named = named_embedder(config)?;
     let options = e.hashed();
@@ -164,18 +165,23 @@ fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<String> {
     let inputs = hash_inputs(&["embed.v1", tokens, &settings]);
     stage(prepared, "embed", &inputs, || {
         let windows = Windows::open(prepared)?;
-        let embedder: Box<dyn Embedder> = match named {
-            Some(embedder) => embedder,
+        let fitted;
+        let embedder = match &named {
+            Some(embedder) => &**embedder,
             None => {
-                let hashed = windows.fit(options, e.sample_windows)?;
-                hashed.save(&prepared.hashed())?;
-                Box::new(hashed)
+                fitted = windows.fit(options, e.sample_windows)?;
+                fitted.save(&prepared.hashed())?;
+                &fitted
             }
         };
-        windows.embed(&*embedder, &prepared.dir, &inputs)?;
+        windows.embed(embedder, &prepared.dir, &inputs)?;
         Ok(format!("{} windows in {} dimensions", windows.store.n_windows(), embedder.dim()))
     })?;
-    Ok(inputs)
+    let embedder = match named {
+        Some(embedder) => embedder,
+        None => Box::new(Hashed::load(&prepared.hashed())?),
+    };
+    Ok((inputs, embedder))
 }
 
 /// The windows of a tokenised corpus as texts.
@@ -238,14 +244,19 @@ impl Windows {
     }
 }
 
-fn cluster(config: &Config, prepared: &Prepared, embeddings: &str) -> Result<String> {
+fn cluster(
+    config: &Config,
+    prepared: &Prepared,
+    embeddings: &str,
+    embedder: &dyn Embedder,
+) -> Result<String> {
     let options = config.tree.options();
     // The tree does not depend on the memory it is built in.
     let settings = kmeans::Options { host_bytes: 0, ..options.clone() };
     let inputs = hash_inputs(&["cluster.v2", embeddings, &format!("{settings:?}")]);
     stage(prepared, "cluster", &inputs, || {
         let store = TokenStore::open(&prepared.dir)?;
-        let embeddings = Embedded::open(config, prepared, &store)?;
+        let embeddings = Embedded::open(prepared, &store, embedder)?;
         let order = store.windows_by_id()?;
         let path = prepared.dir.join("cluster.journal");
         let journal = kmeans::JournalFile { path: &path, identity: &inputs };
@@ -289,8 +300,8 @@ struct Embedded {
 }
 
 impl Embedded {
-    fn open(config: &Config, prepared: &Prepared, store: &TokenStore) -> Result<Self> {
-        let dim = load_embedder(config, &prepared.hashed())?.dim();
+    fn open(prepared: &Prepared, store: &TokenStore, embedder: &dyn Embedder) -> Result<Self> {
+        let dim = embedder.dim();
         Ok(Self {
             mapped: Embeddings::open(&prepared.dir, store.n_windows(), dim)?,
             path: Embeddings::path(&prepared.dir),
@@ -306,18 +317,18 @@ impl Embedded {
     }
 }
 
-fn pack(config: &Config, prepared: &Prepared, cluster: &str) -> Result<()> {
+fn pack(config: &Config, prepared: &Prepared, cluster: &str, embedder: &dyn Embedder) -> Result<()> {
     let c = &config.corpus;
     let settings = format!("{:?}", (c.seq_len, c.seed, config.tree.beam));
     let inputs = hash_inputs(&["pack.v1", cluster, &settings]);
     stage(prepared, "pack", &inputs, || {
-        let embeddings = Embedded::open(config, prepared, &TokenStore::open(&prepared.dir)?)?;
+        let embeddings = Embedded::open(prepared, &TokenStore::open(&prepared.dir)?, embedder)?;
         let tree = ClusterTree::load(&prepared.tree())?;
         let leaves = kmeans::assign(&tree, &*embeddings.rows(&config.tree.options())?, config.tree.beam)?;
         let options = PackOptions {
             seq_len: c.seq_len,
             seed: c.seed,
-            embedder: load_embedder(config, &prepared.hashed())?.fingerprint().to_string(),
+            embedder: embedder.fingerprint().to_string(),
             tree: tree_hash(&tree, config.tree.beam),
         };
         let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use corpus::{Embeddings, TokenStore};
-use rayon::prelude::*;
+use kmeans::Matrix;
 use retrieve::{Beam, Exact, Hnsw, PrototypeOptions, Prototypes, Random, Route, Router};
 
 use crate::config::RouterKind;
@@ -25,9 +25,7 @@ impl Windows {
         let store = TokenStore::open(dir)?;
         let embeddings = Embeddings::open(dir, store.n_windows(), dim)?;
         // As `prepare` packed them.
-        let leaf = |row| Ok(run.tree.nearest_leaf(row, run.config.tree.beam)?.leaf().index);
-        let leaves: Vec<Result<u32>> = embeddings.par_chunks_exact(dim).map(leaf).collect();
-        let leaves = leaves.into_iter().collect::<Result<_>>()?;
+        let leaves = kmeans::assign(&run.tree, &Matrix::new(&embeddings, dim)?, run.config.tree.beam)?;
         Ok(Self { store, embeddings, dim, leaves })
     }
 

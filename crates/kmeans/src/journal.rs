@@ -64,11 +64,11 @@ impl Journal {
     }
 
     fn write(&mut self, record: &[u8]) -> Result<()> {
-        let mut bytes = Vec::with_capacity(record.len() + 12);
-        bytes.extend((record.len() as u64).to_le_bytes());
-        bytes.extend(crc32c::crc32c(record).to_le_bytes());
-        bytes.extend(record);
-        self.file.write_all(&bytes).map_err(|source| Error::Io { path: self.path.clone(), source })
+        let mut head = [0; 12];
+        head[..8].copy_from_slice(&(record.len() as u64).to_le_bytes());
+        head[8..].copy_from_slice(&crc32c::crc32c(record).to_le_bytes());
+        let written = self.file.write_all(&head).and_then(|()| self.file.write_all(record));
+        written.map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 }
 

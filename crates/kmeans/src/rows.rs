@@ -232,14 +232,29 @@ impl<'a> Chunk<'a> {
     }
 }
 
-/// The largest |value| of all points. Fails on no points or too many, on a value that is not finite, and on a point
-/// of zeros, which has no direction; of several such points it names the first. Fails too on norms so far apart that
-/// the least would be lost in sums.
-pub(crate) fn check(rows: &dyn Rows) -> Result<f32> {
+/// Number of points N. Fails on none, and on more than indices can name.
+pub(crate) fn count(rows: &dyn Rows) -> Result<usize> {
     let n = rows.len();
     if n == 0 || n >= u32::MAX as usize {
         return Err(Error::PointCount { found: n, max: u32::MAX - 1 });
     }
+    Ok(n)
+}
+
+/// The squared norm of point `index`. Fails on a value that is not finite or too large, and on a point of zeros, which
+/// has no direction.
+pub(crate) fn check_row(index: usize, row: &[f32]) -> Result<f32> {
+    let squared_norm: f32 = row.chunks(64).map(|x| x.iter().map(|x| x * x).sum::<f32>()).sum();
+    if !(squared_norm > 0.0 && squared_norm <= nearest::MAX_SQUARED_NORM) {
+        return Err(Error::Point { row: index, squared_norm });
+    }
+    Ok(squared_norm)
+}
+
+/// The largest |value| of all points. Fails as [`count`] and [`check_row`]; of several points at fault it names the
+/// first. Fails too on norms so far apart that the least would be lost in sums.
+pub(crate) fn check(rows: &dyn Rows) -> Result<f32> {
+    let n = count(rows)?;
     let of_chunk = |first: usize| -> Result<(f32, f32)> {
         let members: Vec<u32> = (first as u32..n.min(first + CHUNK_ROWS) as u32).collect();
         let mut buffer = vec![];
@@ -247,12 +262,8 @@ pub(crate) fn check(rows: &dyn Rows) -> Result<f32> {
         let (mut largest, mut least_norm) = (0f32, f32::INFINITY);
         for position in 0..members.len() {
             let row = chunk.row(position);
-            let squared_norm: f32 = row.chunks(64).map(|x| x.iter().map(|x| x * x).sum::<f32>()).sum();
-            if !(squared_norm > 0.0 && squared_norm <= nearest::MAX_SQUARED_NORM) {
-                return Err(Error::Point { row: first + position, squared_norm });
-            }
+            least_norm = least_norm.min(check_row(first + position, row)?.sqrt());
             largest = row.iter().fold(largest, |largest, x| largest.max(x.abs()));
-            least_norm = least_norm.min(squared_norm.sqrt());
         }
         Ok((largest, least_norm))
     };

@@ -391,6 +391,8 @@ fn options_out_of_range_are_errors() {
 fn wrong_assignments_are_errors() {
     let tree = silent(&[0.5, 0.5, 1.0, 1.0, 5.0, 5.0], 2, &options(&[2])).unwrap();
     assert_eq!(assign(&tree, &[0.1, 0.1, 5.1, 5.1], 1).unwrap().len(), 2);
+    // Too far apart to be added up, which assigning does not.
+    assert_eq!(assign(&tree, &[0.1, 0.1, 1e14, 1.0], 1).unwrap().len(), 2);
     let fail = |rows: &[f32], width| assign(&tree, rows, width).unwrap_err();
     assert!(matches!(fail(&[1.0; 3], 1), Error::Length { values: 3, dim: 2 }));
     assert!(matches!(fail(&[1.0, 1.0, f32::NAN, 1.0], 1), Error::Point { row: 1, .. }));

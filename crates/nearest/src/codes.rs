@@ -1,4 +1,4 @@
-use crate::distance::add_up;
+use crate::distance::{LANES, add_up};
 
 /// Dimensions are padded with zeros to a multiple of this, so that kernels have no rest.
 const PAD: usize = 16;
@@ -8,8 +8,6 @@ const MAX_CODE: f32 = 127.0;
 
 /// Adding this rounds a number below 2²² to an integer, whose two's complement is then in the low bits.
 const ROUND: f32 = 12_582_912.0;
-
-const LANES: usize = 32;
 
 /// Differences from the origin below this are not coded: their squares would leave the range of f32.
 const FLOOR: f32 = 1e-15;

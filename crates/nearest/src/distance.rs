@@ -1,5 +1,5 @@
-/// Running sums of a distance: as many as two vector registers of AVX-512 hold.
-const LANES: usize = 32;
+/// Running sums over the dimensions: as many as two vector registers of AVX-512 hold.
+pub(crate) const LANES: usize = 32;
 
 /// Σ (a − b)², its sums in an order that does not depend on the processor.
 pub fn squared_distance(a: &[f32], b: &[f32]) -> f32 {

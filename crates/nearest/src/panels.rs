@@ -76,7 +76,7 @@ impl Panels {
     }
 
     fn place(&mut self, group: usize, index: usize, codes: &[i8], coded: &Coded) {
-        let (panel, lane) = (group * self.k.div_ceil(LANES) + index / LANES, index % LANES);
+        let (panel, lane) = (group * self.n_panels() + index / LANES, index % LANES);
         let n_quads = padded(self.dim) / 4;
         let quads = &mut self.quads[panel * n_quads..][..n_quads];
         for (quad, codes) in quads.iter_mut().zip(codes.as_chunks::<4>().0) {
@@ -92,8 +92,8 @@ impl Panels {
 
     /// Takes candidate `index` of a group away.
     pub fn unset(&mut self, group: usize, index: usize) {
-        let facts = &mut self.facts[group * self.k.div_ceil(LANES) + index / LANES];
-        facts.half[index % LANES] = ABSENT;
+        let panel = group * self.n_panels() + index / LANES;
+        self.facts[panel].half[index % LANES] = ABSENT;
     }
 
     /// Calls `found` with each of the rows and its nearest candidate of a group, ties to the lower index. `values`
@@ -107,11 +107,11 @@ impl Panels {
         candidate: impl Fn(usize) -> &'a [f32],
         mut found: impl FnMut(usize, usize),
     ) {
-        let n_panels = self.k.div_ceil(LANES);
+        let n_panels = self.n_panels();
         let mut scores: Vec<[[f32; LANES]; ROWS]> = vec![[[0.0; LANES]; ROWS]; n_panels];
         let mut first = 0;
         while first < rows.len() {
-            // The last rows of all are made together with some before them.
+            // Too few rows at the end are filled up with the last of them; a single one is scanned alone.
             let n = ROWS.min(rows.len() - first);
             let row = |r: usize| first + r.min(n - 1);
             let best = match n {
@@ -142,7 +142,7 @@ impl Panels {
         indices: [usize; R],
         mut most: impl FnMut(usize, usize, [f32; LANES]),
     ) -> [f32; R] {
-        let n_panels = self.k.div_ceil(LANES);
+        let n_panels = self.n_panels();
         let (codes, coded) = (indices.map(|i| rows.row(i)), indices.map(|i| rows.coded(i)));
         let mut least = [[f32::NEG_INFINITY; LANES]; R];
         for panel in 0..n_panels {
@@ -159,7 +159,7 @@ impl Panels {
 
     /// Adds to `intervals` the squared distances of the candidates of a group to row `index` of `rows`.
     pub fn intervals(&self, group: usize, rows: &Codes, index: usize, intervals: &mut Vec<Interval>) {
-        let n_panels = self.k.div_ceil(LANES);
+        let n_panels = self.n_panels();
         let coded = rows.coded(index);
         let squared_norm = coded.norm * coded.norm;
         let slack = slack(self.dim);
@@ -180,7 +180,7 @@ impl Panels {
     /// the codes tell them: exactly 0 between equal ones, and off by about a percent of the product of both distances
     /// to the origin. Those of absent candidates mean nothing.
     pub fn approximate(&self, group: usize, rows: &Codes, mut found: impl FnMut(usize, usize, &[f32; 16])) {
-        let n_panels = self.k.div_ceil(LANES);
+        let n_panels = self.n_panels();
         for first in (0..rows.len()).step_by(ROWS) {
             let n = ROWS.min(rows.len() - first);
             let indices: [usize; ROWS] = std::array::from_fn(|r| first + r.min(n - 1));
@@ -198,6 +198,11 @@ impl Panels {
                 }
             }
         }
+    }
+
+    /// Panels of a group.
+    fn n_panels(&self) -> usize {
+        self.k.div_ceil(LANES)
     }
 
     fn panel(&self, panel: usize) -> (&[Quad], &Facts) {

@@ -96,7 +96,6 @@ fn widths(d_model: usize) -> Vec<usize> {
 #[derive(Serialize)]
 struct Line {
     step_s: f64,
-    update_s: f64,
     /// Share of the time that steps waited for data; of handmade batches there is none.
     data_share: f64,
     /// Of the last step.
@@ -288,7 +287,6 @@ fn run(options: &Options) -> Result<Line> {
     let data_s: f64 = times[warm..].iter().map(|time| time.data_ms / 1e3).sum();
     Ok(Line {
         step_s: median(&seconds[warm..]),
-        update_s: median(&times[warm..].iter().map(|time| time.update_ms / 1e3).collect::<Vec<_>>()),
         data_share: data_s / seconds[warm..].iter().sum::<f64>(),
         time: times[times.len() - 1],
         parameters: n_parameters,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use corpus::{Format, SourceFile, SourceOptions};
+use corpus::{SourceFile, SourceOptions};
 use kmeans::{Built, JournalFile, RowFile, Rows};
 
 use crate::config;
@@ -33,7 +33,7 @@ pub(crate) struct BuildArgs {
 pub(crate) fn build(args: &BuildArgs) -> Result<()> {
     let options = config::tree_section(&args.set)?.options();
     options.check().context("[tree]")?;
-    let source = config::bare_source(&args.embeddings, Format::Txt);
+    let source = config::bare_source(&args.embeddings);
     let files = corpus::list(&source)?;
     let [file] = &files[..] else {
         bail!("{}: expected one file, found {}", args.embeddings, files.len());

@@ -3,10 +3,10 @@
 use anyhow::Result;
 use cluster_tree::ClusterId;
 use eval::tree_page::{self, LevelRow, Snippet};
-use eval::{Agreement, ClassWords, Vocabulary, WordCounter};
+use eval::{ClassWords, Vocabulary, WordCounter};
 use serde_json::{Value, json};
 
-use super::survey::{Place, Survey, agreement};
+use super::survey::{Place, Survey};
 use super::{Opened, percent, purity};
 
 /// Windows that are decoded at a time.
@@ -18,12 +18,14 @@ pub(super) const N_TERMS: usize = 12;
 /// Tokens that hold the first words of a window.
 const SNIPPET_TOKENS: usize = 48;
 
-pub(super) fn inspect(opened: &Opened, cluster: Option<&str>, json: bool) -> Result<()> {
-    let id = cluster.map(|text| opened.cluster(text)).transpose()?;
-    let survey = Survey::new(opened)?;
-    let labels = agreement(&opened.windows.store, &survey.leaves, &opened.branching())?;
-    let levels = levels(opened, &survey, &labels)?;
-    let detail = id.map(|id| detail(opened, &survey, &labels, id)).transpose()?;
+pub(super) fn inspect(
+    opened: &Opened,
+    survey: &Survey,
+    cluster: Option<ClusterId>,
+    json: bool,
+) -> Result<()> {
+    let levels = levels(opened, survey)?;
+    let detail = cluster.map(|id| detail(opened, survey, id)).transpose()?;
     let hash = opened.tree.hash();
     if json {
         let n_windows = survey.leaves.len();
@@ -42,10 +44,10 @@ pub(super) fn inspect(opened: &Opened, cluster: Option<&str>, json: bool) -> Res
 }
 
 /// The rows of all levels.
-pub(super) fn levels(opened: &Opened, survey: &Survey, labels: &Agreement) -> Result<Vec<LevelRow>> {
+pub(super) fn levels(opened: &Opened, survey: &Survey) -> Result<Vec<LevelRow>> {
     let row = |level: usize| {
-        let agreement = (!labels.is_empty()).then(|| purity::measures(labels, level));
-        Ok(LevelRow { labels: agreement, ..survey.level(opened, level)? })
+        let labels = (!survey.labels.is_empty()).then(|| purity::measures(&survey.labels, level));
+        Ok(LevelRow { labels, ..survey.level(opened, level)? })
     };
     (0..opened.tree.n_levels()).map(row).collect()
 }
@@ -107,7 +109,7 @@ fn terms(opened: &Opened, survey: &Survey, id: ClusterId) -> Result<Vec<(String,
     Ok(terms.into_iter().map(|(id, weight)| (vocabulary.word(id).to_owned(), weight)).collect())
 }
 
-fn detail(opened: &Opened, survey: &Survey, labels: &Agreement, id: ClusterId) -> Result<Value> {
+fn detail(opened: &Opened, survey: &Survey, id: ClusterId) -> Result<Value> {
     let (tree, level) = (&opened.tree, usize::from(id.level));
     let members = &survey.clusters[level][id.index as usize];
     let child = |index: u32| -> Result<Value> {
@@ -131,7 +133,7 @@ fn detail(opened: &Opened, survey: &Survey, labels: &Agreement, id: ClusterId) -
         "cap": opened.cap(level),
         "distance": members.distance(),
         "terms": terms(opened, survey, id)?,
-        "labels": labels.labels_of(level, id.index),
+        "labels": survey.labels.labels_of(level, id.index),
         "children": children,
         "nearest": snippets(opened, &members.nearest)?,
         "farthest": snippets(opened, &members.farthest)?,

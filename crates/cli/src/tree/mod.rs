@@ -14,10 +14,11 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Embeddings;
-use rayon::prelude::*;
+use kmeans::Matrix;
 
 use crate::config::Config;
 use crate::prepare::{Prepared, Windows};
+use survey::Survey;
 
 /// The tree that a command is about.
 #[derive(Args)]
@@ -110,8 +111,10 @@ pub(crate) fn run(command: TreeCommand) -> Result<()> {
         TreeCommand::Build(args) => build::build(&args),
         TreeCommand::Inspect { of, cluster, html, json } => {
             let opened = Opened::open(&of)?;
-            inspect::inspect(&opened, cluster.as_deref(), json)?;
-            html.map_or(Ok(()), |file| page::write(&opened, file))
+            let id = cluster.map(|text| opened.cluster(&text)).transpose()?;
+            let survey = Survey::new(&opened)?;
+            inspect::inspect(&opened, &survey, id, json)?;
+            html.map_or(Ok(()), |file| page::write(&opened, &survey, file))
         }
         TreeCommand::Purity { of, json } => purity::purity(&Opened::open(&of)?, json),
         TreeCommand::Split { of, leaf, over, target } => {
@@ -169,8 +172,8 @@ impl Opened {
 
     /// The leaf of every window, as the stage `pack` assigns it.
     fn leaves(&self) -> Result<Vec<u32>> {
-        let leaf = |row: &[f32]| Ok(self.tree.nearest_leaf(row, self.config.tree.beam)?.leaf().index);
-        self.embeddings.par_chunks_exact(self.tree.dim()).map(leaf).collect()
+        let rows = Matrix::new(&self.embeddings, self.tree.dim())?;
+        Ok(kmeans::assign(&self.tree, &rows, self.config.tree.beam)?)
     }
 
     fn row(&self, window: usize) -> &[f32] {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use eval::LevelTerms;
 use eval::tree_page::{self, ClusterRow, MAX_DETAILED, TreePage};
-use eval::{Agreement, LevelTerms};
 
 use super::Opened;
 use super::inspect::{N_TERMS, levels, snippets, texts_by_leaf, vocabulary};
-use super::survey::{Survey, agreement};
+use super::survey::Survey;
 use crate::run::write_whole;
 
 /// Terms of a cluster of a level that has too many for more.
@@ -19,20 +19,17 @@ const N_FEW_TERMS: usize = 5;
 const N_LABELS: usize = 12;
 
 /// Writes the page, to `file` or beside the tree.
-pub(super) fn write(opened: &Opened, file: Option<PathBuf>) -> Result<()> {
+pub(super) fn write(opened: &Opened, survey: &Survey, file: Option<PathBuf>) -> Result<()> {
     let file = file.unwrap_or_else(|| opened.prepared.dir.join("tree.html"));
-    let page = page(opened)?;
+    let page = page(opened, survey)?;
     let html = tree_page::html(&page).with_context(|| format!("{}", file.display()))?;
     write_whole(&file, html.as_bytes())?;
     eprintln!("page: {} ({} kB)", file.display(), html.len() >> 10);
     Ok(())
 }
 
-fn page(opened: &Opened) -> Result<TreePage> {
-    let survey = Survey::new(opened)?;
+fn page(opened: &Opened, survey: &Survey) -> Result<TreePage> {
     let branching = opened.branching();
-    let store = &opened.windows.store;
-    let agreement = agreement(store, &survey.leaves, &branching)?;
     let vocabulary = vocabulary(opened)?;
     let texts = texts_by_leaf(opened, &survey.leaves);
     let mut terms = vocabulary.tree_terms(&branching, &survey.n_used(), texts, N_TERMS)?;
@@ -45,17 +42,17 @@ fn page(opened: &Opened) -> Result<TreePage> {
     let used = terms.iter().flat_map(LevelTerms::values).flatten().map(|&(id, _)| (id, 0));
     let mut places: BTreeMap<u32, u32> = used.collect();
     (0..).zip(places.values_mut()).for_each(|(place, value)| *value = place);
-    let labels: Vec<String> = match agreement.is_empty() {
+    let labels: Vec<String> = match survey.labels.is_empty() {
         true => vec![],
-        false => store.labels().to_vec(),
+        false => opened.windows.store.labels().to_vec(),
     };
-    let builder = Builder { opened, survey: &survey, agreement: &agreement, labels: &labels };
+    let builder = Builder { opened, survey, labels: &labels };
     let clusters = terms.iter().enumerate().map(|(level, terms)| builder.level(level, terms, &places));
     Ok(TreePage {
         name: opened.prepared.dir.display().to_string(),
-        facts: facts(opened, &survey),
+        facts: facts(opened, survey),
         words: places.keys().map(|&id| vocabulary.word(id).to_owned()).collect(),
-        levels: levels(opened, &survey, &agreement)?,
+        levels: levels(opened, survey)?,
         clusters: clusters.collect::<Result<_>>()?,
         branching,
         labels,
@@ -84,8 +81,7 @@ fn facts(opened: &Opened, survey: &Survey) -> Vec<(String, String)> {
 /// Makes the clusters of a page.
 struct Builder<'a> {
     opened: &'a Opened,
-    survey: &'a Survey,
-    agreement: &'a Agreement<'a>,
+    survey: &'a Survey<'a>,
     labels: &'a [String],
 }
 
@@ -107,7 +103,7 @@ impl Builder<'_> {
                 return Ok(row);
             }
             let members = &self.survey.clusters[level][index as usize];
-            let labels = self.agreement.labels_of(level, index);
+            let labels = self.survey.labels.labels_of(level, index);
             Ok(ClusterRow {
                 d: members.distance().map(|distance| distance as f32),
                 l: labels.iter().take(N_LABELS).map(|(label, n)| (positions[label], *n)).collect(),

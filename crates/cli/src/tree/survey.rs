@@ -33,11 +33,13 @@ pub(super) struct Members {
 }
 
 /// The windows of a corpus in its tree.
-pub(super) struct Survey {
+pub(super) struct Survey<'a> {
     /// Leaf of each window.
     pub(super) leaves: Vec<u32>,
     /// By level and index.
     pub(super) clusters: Vec<Vec<Members>>,
+    /// Those of training windows, by cluster.
+    pub(super) labels: Agreement<'a>,
 }
 
 impl Members {
@@ -75,8 +77,8 @@ fn insert(list: &mut Vec<Place>, n: usize, place: Place, better: impl Fn(&Place,
     }
 }
 
-impl Survey {
-    pub(super) fn new(opened: &Opened) -> Result<Self> {
+impl<'a> Survey<'a> {
+    pub(super) fn new(opened: &'a Opened) -> Result<Self> {
         let (tree, store) = (&opened.tree, &opened.windows.store);
         let leaves = opened.leaves()?;
         let mut clusters: Vec<Vec<Members>> =
@@ -90,7 +92,8 @@ impl Survey {
             }
         }
         clusters.iter_mut().flatten().for_each(Members::finish);
-        Ok(Self { leaves, clusters })
+        let labels = agreement(store, &leaves, &opened.branching())?;
+        Ok(Self { leaves, clusters, labels })
     }
 
     /// Clusters with windows, by level.
