@@ -143,6 +143,14 @@ pub enum Error {
         /// What the runtime said.
         source: tokio::task::JoinError,
     },
+    /// A shard elsewhere refused a request or could not be reached.
+    #[error("shard {address}: {message}")]
+    Remote {
+        /// `host:port`.
+        address: String,
+        /// What it said, or why it could not be asked.
+        message: String,
+    },
     /// Reading or writing a file failed.
     #[error("{}: {source}", path.display())]
     Io {

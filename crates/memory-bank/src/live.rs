@@ -5,7 +5,7 @@ use cluster_tree::ClusterId;
 use rayon::prelude::*;
 use tokio::sync::watch;
 
-use crate::{BlockSpec, Error, Gradients, Result, Shard, Snapshot, Step, Update, init_block};
+use crate::{BlockSpec, Error, Gradients, Placement, Result, Shard, Snapshot, Step, Update, init_block};
 
 /// A shard that many requests share: readers beside each other, one push at a time, and those who
 /// wait for a step woken by the push that completes it.
@@ -14,6 +14,7 @@ use crate::{BlockSpec, Error, Gradients, Result, Shard, Snapshot, Step, Update, 
 /// blocking work.
 pub struct Live {
     spec: Arc<BlockSpec>,
+    placement: Placement,
     shard: RwLock<Shard>,
     /// Follows the shard's applied step, for those who wait for it.
     applied: watch::Sender<Step>,
@@ -33,13 +34,19 @@ pub struct Pushed {
 impl Live {
     /// Takes over a shard.
     pub fn new(shard: Shard) -> Self {
-        let (spec, applied) = (Arc::new(shard.spec().clone()), watch::Sender::new(shard.applied()));
-        Self { spec, shard: RwLock::new(shard), applied }
+        let (spec, placement) = (Arc::new(shard.spec().clone()), shard.options().placement);
+        let applied = watch::Sender::new(shard.applied());
+        Self { spec, placement, shard: RwLock::new(shard), applied }
     }
 
     /// The sizes of the blocks.
     pub fn spec(&self) -> &Arc<BlockSpec> {
         &self.spec
+    }
+
+    /// The part of the bank that the shard owns.
+    pub fn placement(&self) -> Placement {
+        self.placement
     }
 
     /// The last step applied.
@@ -105,12 +112,16 @@ impl Live {
         self.read().map(|shard| look(&shard))
     }
 
-    /// Puts another shard of the same spec in its place, as after a restore; pushes that waited for
-    /// others are gone. Fails on another spec.
+    /// Puts another shard of the same spec and part in its place, as after a restore; pushes that waited
+    /// for others are gone. Fails on another spec or part.
     pub fn replace(&self, shard: Shard) -> Result<()> {
         if shard.spec() != &*self.spec {
             let (expected, found) = (format!("{:?}", self.spec), format!("{:?}", shard.spec()));
             return Err(Error::Setting { field: "spec", expected, found });
+        }
+        if shard.options().placement != self.placement {
+            let (expected, found) = (format!("{:?}", self.placement), format!("{:?}", shard.options().placement));
+            return Err(Error::Setting { field: "placement", expected, found });
         }
         // What an unfinished update left behind is replaced too.
         let mut place = self.shard.write().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -36,7 +36,7 @@ impl Placement {
     }
 
     /// Fails on a block that another shard owns.
-    pub(crate) fn check(self, id: ClusterId) -> Result<()> {
+    pub fn check(self, id: ClusterId) -> Result<()> {
         let owner = owner(id, self.n_shards);
         if owner == self.shard {
             return Ok(());

@@ -1,3 +1,22 @@
 //! The memory bank over gRPC.
 
-mod security;
+mod bulk;
+mod client;
+mod codec;
+mod identity;
+mod parts;
+pub mod proto;
+pub mod security;
+mod server;
+mod wire;
+
+pub use client::{RemoteBank, RemoteOptions, RemoteStats, Retry, Save};
+pub use identity::Identity;
+pub use server::{
+    Compression, Limits, READY, ServeError, ServeOptions, Source, StoreOfBank, serve, serve_connections,
+};
+pub use wire::Dtype;
+
+/// Metadata of a refusal that tells when to come back, in milliseconds: the name that gRPC's own retries
+/// mind.
+pub(crate) const RETRY_METADATA: &str = "grpc-retry-pushback-ms";

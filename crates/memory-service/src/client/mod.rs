@@ -1,0 +1,388 @@
+//! A bank whose blocks are in shards elsewhere.
+
+mod bulk;
+mod retry;
+mod shard;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use cluster_tree::ClusterId;
+use futures::future::{join_all, try_join_all};
+use hyper_util::rt::TokioIo;
+use memory_bank::{Block, BlockSpec, BlockStore, Error, MAX_SHARDS, Placement, Result, Step, owner};
+use tokio::task::JoinHandle;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Status, Streaming};
+
+pub use retry::Retry;
+
+use crate::identity::Identity;
+use crate::proto::SaveResponse;
+use crate::security::{Connector, Protocol, ReloadingTls};
+use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
+use crate::wire::Dtype;
+use shard::{Encoded, ShardClient, encode};
+
+/// Where the shards of a bank are, and how they are reached.
+#[derive(Clone)]
+pub struct RemoteOptions {
+    /// `host:port` of every shard, in order.
+    pub shards: Vec<String>,
+    /// The sizes of the blocks.
+    pub spec: BlockSpec,
+    /// What the bank must be.
+    pub identity: Identity,
+    /// Of fetched weights on the wire.
+    pub fetch_dtype: Dtype,
+    /// Of pushed gradients on the wire.
+    pub push_dtype: Dtype,
+    /// Whether blocks may come over bulk streams, where the shards offer them.
+    pub bulk: bool,
+    /// Connections to each shard at once.
+    pub streams: usize,
+    /// Of gRPC messages.
+    pub compression: Compression,
+    /// Certificates; without them connections are not encrypted.
+    pub tls: Option<Arc<ReloadingTls>>,
+    /// A bearer token.
+    pub token: Option<String>,
+    /// Seconds to wait for a connection.
+    pub connect_s: u64,
+    /// How long to try again.
+    pub retry: Retry,
+}
+
+impl RemoteOptions {
+    /// A bank at these shards, with the usual settings.
+    pub fn new(shards: Vec<String>, spec: BlockSpec, identity: Identity) -> Self {
+        Self {
+            shards,
+            spec,
+            identity,
+            fetch_dtype: Dtype::F32,
+            push_dtype: Dtype::F32,
+            bulk: true,
+            streams: 2,
+            compression: Compression::None,
+            tls: None,
+            token: None,
+            connect_s: 10,
+            retry: Retry::default(),
+        }
+    }
+}
+
+/// What a client has done so far.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub struct RemoteStats {
+    /// Bytes of blocks fetched.
+    pub received_bytes: u64,
+    /// Bytes of gradients pushed.
+    pub sent_bytes: u64,
+    /// Tries that failed and were followed by another.
+    pub retries: u64,
+    /// Time of all fetches together, in microseconds.
+    pub fetch_us: u64,
+    /// Time of all pushes together, in microseconds.
+    pub push_us: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    received: AtomicU64,
+    sent: AtomicU64,
+    retries: AtomicU64,
+    fetch_us: AtomicU64,
+    push_us: AtomicU64,
+}
+
+impl Counters {
+    fn received(&self, n_bytes: usize) {
+        self.received.fetch_add(n_bytes as u64, Ordering::Relaxed);
+    }
+
+    fn sent(&self, n_bytes: usize) {
+        self.sent.fetch_add(n_bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// A bank of several shards, as a [`BlockStore`]. A clone is another handle to the same connections.
+#[derive(Clone)]
+pub struct RemoteBank {
+    spec: Arc<BlockSpec>,
+    shards: Arc<Vec<Arc<ShardClient>>>,
+    options: Arc<RemoteOptions>,
+    counters: Arc<Counters>,
+}
+
+/// Parts of a request this large go over connections of their own.
+const PART_BYTES: usize = 8 << 20;
+
+impl RemoteBank {
+    /// Connects to every shard. Fails when one cannot be reached, is a shard of another bank or of
+    /// another place than in the list, or holds blocks of other sizes.
+    pub async fn connect(options: RemoteOptions) -> Result<Self> {
+        let timeout = Duration::from_secs(options.connect_s);
+        let connector = Connector { tls: options.tls.clone(), protocol: Protocol::Grpc, timeout };
+        let connect = move |uri: Uri| {
+            let connector = connector.clone();
+            async move {
+                let (host, port) = (uri.host().unwrap_or_default(), uri.port_u16().unwrap_or_default());
+                connector.connect(host, port).await.map(TokioIo::new)
+            }
+        };
+        Self::connect_over(options, |endpoint| {
+            endpoint.connect_with_connector_lazy(tower::service_fn(connect.clone()))
+        })
+        .await
+    }
+
+    /// As [`RemoteBank::connect`], over channels made by other means, such as a simulated network.
+    pub async fn connect_over(
+        options: RemoteOptions,
+        mut channel: impl FnMut(Endpoint) -> Channel,
+    ) -> Result<Self> {
+        let n_shards = options.shards.len();
+        if !(1..=MAX_SHARDS).contains(&n_shards) {
+            return Err(setting("shards", &format!("1 to {MAX_SHARDS} addresses"), n_shards));
+        }
+        if options.streams == 0 {
+            return Err(setting("streams", "at least 1", 0));
+        }
+        options.spec.validate()?;
+        let counters = Arc::<Counters>::default();
+        let mut shards = Vec::new();
+        for (shard, address) in options.shards.iter().enumerate() {
+            let endpoint = endpoint(address, &options)?;
+            let channels = (0..options.streams).map(|_| channel(endpoint.clone())).collect();
+            let placement = Placement { shard, n_shards };
+            let client = ShardClient::new(address, placement, channels, &options, Arc::clone(&counters));
+            shards.push(Arc::new(client.map_err(|status| remote(address, status))?));
+        }
+        let bank = Self {
+            spec: Arc::new(options.spec.clone()),
+            shards: Arc::new(shards),
+            options: Arc::new(options),
+            counters,
+        };
+        try_join_all((0..n_shards).map(|shard| bank.check(shard))).await?;
+        Ok(bank)
+    }
+
+    /// Fetches into blocks that are there already: their ids say which, and their arrays are used again.
+    /// When it fails, their values are not to be used.
+    pub async fn fetch_into(&self, after: Step, blocks: &mut [Block]) -> Result<()> {
+        let start = Instant::now();
+        for block in blocks.iter_mut() {
+            self.spec.check(block.id)?;
+            block.values.resize(self.spec.block_len(usize::from(block.id.level)), 0.0);
+        }
+        let mut parts = self.parts(blocks);
+        let fetches = parts.iter_mut().map(|part| self.fetch_part(after, part));
+        // All of them are waited for, so that every array finds its way back.
+        let fetched = join_all(fetches).await;
+        for (place, block) in parts.into_iter().flat_map(|part| part.places.into_iter().zip(part.blocks)) {
+            blocks[place] = block;
+        }
+        self.counters.fetch_us.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        fetched.into_iter().collect()
+    }
+
+    /// Begins a fetch beside what the caller does meanwhile, on the current runtime.
+    pub fn prefetch(&self, after: Step, ids: &[ClusterId]) -> JoinHandle<Result<Vec<Block>>> {
+        let (bank, ids) = (self.clone(), ids.to_vec());
+        tokio::spawn(async move { bank.fetch(after, &ids).await })
+    }
+
+    /// Begins a save of the bank as it is after `step`: when this returns, every shard holds its blocks
+    /// as they are, and the next steps may be pushed.
+    pub async fn begin_save(&self, step: Step) -> Result<Save> {
+        let begun = self.shards.iter().map(|shard| async move {
+            self.retry(shard, || shard.begin_save(step)).await
+        });
+        Ok(Save { bank: self.clone(), step, answers: try_join_all(begun).await? })
+    }
+
+    /// Has every shard go back to a checkpoint, the newest unless told; returns its step.
+    pub async fn restore(&self, step: Option<Step>) -> Result<Step> {
+        let restore = async |shard: &ShardClient, step| {
+            shard.restore(step).await.map_err(|status| remote(&shard.address, status))
+        };
+        // The first one says which checkpoint is the newest.
+        let step = restore(&self.shards[0], step).await?;
+        try_join_all(self.shards[1..].iter().map(|shard| restore(shard, Some(step)))).await?;
+        Ok(step)
+    }
+
+    /// What this client has done so far.
+    pub fn stats(&self) -> RemoteStats {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Counters { received, sent, retries, fetch_us, push_us } = &*self.counters;
+        RemoteStats {
+            received_bytes: of(received),
+            sent_bytes: of(sent),
+            retries: of(retries),
+            fetch_us: of(fetch_us),
+            push_us: of(push_us),
+        }
+    }
+
+    /// Takes the blocks apart by the shard that owns them, and those of a shard into parts that go over
+    /// connections of their own.
+    fn parts(&self, blocks: &mut [Block]) -> Vec<Part> {
+        let n_shards = self.shards.len();
+        let mut parts: Vec<Part> = (0..n_shards).map(Part::of).collect();
+        let mut total = vec![0; n_shards];
+        for block in blocks.iter() {
+            total[owner(block.id, n_shards)] += block.values.len() * size_of::<f32>();
+        }
+        let part_bytes = |shard: usize| PART_BYTES.max(total[shard].div_ceil(self.options.streams));
+        let mut last: Vec<usize> = (0..n_shards).collect();
+        let mut filled = vec![0; n_shards];
+        for (place, block) in blocks.iter_mut().enumerate() {
+            let shard = owner(block.id, n_shards);
+            if filled[shard] >= part_bytes(shard) {
+                last[shard] = parts.len();
+                filled[shard] = 0;
+                parts.push(Part::of(shard));
+            }
+            filled[shard] += block.values.len() * size_of::<f32>();
+            let part = &mut parts[last[shard]];
+            part.places.push(place);
+            part.blocks.push(Block { id: block.id, values: std::mem::take(&mut block.values) });
+        }
+        parts.retain(|part| !part.blocks.is_empty());
+        parts
+    }
+
+    async fn fetch_part(&self, after: Step, part: &mut Part) -> Result<()> {
+        let shard = &self.shards[part.shard];
+        let blocks = tokio::sync::Mutex::new(&mut part.blocks);
+        self.retry(shard, async || shard.fetch(after, self.options.fetch_dtype, &mut **blocks.lock().await)).await
+    }
+
+    /// Tries a request to a shard, and again while that may help.
+    async fn retry<T, F>(&self, shard: &ShardClient, work: impl FnMut() -> F) -> Result<T>
+    where
+        F: Future<Output = std::result::Result<T, Status>>,
+    {
+        let again = |status: &Status| {
+            self.counters.retries.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(shard = shard.address, %status, "trying again");
+        };
+        self.options.retry.run(work, again).await.map_err(|status| remote(&shard.address, status))
+    }
+
+    /// Fails when a shard is not the one that it should be.
+    async fn check(&self, shard: usize) -> Result<()> {
+        let client = &self.shards[shard];
+        let stat = self.retry(client, || client.stat()).await?;
+        let placement = Placement { shard, n_shards: self.shards.len() };
+        let found = stat.identity.unwrap_or_default();
+        match self.options.identity.difference(placement, &found) {
+            None => Ok(()),
+            Some(difference) => {
+                Err(remote(&client.address, Status::failed_precondition(format!("expected here, found there: {difference}"))))
+            }
+        }
+    }
+}
+
+impl BlockStore for RemoteBank {
+    fn spec(&self) -> &BlockSpec {
+        &self.spec
+    }
+
+    async fn fetch(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+        let mut blocks: Vec<Block> = ids.iter().map(|&id| Block { id, values: Vec::new() }).collect();
+        self.fetch_into(after, &mut blocks).await?;
+        Ok(blocks)
+    }
+
+    async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> Result<()> {
+        let start = Instant::now();
+        let n_shards = self.shards.len();
+        let mut parts: Vec<Encoded> = vec![Vec::new(); n_shards];
+        for block in grads {
+            self.spec.check(block.id)?;
+            parts[owner(block.id, n_shards)].push(encode(block, self.options.push_dtype));
+        }
+        // A shard without gradients is told too: its step is complete only then.
+        let pushes = self.shards.iter().zip(&parts).map(|(shard, part)| {
+            self.retry(shard, move || shard.push((step, rank), self.options.push_dtype, part))
+        });
+        try_join_all(pushes).await?;
+        self.counters.push_us.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn save(&self, step: Step) -> Result<()> {
+        self.begin_save(step).await?.finish().await
+    }
+}
+
+/// A save under way. Dropped before it is finished, it makes no checkpoint.
+pub struct Save {
+    bank: RemoteBank,
+    step: Step,
+    answers: Vec<Streaming<SaveResponse>>,
+}
+
+impl Save {
+    /// Waits until every shard has written its blocks, and makes a checkpoint of them.
+    pub async fn finish(self) -> Result<()> {
+        let Self { bank, step, answers } = self;
+        let records = answers.into_iter().zip(bank.shards.iter()).map(|(mut answers, shard)| async move {
+            let written = match answers.message().await {
+                Ok(Some(answer)) => Ok(answer.record_json),
+                Ok(None) => Err(Status::internal("the save ended before it was done")),
+                Err(status) => Err(status),
+            };
+            written.map_err(|status| remote(&shard.address, status))
+        });
+        let records = try_join_all(records).await?;
+        let first = &bank.shards[0];
+        bank.retry(first, || first.commit(step, records.clone())).await
+    }
+}
+
+/// Blocks of one shard that are fetched by one request, with their places among all.
+struct Part {
+    shard: usize,
+    places: Vec<usize>,
+    blocks: Vec<Block>,
+}
+
+impl Part {
+    fn of(shard: usize) -> Self {
+        Self { shard, places: Vec::new(), blocks: Vec::new() }
+    }
+}
+
+fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
+    let wrong = || setting("shards", "addresses like host:7070", address);
+    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+    if host.is_empty() || port.parse::<u16>().is_err() {
+        return Err(wrong());
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| wrong())?;
+    Ok(endpoint
+        .connect_timeout(Duration::from_secs(options.connect_s))
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_max_frame_size(FRAME_BYTES)
+        .http2_keep_alive_interval(Duration::from_secs(30))
+        .tcp_nodelay(true))
+}
+
+fn setting(field: &'static str, expected: &str, found: impl ToString) -> Error {
+    Error::Setting { field, expected: expected.to_owned(), found: found.to_string() }
+}
+
+fn remote(address: &str, status: Status) -> Error {
+    let message = format!("{:?}: {}", status.code(), status.message());
+    Error::Remote { address: address.to_owned(), message }
+}

@@ -1,0 +1,74 @@
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+use serde::{Deserialize, Serialize};
+use tonic::{Code, Status};
+
+use crate::RETRY_METADATA;
+
+/// How long a request is tried again. Fetches, pushes (a repeated one is applied once) and saves are;
+/// a restore is not.
+#[derive(Copy, Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retry {
+    /// Milliseconds before the second try; they double with each further one.
+    pub first_ms: u64,
+    /// Most milliseconds between two tries.
+    pub most_ms: u64,
+    /// Seconds after the first try in which another may begin; 0 tries once.
+    pub seconds: u64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { first_ms: 20, most_ms: 2000, seconds: 60 }
+    }
+}
+
+impl Retry {
+    /// Tries until it succeeds, fails for good or takes too long; `again` sees every try that failed and
+    /// is followed by another.
+    pub(crate) async fn run<T, F>(
+        &self,
+        mut work: impl FnMut() -> F,
+        mut again: impl FnMut(&Status),
+    ) -> Result<T, Status>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let start = Instant::now();
+        let mut wait = self.first_ms.max(1);
+        loop {
+            let status = match work().await {
+                Ok(done) => return Ok(done),
+                Err(status) => status,
+            };
+            // Spread, so that those who were refused together do not come back together.
+            let spread = rand::rng().random_range(0.5..1.0);
+            let pause = pushback(&status).unwrap_or(wait).min(self.most_ms.max(1)) as f64 * spread;
+            let pause = Duration::from_secs_f64(pause / 1000.0);
+            if !is_transient(&status) || start.elapsed() + pause > Duration::from_secs(self.seconds) {
+                return Err(status);
+            }
+            again(&status);
+            tokio::time::sleep(pause).await;
+            wait = (2 * wait).min(self.most_ms.max(1));
+        }
+    }
+}
+
+/// Milliseconds that the server asks to wait.
+fn pushback(status: &Status) -> Option<u64> {
+    status.metadata().get(RETRY_METADATA)?.to_str().ok()?.parse().ok()
+}
+
+/// Whether the same request may succeed later: the shard is overloaded, restarts or cannot be reached.
+fn is_transient(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable | Code::ResourceExhausted | Code::Unknown | Code::Cancelled | Code::Aborted => true,
+        // A connection that broke.
+        Code::Internal => std::error::Error::source(status).is_some(),
+        _ => false,
+    }
+}

@@ -1,0 +1,268 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use cluster_tree::ClusterId;
+use futures::{StreamExt, stream};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use memory_bank::{Block, Placement, Step};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::Channel;
+use tonic::{Request, Status, Streaming};
+
+use super::bulk::{Connection, Idle};
+use super::{Counters, RemoteOptions};
+use crate::codec::{MAX_MESSAGE_BYTES, PIECE_BYTES, Payload, PushPiece, block_id};
+use crate::proto::memory_service_client::MemoryServiceClient;
+use crate::proto::{
+    BankIdentity, CommitRequest, FetchRequest, OpenBulkRequest, PushHead, RestoreRequest, SaveRequest,
+    SaveResponse, StatRequest, StatResponse,
+};
+use crate::security::{Connector, Protocol};
+use crate::wire::Dtype;
+
+/// One shard as its client sees it.
+pub(crate) struct ShardClient {
+    /// `host:port`.
+    pub(crate) address: String,
+    host: String,
+    identity: BankIdentity,
+    clients: Vec<MemoryServiceClient<Channel>>,
+    /// The client that takes the next request.
+    turn: AtomicUsize,
+    token: Option<MetadataValue<Ascii>>,
+    bulk: Connector,
+    /// False once the shard has offered no bulk stream, or it could not be opened.
+    has_bulk: AtomicBool,
+    idle: Idle,
+    counters: Arc<Counters>,
+}
+
+/// Gradients as they go over the wire.
+pub(crate) type Encoded = Vec<(ClusterId, Bytes)>;
+
+impl ShardClient {
+    /// `channels` lead to the shard; nothing is sent yet.
+    pub(crate) fn new(
+        address: &str,
+        placement: Placement,
+        channels: Vec<Channel>,
+        options: &RemoteOptions,
+        counters: Arc<Counters>,
+    ) -> Result<Self, Status> {
+        let client = |channel| {
+            let client = MemoryServiceClient::new(channel)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES);
+            match options.compression.encoding() {
+                None => client,
+                Some(encoding) => client.send_compressed(encoding).accept_compressed(encoding),
+            }
+        };
+        let token = options.token.as_ref().map(|token| format!("Bearer {token}").parse());
+        let token = token.transpose().map_err(|_| Status::invalid_argument("the token is not plain text"))?;
+        let (host, _) = address.rsplit_once(':').unwrap_or((address, ""));
+        Ok(Self {
+            address: address.to_owned(),
+            host: host.to_owned(),
+            identity: options.identity.message(placement),
+            clients: channels.into_iter().map(client).collect(),
+            turn: AtomicUsize::new(0),
+            token,
+            bulk: Connector {
+                tls: options.tls.clone(),
+                protocol: Protocol::Bulk,
+                timeout: Duration::from_secs(options.connect_s),
+            },
+            has_bulk: AtomicBool::new(options.bulk),
+            idle: Idle::default(),
+            counters,
+        })
+    }
+
+    pub(crate) async fn stat(&self) -> Result<StatResponse, Status> {
+        Ok(self.client().stat(self.request(StatRequest {})).await?.into_inner())
+    }
+
+    /// Fills the values of blocks; they have their length already.
+    pub(crate) async fn fetch(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
+        if let Some(mut connection) = self.bulk_stream().await? {
+            connection.fetch(after, dtype, blocks).await?;
+            self.idle.put(connection);
+        } else {
+            self.fetch_pieces(after, dtype, blocks).await?;
+        }
+        let n_bytes: usize = blocks.iter().map(|block| block.values.len() * dtype.size()).sum();
+        self.counters.received(n_bytes);
+        Ok(())
+    }
+
+    /// Hands over gradients; returns the last step applied.
+    pub(crate) async fn push(
+        &self,
+        (step, rank): (Step, usize),
+        dtype: Dtype,
+        gradients: &Encoded,
+    ) -> Result<Step, Status> {
+        let applied = if let Some(mut connection) = self.bulk_stream().await? {
+            let applied = connection.push((step, rank), dtype, gradients).await?;
+            self.idle.put(connection);
+            applied
+        } else {
+            let head = PushHead {
+                identity: Some(self.identity.clone()),
+                step: step.0,
+                rank: rank as u32,
+                dtype: dtype.message() as i32,
+                blocks: gradients.iter().map(|(id, _)| block_id(*id)).collect(),
+            };
+            let pieces = stream::iter(push_pieces(head, gradients.clone()));
+            Step(self.client().push(self.request(pieces)).await?.into_inner().applied)
+        };
+        self.counters.sent(gradients.iter().map(|(_, values)| values.len()).sum());
+        Ok(applied)
+    }
+
+    /// Begins a save: when this returns, the blocks are held as they are after the step.
+    pub(crate) async fn begin_save(&self, step: Step) -> Result<Streaming<SaveResponse>, Status> {
+        let request = SaveRequest { identity: Some(self.identity.clone()), step: step.0 };
+        let mut answers = self.client().save(self.request(request)).await?.into_inner();
+        match answers.message().await? {
+            Some(_) => Ok(answers),
+            None => Err(Status::internal("the save ended before it began")),
+        }
+    }
+
+    pub(crate) async fn commit(&self, step: Step, record_json: Vec<String>) -> Result<(), Status> {
+        let request = CommitRequest { identity: Some(self.identity.clone()), step: step.0, record_json };
+        self.client().commit(self.request(request)).await.map(|_| ())
+    }
+
+    pub(crate) async fn restore(&self, step: Option<Step>) -> Result<Step, Status> {
+        let request =
+            RestoreRequest { identity: Some(self.identity.clone()), step: step.map(|step| step.0) };
+        Ok(Step(self.client().restore(self.request(request)).await?.into_inner().step))
+    }
+
+    async fn fetch_pieces(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
+        let request = FetchRequest {
+            identity: Some(self.identity.clone()),
+            after: after.0,
+            dtype: dtype.message() as i32,
+            blocks: blocks.iter().map(|block| block_id(block.id)).collect(),
+        };
+        let mut pieces = self.client().fetch(self.request(request)).await?.into_inner();
+        for block in blocks {
+            let n_bytes = block.values.len() * dtype.size();
+            let mut offset = 0;
+            while offset < n_bytes {
+                let torn = |what: &str| {
+                    Status::internal(format!("{what} at byte {offset} of {n_bytes} of block {}", block.id))
+                };
+                let piece = pieces.message().await?.ok_or_else(|| torn("the fetch ends"))?;
+                let Payload::Bytes(payload) = piece.payload else { return Err(torn("a piece not decoded")) };
+                let is_next = piece.id == block.id
+                    && piece.total_bytes == n_bytes as u64
+                    && piece.offset == offset as u64;
+                let fits = !payload.is_empty() && payload.len() <= n_bytes - offset;
+                if !(is_next && fits && payload.len().is_multiple_of(dtype.size())) {
+                    return Err(torn(&format!("a piece of block {} at byte {}", piece.id, piece.offset)));
+                }
+                let first = offset / dtype.size();
+                let to = &mut block.values[first..first + payload.len() / dtype.size()];
+                match dtype {
+                    Dtype::F32 => bytemuck::cast_slice_mut(to).copy_from_slice(&payload),
+                    Dtype::Bf16 => to.iter_mut().zip(payload.as_chunks().0).for_each(|(to, from)| {
+                        *to = bf16::from_le_bytes(*from).to_f32();
+                    }),
+                }
+                offset += payload.len();
+            }
+        }
+        match pieces.message().await? {
+            None => Ok(()),
+            Some(piece) => Err(Status::internal(format!("a piece of block {} that nobody asked for", piece.id))),
+        }
+    }
+
+    /// A bulk stream to use, if the shard has one.
+    async fn bulk_stream(&self) -> Result<Option<Connection>, Status> {
+        if !self.has_bulk.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        if let Some(connection) = self.idle.take() {
+            return Ok(Some(connection));
+        }
+        let request = OpenBulkRequest { identity: Some(self.identity.clone()) };
+        let offer = self.client().open_bulk(self.request(request)).await?.into_inner();
+        let port = u16::try_from(offer.port).unwrap_or_default();
+        if port == 0 {
+            self.has_bulk.store(false, Ordering::Relaxed);
+            return Ok(None);
+        }
+        let opened = async {
+            let stream = self.bulk.connect(&self.host, port).await.map_err(|error| error.to_string())?;
+            Connection::open(stream, &offer.ticket).await.map_err(|error| error.to_string())
+        };
+        match opened.await {
+            Ok(connection) => Ok(Some(connection)),
+            Err(error) => {
+                tracing::warn!(shard = self.address, port, error, "no bulk stream, going on over gRPC");
+                self.has_bulk.store(false, Ordering::Relaxed);
+                Ok(None)
+            }
+        }
+    }
+
+    /// The clients in turn: each has a connection of its own.
+    fn client(&self) -> MemoryServiceClient<Channel> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        self.clients[turn % self.clients.len()].clone()
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(token) = &self.token {
+            request.metadata_mut().insert("authorization", token.clone());
+        }
+        request
+    }
+}
+
+/// A push as messages; its payloads are shared.
+fn push_pieces(head: PushHead, gradients: Encoded) -> impl Iterator<Item = PushPiece> + Send + 'static {
+    let head = PushPiece { head: Some(head), ..PushPiece::default() };
+    let of_block = |(place, (_, values)): (usize, (ClusterId, Bytes))| {
+        (0..values.len()).step_by(PIECE_BYTES).map(move |offset| PushPiece {
+            head: None,
+            block: place as u32,
+            offset: offset as u64,
+            payload: Payload::Bytes(values.slice(offset..(offset + PIECE_BYTES).min(values.len()))),
+        })
+    };
+    [head].into_iter().chain(gradients.into_iter().enumerate().flat_map(of_block))
+}
+
+/// A gradient as it goes over the wire.
+pub(crate) fn encode(block: Block, dtype: Dtype) -> (ClusterId, Bytes) {
+    let bytes = match dtype {
+        Dtype::F32 => Bytes::from_owner(Numbers(block.values)),
+        Dtype::Bf16 => {
+            let mut rounded = vec![bf16::ZERO; block.values.len()];
+            rounded.convert_from_f32_slice(&block.values);
+            Bytes::from_owner(Numbers(rounded))
+        }
+    };
+    (block.id, bytes)
+}
+
+/// An array of numbers as bytes.
+struct Numbers<T>(Vec<T>);
+
+impl<T: bytemuck::NoUninit> AsRef<[u8]> for Numbers<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}

@@ -1,0 +1,278 @@
+//! Messages on the wire. Those without blocks are prost's; the two that carry blocks are encoded from
+//! the bank's memory and decoded without a copy of their payload, in the same bytes as prost's.
+
+use std::marker::PhantomData;
+
+use bytes::{Buf, BufMut, Bytes};
+use cluster_tree::ClusterId;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use prost::Message;
+use prost::encoding::{self, WireType, decode_key, decode_varint, encode_key, encode_varint};
+use tonic::Status;
+use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+
+use crate::proto::{BlockId, PushHead};
+
+/// Bytes of a block that one message carries. Small enough to stay in a core's cache between the copies
+/// on its way, and below the 4 MiB that other gRPC clients take.
+pub(crate) const PIECE_BYTES: usize = 128 << 10;
+
+/// Bytes that a message may have beside its payload.
+const MAX_HEAD_BYTES: usize = 1 << 20;
+
+/// Largest message that either side takes: a head with many ids, or a piece of another implementation.
+pub(crate) const MAX_MESSAGE_BYTES: usize = (4 << 20) + MAX_HEAD_BYTES;
+
+/// The numbers of a message, as they are in memory.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Payload {
+    /// As they go over the wire.
+    Bytes(Bytes),
+    /// Numbers in f32 that are rounded to bf16 as they are encoded.
+    Rounded(Bytes),
+}
+
+impl Payload {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Rounded(bytes) => bytes.len() / 2,
+        }
+    }
+
+    fn put(&self, buf: &mut impl BufMut) {
+        match self {
+            Self::Bytes(bytes) => buf.put_slice(bytes),
+            Self::Rounded(bytes) => {
+                let mut rounded = [bf16::ZERO; 1024];
+                for part in bytes.chunks(4 * rounded.len()) {
+                    // Of f32 arrays, cut at multiples of their size.
+                    let part: &[f32] = bytemuck::cast_slice(part);
+                    let rounded = &mut rounded[..part.len()];
+                    rounded.convert_from_f32_slice(part);
+                    buf.put_slice(bytemuck::cast_slice(rounded));
+                }
+            }
+        }
+    }
+}
+
+impl Default for Payload {
+    fn default() -> Self {
+        Self::Bytes(Bytes::new())
+    }
+}
+
+/// `FetchResponse` of the protocol: a piece of a block.
+#[derive(Clone, PartialEq, Debug)]
+pub struct FetchPiece {
+    /// The block.
+    pub id: ClusterId,
+    /// Of the whole block on the wire.
+    pub total_bytes: u64,
+    /// Of the block, that come before this piece.
+    pub offset: u64,
+    /// The piece.
+    pub payload: Payload,
+}
+
+/// `PushRequest` of the protocol: a head, or a piece of a gradient.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct PushPiece {
+    /// In the first message, and in no other.
+    pub head: Option<PushHead>,
+    /// The place of the block among those of the head.
+    pub block: u32,
+    /// Of the block, that come before this piece.
+    pub offset: u64,
+    /// The piece.
+    pub payload: Payload,
+}
+
+/// A message that this side sends.
+pub(crate) trait Encode {
+    /// Appends the message.
+    fn put(&self, buf: &mut EncodeBuf<'_>);
+}
+
+/// A message that this side receives.
+pub(crate) trait Decode: Sized {
+    /// Reads the whole of `buf`.
+    fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError>;
+}
+
+impl<M: Message> Encode for M {
+    fn put(&self, buf: &mut EncodeBuf<'_>) {
+        let n_bytes = self.encoded_len();
+        buf.reserve(n_bytes);
+        self.encode_raw(buf);
+    }
+}
+
+impl<M: Message + Default> Decode for M {
+    fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError> {
+        M::decode(buf)
+    }
+}
+
+impl Encode for FetchPiece {
+    fn put(&self, buf: &mut EncodeBuf<'_>) {
+        let id = block_id(self.id);
+        Fields { message: Some(&id), numbers: [self.total_bytes, self.offset], payload: &self.payload }
+            .put(buf);
+    }
+}
+
+impl Decode for FetchPiece {
+    fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError> {
+        let (id, [total_bytes, offset], payload) = get_fields::<BlockId>(buf)?;
+        let id = cluster_id(id.unwrap_or_default()).ok_or_else(|| wrong("level is above 255"))?;
+        Ok(Self { id, total_bytes, offset, payload: Payload::Bytes(payload) })
+    }
+}
+
+impl Encode for PushPiece {
+    fn put(&self, buf: &mut EncodeBuf<'_>) {
+        let numbers = [u64::from(self.block), self.offset];
+        Fields { message: self.head.as_ref(), numbers, payload: &self.payload }.put(buf);
+    }
+}
+
+impl Decode for PushPiece {
+    fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError> {
+        let (head, [block, offset], payload) = get_fields(buf)?;
+        let block = u32::try_from(block).map_err(|_| wrong("block is above 32 bits"))?;
+        Ok(Self { head, block, offset, payload: Payload::Bytes(payload) })
+    }
+}
+
+/// Tag of the payload in both messages; the message is 1, the numbers are 2 and 3.
+const PAYLOAD: u32 = 15;
+
+/// What both messages that carry blocks are made of.
+struct Fields<'a, M> {
+    message: Option<&'a M>,
+    numbers: [u64; 2],
+    payload: &'a Payload,
+}
+
+impl<M: Message> Fields<'_, M> {
+    fn put(&self, buf: &mut EncodeBuf<'_>) {
+        // Keys and numbers take less than 64 bytes.
+        buf.reserve(self.message.map_or(0, Message::encoded_len) + self.payload.len() + 64);
+        if let Some(message) = self.message {
+            encoding::message::encode(1, message, buf);
+        }
+        for (tag, number) in [2, 3].into_iter().zip(self.numbers) {
+            if number != 0 {
+                encoding::uint64::encode(tag, &number, buf);
+            }
+        }
+        if self.payload.len() > 0 {
+            encode_key(PAYLOAD, WireType::LengthDelimited, buf);
+            encode_varint(self.payload.len() as u64, buf);
+            self.payload.put(buf);
+        }
+    }
+}
+
+/// As prost decodes: the last of a repeated field wins, an unknown one is skipped.
+fn get_fields<M: Message + Default>(
+    buf: &mut impl Buf,
+) -> Result<(Option<M>, [u64; 2], Bytes), prost::DecodeError> {
+    let (mut message, mut numbers, mut payload) = (None, [0; 2], Bytes::new());
+    while buf.has_remaining() {
+        let (tag, wire_type) = decode_key(buf)?;
+        match (tag, wire_type) {
+            (1, WireType::LengthDelimited) => message = Some(M::decode(take(buf, MAX_HEAD_BYTES)?)?),
+            (2 | 3, WireType::Varint) => numbers[tag as usize - 2] = decode_varint(buf)?,
+            (PAYLOAD, WireType::LengthDelimited) => payload = take(buf, MAX_MESSAGE_BYTES)?,
+            (1..=3 | PAYLOAD, _) => return Err(wrong("a field has the wrong wire type")),
+            _ => encoding::skip_field(wire_type, tag, buf, encoding::DecodeContext::default())?,
+        }
+    }
+    Ok((message, numbers, payload))
+}
+
+/// A length, and as many bytes: not copied when they lie in one piece.
+fn take(buf: &mut impl Buf, max: usize) -> Result<Bytes, prost::DecodeError> {
+    let n_bytes = decode_varint(buf)?;
+    if n_bytes > max as u64 || n_bytes > buf.remaining() as u64 {
+        return Err(wrong("a length is beyond the message"));
+    }
+    Ok(buf.copy_to_bytes(n_bytes as usize))
+}
+
+fn wrong(what: &'static str) -> prost::DecodeError {
+    #[expect(deprecated, reason = "prost has no other way to make one")]
+    prost::DecodeError::new(what)
+}
+
+/// A cluster as the protocol writes it.
+pub(crate) fn block_id(id: ClusterId) -> BlockId {
+    BlockId { level: u32::from(id.level), index: id.index }
+}
+
+/// The inverse of [`block_id`]; `None` of a level that no tree has.
+pub(crate) fn cluster_id(id: BlockId) -> Option<ClusterId> {
+    Some(ClusterId { level: u8::try_from(id.level).ok()?, index: id.index })
+}
+
+/// The codec of every call.
+pub(crate) struct WireCodec<T, U>(PhantomData<(T, U)>);
+
+impl<T, U> Default for WireCodec<T, U> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T, U> Codec for WireCodec<T, U>
+where
+    T: Encode + Send + 'static,
+    U: Decode + Send + 'static,
+{
+    type Encode = T;
+    type Decode = U;
+    type Encoder = Wire<T>;
+    type Decoder = Wire<U>;
+
+    fn encoder(&mut self) -> Wire<T> {
+        Wire(PhantomData)
+    }
+
+    fn decoder(&mut self) -> Wire<U> {
+        Wire(PhantomData)
+    }
+}
+
+/// Both halves of [`WireCodec`].
+pub(crate) struct Wire<T>(PhantomData<T>);
+
+impl<T: Encode> Encoder for Wire<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn encode(&mut self, item: T, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        item.put(buf);
+        Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(8 << 10, PIECE_BYTES)
+    }
+}
+
+impl<T: Decode> Decoder for Wire<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<T>, Status> {
+        T::get(buf).map(Some).map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(8 << 10, PIECE_BYTES)
+    }
+}

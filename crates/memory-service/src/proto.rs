@@ -1,0 +1,9 @@
+//! What proto/memory.proto compiles to.
+
+#![allow(missing_docs, unreachable_pub, reason = "generated; documented in proto/memory.proto")]
+#![allow(clippy::all, clippy::pedantic, reason = "generated")]
+
+tonic::include_proto!("memory.v1");
+
+/// The compiled file, for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/memory.bin"));

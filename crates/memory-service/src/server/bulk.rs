@@ -1,0 +1,188 @@
+//! The server's side of the bulk stream.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use cluster_tree::ClusterId;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use memory_bank::Step;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Code, Status};
+
+use super::accept::Held;
+use super::host::Host;
+use super::metrics::Call;
+use super::tickets::{Ticket, Tickets};
+use crate::bulk::{
+    ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries,
+};
+use crate::parts::Parts;
+use crate::security::{Caller, Permission, Stream, authorize};
+use crate::wire::Dtype;
+
+/// Serves one connection until its peer closes it, is silent for too long or breaks the protocol.
+pub(crate) async fn serve(host: Arc<Host>, tickets: Arc<Tickets>, connection: Held<Stream>) {
+    let peer = connection.stream.peer();
+    match (Connection { idle: Duration::from_secs(host.limits.idle_s), host, stream: connection }).run(&tickets).await {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+        Err(error) => tracing::warn!(%peer, %error, "bulk stream closed"),
+    }
+}
+
+struct Connection {
+    host: Arc<Host>,
+    stream: Held<Stream>,
+    idle: Duration,
+}
+
+impl Connection {
+    async fn run(mut self, tickets: &Tickets) -> io::Result<()> {
+        let mut ticket: Ticket = [0; TICKET_BYTES];
+        within(self.idle, self.stream.read_exact(&mut ticket)).await?;
+        let caller = tickets.redeem(&ticket).filter(|caller| caller.identity.as_ref() == self.stream.stream.peer_identity());
+        let Some(caller) = caller else {
+            return self.reply(&Err(Status::unauthenticated("the ticket of the bulk stream is not valid"))).await;
+        };
+        let mut head = [0; HEAD_BYTES];
+        loop {
+            // Between requests a connection may be silent for as long as its peer likes.
+            self.stream.read_exact(&mut head).await?;
+            let head = Head::decode(&head).map_err(invalid)?;
+            let limit = self.host.limits.blocks_per_request;
+            if head.n_blocks as usize > limit {
+                return Err(invalid(format!("{} blocks in one request, expected at most {limit}", head.n_blocks)));
+            }
+            let mut entries = vec![0; head.n_blocks as usize * ENTRY_BYTES];
+            within(self.idle, self.stream.read_exact(&mut entries)).await?;
+            let entries = decode_entries(&entries).map_err(invalid)?;
+            let (call, start) = (if head.kind == Kind::Fetch { "fetch" } else { "push" }, Instant::now());
+            match head.kind {
+                Kind::Fetch => self.fetch(&caller, head, &entries).await?,
+                Kind::Push => self.push(&caller, head, &entries).await?,
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            self.host.metrics.latency.get_or_create(&Call { call }).observe(seconds);
+        }
+    }
+
+    async fn fetch(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
+        let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
+        let fetched = match self.check(caller, Permission::Read, head.dtype, entries) {
+            Ok(()) => self.host.fetch(Step(head.step), &ids, head.dtype).await,
+            Err(status) => Err(status),
+        };
+        self.host.metrics.ended("fetch", fetched.as_ref().err().map_or(Code::Ok, Status::code));
+        let mut outgoing = match fetched {
+            Ok(outgoing) => outgoing,
+            Err(status) => return self.reply(&Err(status)).await,
+        };
+        let reply = Reply { code: Code::Ok, n_text: 0, applied: self.host.source.applied().0 };
+        let blocks = std::mem::take(&mut outgoing.blocks).into_iter().map(|block| encoded(block, head.dtype));
+        let mut parts = Parts::new([Bytes::copy_from_slice(&reply.encode())].into_iter().chain(blocks));
+        while parts.has_remaining() {
+            if within(self.idle, self.stream.write_buf(&mut parts)).await? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        within(self.idle, self.stream.flush()).await
+    }
+
+    async fn push(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
+        let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
+        let begun = self.check(caller, Permission::Write, head.dtype, entries).and_then(|()| {
+            self.host.begin_push((Step(head.step), head.rank as usize), &ids, head.dtype)
+        });
+        let pushed = match begun {
+            Err(status) => Err(status),
+            Ok(mut push) => {
+                self.reply(&Ok(self.host.source.applied())).await?;
+                for place in 0..push.n_blocks() {
+                    let mut rest = push.block(place).unwrap_or_default();
+                    while !rest.is_empty() {
+                        match within(self.idle, self.stream.read(rest)).await? {
+                            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                            n => {
+                                self.host.metrics.received(n);
+                                rest = &mut rest[n..];
+                            }
+                        }
+                    }
+                }
+                self.host.push(push).await
+            }
+        };
+        self.host.metrics.ended("push", pushed.as_ref().err().map_or(Code::Ok, Status::code));
+        self.reply(&pushed).await
+    }
+
+    /// Fails on a caller who may not, and on blocks of other sizes than the bank's.
+    fn check(
+        &self,
+        caller: &Caller,
+        needs: Permission,
+        dtype: Dtype,
+        entries: &[(ClusterId, u64)],
+    ) -> Result<(), Status> {
+        authorize(caller, needs)?;
+        let spec = self.host.source.spec();
+        for &(id, found) in entries {
+            spec.check(id).map_err(super::host::status)?;
+            let expected = (spec.block_len(usize::from(id.level)) * dtype.size()) as u64;
+            if found != expected {
+                let message = format!("block {id} of {found} bytes, expected {expected}");
+                return Err(Status::failed_precondition(message));
+            }
+        }
+        Ok(())
+    }
+
+    async fn reply(&mut self, result: &Result<Step, Status>) -> io::Result<()> {
+        let (code, text) = match result {
+            Ok(_) => (Code::Ok, ""),
+            Err(status) => (status.code(), status.message()),
+        };
+        let text = &text.as_bytes()[..text.floor_char_boundary(MAX_TEXT)];
+        let applied = result.as_ref().map_or_else(|_| self.host.source.applied(), |step| *step).0;
+        let reply = Reply { code, n_text: text.len() as u32, applied };
+        let bytes = [&reply.encode(), text].concat();
+        within(self.idle, self.stream.write_all(&bytes)).await?;
+        within(self.idle, self.stream.flush()).await
+    }
+}
+
+/// A block of f32 as it goes over the wire.
+fn encoded(block: Bytes, dtype: Dtype) -> Bytes {
+    match dtype {
+        Dtype::F32 => block,
+        Dtype::Bf16 => {
+            let values: &[f32] = bytemuck::cast_slice(&block);
+            let mut rounded = vec![bf16::ZERO; values.len()];
+            rounded.convert_from_f32_slice(values);
+            Bytes::from_owner(Rounded(rounded))
+        }
+    }
+}
+
+struct Rounded(Vec<bf16>);
+
+impl AsRef<[u8]> for Rounded {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => done,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("silent for {} s", limit.as_secs()))),
+    }
+}
+
+fn invalid(message: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, message)
+}

@@ -1,0 +1,110 @@
+use std::sync::Arc;
+use std::time::Instant;
+
+use memory_bank::{BankStore, ShardRecord, Snapshot, Step};
+use tokio::sync::Mutex;
+use tonic::Status;
+
+use super::host::{Host, status};
+
+/// Where a shard's checkpoints go.
+pub(crate) struct Checkpoints {
+    store: BankStore,
+    identity: memory_bank::Identity,
+    /// Checkpoints kept; 0 keeps all.
+    keep: usize,
+    /// One save at a time.
+    saved: Mutex<Saved>,
+}
+
+/// What the next save need not write again.
+#[derive(Default)]
+struct Saved {
+    /// Of a checkpoint that is whole.
+    base: Option<ShardRecord>,
+    /// Of the last save, whose commit another shard may have made.
+    last: Option<ShardRecord>,
+}
+
+impl Checkpoints {
+    /// `base` is what the shard was restored from.
+    pub(crate) fn new(
+        store: BankStore,
+        identity: memory_bank::Identity,
+        keep: usize,
+        base: Option<ShardRecord>,
+    ) -> Self {
+        Self { store, identity, keep, saved: Mutex::new(Saved { base, last: None }) }
+    }
+
+    /// The blocks as they are after a step: nothing is copied, and pushes go on.
+    pub(crate) fn snapshot(&self, host: &Host, step: Step) -> Result<Snapshot, Status> {
+        host.live()?.snapshot(step, Step(0)).map_err(status)
+    }
+
+    /// Writes a snapshot; returns the record of it, as JSON. It is part of no checkpoint until committed.
+    pub(crate) async fn write(&self, host: &Host, snapshot: Snapshot) -> Result<String, Status> {
+        let start = Instant::now();
+        let mut saved = self.saved.lock().await;
+        if let Some(last) = saved.last.take()
+            && let Ok(checkpoint) = self.store.checkpoint(last.step).await
+            && checkpoint.record(host.placement).as_ref() == Some(&last)
+        {
+            saved.base = Some(last);
+        }
+        let step = snapshot.step;
+        let record = self.store.write(&self.identity, snapshot, saved.base.as_ref()).await.map_err(status)?;
+        let json = serde_json::to_string(&record)
+            .map_err(|error| Status::internal(format!("the record of step {step}: {error}")))?;
+        saved.last = Some(record);
+        let seconds = start.elapsed().as_secs_f64();
+        host.metrics.save_seconds.observe(seconds);
+        tracing::info!(step = step.0, seconds, "saved");
+        Ok(json)
+    }
+
+    /// Makes a checkpoint of all shards' records.
+    pub(crate) async fn commit(&self, step: Step, records: &[String]) -> Result<(), Status> {
+        let record = |(i, json): (usize, &String)| {
+            serde_json::from_str::<ShardRecord>(json)
+                .map_err(|error| Status::invalid_argument(format!("record {i} of the commit: {error}")))
+        };
+        let records = records.iter().enumerate().map(record).collect::<Result<Vec<_>, _>>()?;
+        self.store.commit(step, &records).await.map_err(status)?;
+        if self.keep > 0 {
+            self.store.keep(self.keep).await.map_err(status)?;
+        }
+        tracing::info!(step = step.0, "committed");
+        Ok(())
+    }
+
+    /// Replaces the shard's blocks by those of a checkpoint, the newest unless told; the run goes on from
+    /// there, so later checkpoints are given up.
+    pub(crate) async fn restore(&self, host: &Arc<Host>, step: Option<Step>) -> Result<Step, Status> {
+        let live = host.live()?;
+        let mut saved = self.saved.lock().await;
+        let checkpoint = match step {
+            Some(step) => self.store.checkpoint(step).await.map_err(status)?,
+            None => {
+                let latest = self.store.latest().await.map_err(status)?;
+                latest.ok_or_else(|| Status::not_found("the store holds no checkpoint of the bank"))?
+            }
+        };
+        let step = checkpoint.manifest().step;
+        let options = live.with(|shard| *shard.options()).map_err(status)?;
+        host.set_ready(false);
+        let restored = async {
+            let shard = checkpoint.load(&self.identity, options).await?;
+            self.store.discard_after(step).await?;
+            live.replace(shard)
+        };
+        let restored = restored.await;
+        // After a failure the blocks are those from before.
+        host.set_ready(true);
+        restored.map_err(status)?;
+        *saved = Saved { base: checkpoint.record(host.placement), last: None };
+        host.metrics.applied.set(step.0 as i64);
+        tracing::info!(step = step.0, "restored");
+        Ok(step)
+    }
+}

@@ -1,0 +1,323 @@
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use cluster_tree::ClusterId;
+use memory_bank::{BlockSpec, BlockStore, Gradients, Live, MappedBank, Placement, Step, Values};
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tonic::Status;
+
+use super::limits::{Bound, Limits};
+use super::metrics::Metrics;
+use crate::identity::Identity;
+use crate::proto;
+use crate::wire::Dtype;
+
+/// Where a server's blocks are.
+#[derive(Clone)]
+pub enum Source {
+    /// In memory, updated by pushes.
+    Live(Arc<Live>),
+    /// In the files of a checkpoint, to be fetched from only.
+    ReadOnly(Arc<MappedBank>),
+}
+
+impl Source {
+    /// The sizes of the blocks.
+    pub fn spec(&self) -> &BlockSpec {
+        match self {
+            Self::Live(live) => live.spec(),
+            Self::ReadOnly(bank) => bank.spec(),
+        }
+    }
+
+    /// The last step applied.
+    pub fn applied(&self) -> Step {
+        match self {
+            Self::Live(live) => live.applied(),
+            Self::ReadOnly(bank) => bank.applied(),
+        }
+    }
+}
+
+/// A shard and the bounds on what is asked of it, whichever port it is asked through.
+pub(crate) struct Host {
+    pub(crate) source: Source,
+    pub(crate) identity: Identity,
+    pub(crate) placement: Placement,
+    pub(crate) limits: Limits,
+    pub(crate) metrics: Metrics,
+    /// False while blocks are replaced, and once the server stops.
+    ready: watch::Sender<bool>,
+    fetches: Bound,
+    waiting: Bound,
+    push_mib: Bound,
+}
+
+/// Blocks that are on their way to a caller, as f32 in the bank's own memory.
+pub(crate) struct Outgoing {
+    pub(crate) blocks: Vec<Bytes>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A push that is being received.
+pub(crate) struct Incoming {
+    step: Step,
+    rank: usize,
+    gradients: Vec<(ClusterId, Values)>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Host {
+    pub(crate) fn new(source: Source, identity: Identity, limits: Limits) -> Self {
+        let placement = match &source {
+            Source::Live(live) => live.placement(),
+            Source::ReadOnly(_) => Placement::WHOLE,
+        };
+        Self {
+            metrics: Metrics::new(),
+            source,
+            identity,
+            placement,
+            ready: watch::Sender::new(true),
+            fetches: Bound::new("fetches", limits.fetches),
+            waiting: Bound::new("waiting requests", limits.waiting),
+            push_mib: Bound::new("MiB of gradients", limits.push_mib),
+            limits,
+        }
+    }
+
+    /// Fails when the caller means another bank or another shard.
+    pub(crate) fn check(&self, identity: Option<&proto::BankIdentity>) -> Result<(), Status> {
+        let Some(identity) = identity else {
+            return Err(Status::invalid_argument("the request has no identity of its bank"));
+        };
+        match self.identity.difference(self.placement, identity) {
+            None => Ok(()),
+            Some(difference) => Err(Status::failed_precondition(difference)),
+        }
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        *self.ready.borrow()
+    }
+
+    pub(crate) fn set_ready(&self, ready: bool) {
+        self.ready.send_replace(ready);
+    }
+
+    /// Follows whether requests are taken.
+    pub(crate) fn readiness(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
+    }
+
+    /// Sets what the metrics tell of this moment.
+    pub(crate) fn update_metrics(&self) {
+        self.metrics.applied.set(self.source.applied().0 as i64);
+        for bound in [&self.fetches, &self.waiting, &self.push_mib] {
+            self.metrics.in_use(bound.what(), bound.in_use());
+        }
+    }
+
+    /// What the shard is, and where it stands.
+    pub(crate) fn stat(&self) -> Result<proto::StatResponse, Status> {
+        let spec = self.source.spec();
+        let spec_json = serde_json::to_string(spec)
+            .map_err(|error| Status::internal(format!("the bank's spec: {error}")))?;
+        let about = match &self.source {
+            Source::Live(live) => live
+                .with(|shard| proto::StatResponse {
+                    world_size: shard.options().world_size as u32,
+                    staleness: shard.options().staleness,
+                    n_touched: shard.n_touched().into_iter().map(|n| n as u64).collect(),
+                    seed: shard.options().seed,
+                    ..proto::StatResponse::default()
+                })
+                .map_err(status)?,
+            Source::ReadOnly(bank) => proto::StatResponse {
+                n_touched: bank.manifest().touched.clone(),
+                seed: bank.manifest().seed,
+                read_only: true,
+                ..proto::StatResponse::default()
+            },
+        };
+        Ok(proto::StatResponse {
+            identity: Some(self.identity.message(self.placement)),
+            applied: self.source.applied().0,
+            spec_json,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..about
+        })
+    }
+
+    /// The blocks once step `after` has been applied. A fetch of too many, one while too many others are
+    /// on their way, and one whose step is not reached in time fail.
+    pub(crate) async fn fetch(&self, after: Step, ids: &[ClusterId], dtype: Dtype) -> Result<Outgoing, Status> {
+        self.check_request(ids, dtype)?;
+        let start = Instant::now();
+        self.reached(after).await?;
+        self.metrics.fence_wait.observe(start.elapsed().as_secs_f64());
+        let _permit = self.fetches.take(1).inspect_err(|_| self.metrics.refused())?;
+        let blocks = match &self.source {
+            Source::Live(live) => match live.fetch_at_once(ids).map_err(status)? {
+                Some(values) => values,
+                None => {
+                    let (live, ids) = (Arc::clone(live), ids.to_vec());
+                    blocking(move || live.fetch(&ids)).await?
+                }
+            }
+            .into_iter()
+            .map(|values| Bytes::from_owner(Shared(values)))
+            .collect(),
+            Source::ReadOnly(bank) => {
+                let (bank, ids) = (bank.clone(), ids.to_vec());
+                blocking(move || ids.iter().map(|&id| bank.block_bytes(id)).collect()).await?
+            }
+        };
+        self.metrics.fetched(ids, &blocks, dtype);
+        Ok(Outgoing { blocks, _permit })
+    }
+
+    /// Makes room for a push. `None` when it has been taken already.
+    pub(crate) fn begin_push(
+        &self,
+        (step, rank): (Step, usize),
+        ids: &[ClusterId],
+        dtype: Dtype,
+    ) -> Result<Incoming, Status> {
+        let n_bytes = self.check_request(ids, dtype)?;
+        self.live()?;
+        let permit =
+            self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
+        let spec = self.source.spec();
+        let empty = |&id: &ClusterId| (id, dtype.zeros(spec.block_len(usize::from(id.level))));
+        Ok(Incoming { step, rank, gradients: ids.iter().map(empty).collect(), _permit: permit })
+    }
+
+    /// Applies a push that is complete; returns the last step applied.
+    pub(crate) async fn push(self: &Arc<Self>, push: Incoming) -> Result<Step, Status> {
+        let (host, live) = (Arc::clone(self), Arc::clone(self.live()?));
+        let Incoming { step, rank, gradients, _permit } = push;
+        let pushed = blocking(move || {
+            let gradients = Gradients::of(live.spec(), gradients)?;
+            let pushed = live.push(step, rank, gradients)?;
+            drop(_permit);
+            host.metrics.pushed(&pushed);
+            Ok(pushed)
+        })
+        .await?;
+        Ok(pushed.applied)
+    }
+
+    /// Waits until a step has been applied. Fails when too many wait, and when it takes too long.
+    pub(crate) async fn reached(&self, after: Step) -> Result<(), Status> {
+        if self.source.applied() >= after {
+            return Ok(());
+        }
+        let live = match &self.source {
+            Source::Live(live) => live,
+            Source::ReadOnly(bank) => {
+                return Err(Status::failed_precondition(format!(
+                    "fetch after step {after}, but the bank is open read-only at step {}",
+                    bank.applied()
+                )));
+            }
+        };
+        let _waiting = self.waiting.take(1).inspect_err(|_| self.metrics.refused())?;
+        let limit = Duration::from_secs(self.limits.request_s);
+        match tokio::time::timeout(limit, live.reached(after)).await {
+            Ok(reached) => reached.map_err(status),
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "step {after} was not applied within {} s: the bank is at step {}",
+                limit.as_secs(),
+                live.applied()
+            ))),
+        }
+    }
+
+    /// The shard that pushes go to. Fails on a bank that is only read.
+    pub(crate) fn live(&self) -> Result<&Arc<Live>, Status> {
+        match &self.source {
+            Source::Live(live) => Ok(live),
+            Source::ReadOnly(_) => Err(Status::failed_precondition("the bank is open read-only")),
+        }
+    }
+
+    /// Bytes of these blocks on the wire. Fails on too many, and on one that is not the shard's.
+    fn check_request(&self, ids: &[ClusterId], dtype: Dtype) -> Result<usize, Status> {
+        if !self.is_ready() {
+            return Err(Status::unavailable("the shard is not ready"));
+        }
+        let limit = self.limits.blocks_per_request;
+        if ids.len() > limit {
+            let message = format!("{} blocks in one request, expected at most {limit}", ids.len());
+            return Err(Status::invalid_argument(message));
+        }
+        let spec = self.source.spec();
+        let mut n_bytes = 0;
+        for &id in ids {
+            spec.check(id).and_then(|()| self.placement.check(id)).map_err(status)?;
+            n_bytes += spec.block_len(usize::from(id.level)) * dtype.size();
+        }
+        let limit = self.limits.request_mib << 20;
+        if n_bytes > limit {
+            let message = format!("{n_bytes} bytes in one request, expected at most {limit}");
+            return Err(Status::invalid_argument(message));
+        }
+        Ok(n_bytes)
+    }
+}
+
+impl Incoming {
+    /// The numbers of one block to be filled, as bytes.
+    pub(crate) fn block(&mut self, place: usize) -> Option<&mut [u8]> {
+        self.gradients.get_mut(place).map(|(_, values)| match values {
+            Values::F32(values) => bytemuck::cast_slice_mut(values),
+            Values::Bf16(values) => bytemuck::cast_slice_mut(values),
+        })
+    }
+
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.gradients.len()
+    }
+}
+
+/// A block's weights as bytes.
+struct Shared(Arc<Vec<f32>>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// Runs work that computes much or waits for a lock on the runtime's threads for that.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> memory_bank::Result<T> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(status),
+        Err(error) => Err(Status::internal(format!("a task of the shard failed: {error}"))),
+    }
+}
+
+/// What a caller is told of an error of the bank.
+pub(crate) fn status(error: memory_bank::Error) -> Status {
+    use memory_bank::Error;
+    let message = error.to_string();
+    match error {
+        Error::UnknownBlock { .. } => Status::not_found(message),
+        Error::GradientLength { .. }
+        | Error::GradientValue { .. }
+        | Error::RepeatedGradient { .. }
+        | Error::Rank { .. }
+        | Error::Setting { .. } => Status::invalid_argument(message),
+        Error::PushStep { .. }
+        | Error::NotOwned { .. }
+        | Error::SaveStep { .. }
+        | Error::ReadOnly { .. }
+        | Error::NotReached { .. }
+        | Error::Mismatch { .. } => Status::failed_precondition(message),
+        _ => Status::internal(message),
+    }
+}
