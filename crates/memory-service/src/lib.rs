@@ -1,3 +1,3 @@
 //! The memory bank over gRPC.
 
-mod security;
+pub mod security;
