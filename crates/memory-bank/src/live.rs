@@ -120,7 +120,8 @@ impl Live {
             return Err(Error::Setting { field: "spec", expected, found });
         }
         if shard.options().placement != self.placement {
-            let (expected, found) = (format!("{:?}", self.placement), format!("{:?}", shard.options().placement));
+            let (expected, found) =
+                (format!("{:?}", self.placement), format!("{:?}", shard.options().placement));
             return Err(Error::Setting { field: "placement", expected, found });
         }
         // What an unfinished update left behind is replaced too.

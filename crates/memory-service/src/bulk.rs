@@ -68,8 +68,8 @@ impl Head {
             0 => None,
             dtype => Dtype::of_message(i32::from(dtype)),
         };
-        let dtype =
-            dtype.ok_or_else(|| format!("bulk request of dtype {}, expected 1 (f32) or 2 (bf16)", bytes[1]))?;
+        let dtype = dtype
+            .ok_or_else(|| format!("bulk request of dtype {}, expected 1 (f32) or 2 (bf16)", bytes[1]))?;
         if bytes[2..4] != [0; 2] || bytes[20..24] != [0; 4] {
             return Err("bulk request with reserved bytes that are not 0".to_owned());
         }
@@ -89,7 +89,8 @@ pub(crate) fn encode_entry(id: ClusterId, n_bytes: usize, to: &mut Vec<u8>) {
 pub(crate) fn decode_entries(bytes: &[u8]) -> Result<Vec<(ClusterId, u64)>, String> {
     let entry = |entry: &[u8]| {
         let level = u32_at(entry, 0);
-        let level = u8::try_from(level).map_err(|_| format!("level {level} of a block, expected 0 to 255"))?;
+        let level =
+            u8::try_from(level).map_err(|_| format!("level {level} of a block, expected 0 to 255"))?;
         Ok((ClusterId { level, index: u32_at(entry, 4) }, u64_at(entry, 8)))
     };
     bytes.chunks_exact(ENTRY_BYTES).map(entry).collect()

@@ -41,11 +41,12 @@ impl Identity {
             (ours != other).then(|| format!("{what} is {ours} here and {other} in the request"))
         };
         let keys: BTreeSet<&String> = self.hashes.keys().chain(other.hashes.keys()).collect();
-        let hash = |hashes: &BTreeMap<String, String>, key| hashes.get(key).cloned().unwrap_or("missing".into());
+        let hash =
+            |hashes: &BTreeMap<String, String>, key| hashes.get(key).cloned().unwrap_or("missing".into());
         let theirs: BTreeMap<String, String> = other.hashes.clone().into_iter().collect();
-        let hashes = keys
-            .into_iter()
-            .find_map(|key| differs(&format!("hash of {key}"), &hash(&self.hashes, key), &hash(&theirs, key)));
+        let hashes = keys.into_iter().find_map(|key| {
+            differs(&format!("hash of {key}"), &hash(&self.hashes, key), &hash(&theirs, key))
+        });
         differs("bank", &ours.bank, &other.bank)
             .or_else(|| differs("number of shards", &ours.n_shards, &other.n_shards))
             .or_else(|| differs("shard", &ours.shard, &other.shard))

@@ -45,7 +45,12 @@ impl Connection {
     }
 
     /// Fills the values of blocks, once step `after` has been applied; they have their length already.
-    pub(crate) async fn fetch(&mut self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
+    pub(crate) async fn fetch(
+        &mut self,
+        after: Step,
+        dtype: Dtype,
+        blocks: &mut [Block],
+    ) -> Result<(), Status> {
         let head = Head { kind: Kind::Fetch, dtype, n_blocks: blocks.len() as u32, step: after.0, rank: 0 };
         let sizes = blocks.iter().map(|block| (block.id, block.values.len() * dtype.size()));
         self.request(head, sizes).await?;

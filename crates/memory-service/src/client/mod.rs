@@ -22,7 +22,7 @@ pub use retry::Retry;
 use crate::identity::Identity;
 use crate::proto::SaveResponse;
 use crate::security::{Connector, Protocol, ReloadingTls};
-use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
+use crate::server::{Compression, WINDOW_BYTES};
 use crate::wire::Dtype;
 use shard::{Encoded, ShardClient, encode};
 
@@ -200,9 +200,8 @@ impl RemoteBank {
     /// Begins a save of the bank as it is after `step`: when this returns, every shard holds its blocks
     /// as they are, and the next steps may be pushed.
     pub async fn begin_save(&self, step: Step) -> Result<Save> {
-        let begun = self.shards.iter().map(|shard| async move {
-            self.retry(shard, || shard.begin_save(step)).await
-        });
+        let begun =
+            self.shards.iter().map(|shard| async move { self.retry(shard, || shard.begin_save(step)).await });
         Ok(Save { bank: self.clone(), step, answers: try_join_all(begun).await? })
     }
 
@@ -260,8 +259,13 @@ impl RemoteBank {
 
     async fn fetch_part(&self, after: Step, part: &mut Part) -> Result<()> {
         let shard = &self.shards[part.shard];
+        // Only one try runs at a time; the lock says so to the compiler.
         let blocks = tokio::sync::Mutex::new(&mut part.blocks);
-        self.retry(shard, async || shard.fetch(after, self.options.fetch_dtype, &mut **blocks.lock().await)).await
+        let fetch = || async {
+            let mut blocks = blocks.lock().await;
+            shard.fetch(after, self.options.fetch_dtype, &mut blocks).await
+        };
+        self.retry(shard, fetch).await
     }
 
     /// Tries a request to a shard, and again while that may help.
@@ -284,9 +288,10 @@ impl RemoteBank {
         let found = stat.identity.unwrap_or_default();
         match self.options.identity.difference(placement, &found) {
             None => Ok(()),
-            Some(difference) => {
-                Err(remote(&client.address, Status::failed_precondition(format!("expected here, found there: {difference}"))))
-            }
+            Some(difference) => Err(remote(
+                &client.address,
+                Status::failed_precondition(format!("expected here, found there: {difference}")),
+            )),
         }
     }
 }
@@ -373,7 +378,6 @@ fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
         .connect_timeout(Duration::from_secs(options.connect_s))
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .http2_max_frame_size(FRAME_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(30))
         .tcp_nodelay(true))
 }

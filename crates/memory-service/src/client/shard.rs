@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use futures::{StreamExt, stream};
+use futures::stream;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use memory_bank::{Block, Placement, Step};
@@ -141,8 +141,7 @@ impl ShardClient {
     }
 
     pub(crate) async fn restore(&self, step: Option<Step>) -> Result<Step, Status> {
-        let request =
-            RestoreRequest { identity: Some(self.identity.clone()), step: step.map(|step| step.0) };
+        let request = RestoreRequest { identity: Some(self.identity.clone()), step: step.map(|step| step.0) };
         Ok(Step(self.client().restore(self.request(request)).await?.into_inner().step))
     }
 
@@ -183,7 +182,9 @@ impl ShardClient {
         }
         match pieces.message().await? {
             None => Ok(()),
-            Some(piece) => Err(Status::internal(format!("a piece of block {} that nobody asked for", piece.id))),
+            Some(piece) => {
+                Err(Status::internal(format!("a piece of block {} that nobody asked for", piece.id)))
+            }
         }
     }
 

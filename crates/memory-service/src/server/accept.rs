@@ -13,7 +13,11 @@ use crate::security::{Acceptor, Caller, Stream};
 
 /// Accepts connections until the receiver is dropped, handshakes beside each other. Beyond `limit` open
 /// ones, the next wait to be accepted.
-pub(crate) fn accept(listener: TcpListener, acceptor: Acceptor, limit: usize) -> mpsc::Receiver<Held<Stream>> {
+pub(crate) fn accept(
+    listener: TcpListener,
+    acceptor: Acceptor,
+    limit: usize,
+) -> mpsc::Receiver<Held<Stream>> {
     let (accepted, connections) = mpsc::channel(16);
     let free = Arc::new(Semaphore::new(limit.clamp(1, Semaphore::MAX_PERMITS)));
     tokio::spawn(async move {
@@ -64,7 +68,11 @@ impl<S: Connected<ConnectInfo = Caller>> Connected for Held<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

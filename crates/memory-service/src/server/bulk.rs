@@ -17,9 +17,7 @@ use super::accept::Held;
 use super::host::Host;
 use super::metrics::Call;
 use super::tickets::{Ticket, Tickets};
-use crate::bulk::{
-    ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries,
-};
+use crate::bulk::{ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries};
 use crate::parts::Parts;
 use crate::security::{Caller, Permission, Stream, authorize};
 use crate::wire::Dtype;
@@ -27,7 +25,10 @@ use crate::wire::Dtype;
 /// Serves one connection until its peer closes it, is silent for too long or breaks the protocol.
 pub(crate) async fn serve(host: Arc<Host>, tickets: Arc<Tickets>, connection: Held<Stream>) {
     let peer = connection.stream.peer();
-    match (Connection { idle: Duration::from_secs(host.limits.idle_s), host, stream: connection }).run(&tickets).await {
+    match (Connection { idle: Duration::from_secs(host.limits.idle_s), host, stream: connection })
+        .run(&tickets)
+        .await
+    {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
         Err(error) => tracing::warn!(%peer, %error, "bulk stream closed"),
@@ -44,9 +45,13 @@ impl Connection {
     async fn run(mut self, tickets: &Tickets) -> io::Result<()> {
         let mut ticket: Ticket = [0; TICKET_BYTES];
         within(self.idle, self.stream.read_exact(&mut ticket)).await?;
-        let caller = tickets.redeem(&ticket).filter(|caller| caller.identity.as_ref() == self.stream.stream.peer_identity());
+        let caller = tickets
+            .redeem(&ticket)
+            .filter(|caller| caller.identity.as_ref() == self.stream.stream.peer_identity());
         let Some(caller) = caller else {
-            return self.reply(&Err(Status::unauthenticated("the ticket of the bulk stream is not valid"))).await;
+            return self
+                .reply(&Err(Status::unauthenticated("the ticket of the bulk stream is not valid")))
+                .await;
         };
         let mut head = [0; HEAD_BYTES];
         loop {
@@ -55,7 +60,10 @@ impl Connection {
             let head = Head::decode(&head).map_err(invalid)?;
             let limit = self.host.limits.blocks_per_request;
             if head.n_blocks as usize > limit {
-                return Err(invalid(format!("{} blocks in one request, expected at most {limit}", head.n_blocks)));
+                return Err(invalid(format!(
+                    "{} blocks in one request, expected at most {limit}",
+                    head.n_blocks
+                )));
             }
             let mut entries = vec![0; head.n_blocks as usize * ENTRY_BYTES];
             within(self.idle, self.stream.read_exact(&mut entries)).await?;
@@ -94,9 +102,9 @@ impl Connection {
 
     async fn push(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
         let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
-        let begun = self.check(caller, Permission::Write, head.dtype, entries).and_then(|()| {
-            self.host.begin_push((Step(head.step), head.rank as usize), &ids, head.dtype)
-        });
+        let begun = self
+            .check(caller, Permission::Write, head.dtype, entries)
+            .and_then(|()| self.host.begin_push((Step(head.step), head.rank as usize), &ids, head.dtype));
         let pushed = match begun {
             Err(status) => Err(status),
             Ok(mut push) => {

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, BlockStore, Gradients, Live, MappedBank, Placement, Step, Values};
+use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Placement, Step, Values};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
 
@@ -152,13 +152,18 @@ impl Host {
 
     /// The blocks once step `after` has been applied. A fetch of too many, one while too many others are
     /// on their way, and one whose step is not reached in time fail.
-    pub(crate) async fn fetch(&self, after: Step, ids: &[ClusterId], dtype: Dtype) -> Result<Outgoing, Status> {
+    pub(crate) async fn fetch(
+        &self,
+        after: Step,
+        ids: &[ClusterId],
+        dtype: Dtype,
+    ) -> Result<Outgoing, Status> {
         self.check_request(ids, dtype)?;
         let start = Instant::now();
         self.reached(after).await?;
         self.metrics.fence_wait.observe(start.elapsed().as_secs_f64());
         let _permit = self.fetches.take(1).inspect_err(|_| self.metrics.refused())?;
-        let blocks = match &self.source {
+        let blocks: Vec<Bytes> = match &self.source {
             Source::Live(live) => match live.fetch_at_once(ids).map_err(status)? {
                 Some(values) => values,
                 None => {
@@ -187,8 +192,7 @@ impl Host {
     ) -> Result<Incoming, Status> {
         let n_bytes = self.check_request(ids, dtype)?;
         self.live()?;
-        let permit =
-            self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
+        let permit = self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
         let spec = self.source.spec();
         let empty = |&id: &ClusterId| (id, dtype.zeros(spec.block_len(usize::from(id.level))));
         Ok(Incoming { step, rank, gradients: ids.iter().map(empty).collect(), _permit: permit })

@@ -30,7 +30,11 @@ pub(crate) async fn serve(host: Arc<Host>, listener: TcpListener, mut stopped: w
 }
 
 async fn ready(State(host): State<Arc<Host>>) -> impl IntoResponse {
-    if host.is_ready() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") }
+    if host.is_ready() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
+    }
 }
 
 async fn metrics(State(host): State<Arc<Host>>) -> impl IntoResponse {

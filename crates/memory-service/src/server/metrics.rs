@@ -89,16 +89,31 @@ impl Metrics {
         );
         registry.register("requests", "Requests by call and status code", m.requests.clone());
         let waits = m.fence_wait.clone();
-        registry.register_with_unit("fence_wait", "Time that fetches wait for their step", Unit::Seconds, waits);
+        registry.register_with_unit(
+            "fence_wait",
+            "Time that fetches wait for their step",
+            Unit::Seconds,
+            waits,
+        );
         registry.register("fetched_blocks", "Blocks sent by level", m.blocks.clone());
-        registry.register_with_unit("block", "Bytes of blocks sent and received", Unit::Bytes, m.bytes.clone());
+        registry.register_with_unit(
+            "block",
+            "Bytes of blocks sent and received",
+            Unit::Bytes,
+            m.bytes.clone(),
+        );
         registry.register("refused", "Requests refused under overload", m.refused.clone());
         registry.register("updated_blocks", "Blocks updated", m.updates.clone());
         let seconds = m.update_seconds.clone();
         registry.register_with_unit("optimizer", "Time spent in updates", Unit::Seconds, seconds);
         registry.register("applied_step", "Last step applied", m.applied.clone());
         registry.register("in_use", "Bounded resources in use", m.in_use.clone());
-        registry.register_with_unit("save", "Time to write a checkpoint", Unit::Seconds, m.save_seconds.clone());
+        registry.register_with_unit(
+            "save",
+            "Time to write a checkpoint",
+            Unit::Seconds,
+            m.save_seconds.clone(),
+        );
         let saved = m.saved_bytes.clone();
         registry.register_with_unit("saved", "Bytes written to checkpoints", Unit::Bytes, saved);
         Self { registry, ..metrics }

@@ -225,7 +225,9 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
     let mut push = host.begin_push((Step(*step), *rank as usize), &ids, dtype)?;
     let mut offset = 0;
     for (place, id) in ids.iter().enumerate() {
-        while let Some(rest) = push.block(place).map(|block| &mut block[offset..]).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) =
+            push.block(place).map(|block| &mut block[offset..]).filter(|rest| !rest.is_empty())
+        {
             let Some(piece) = pieces.message().await? else {
                 let message = format!("the push ends at byte {offset} of block {id}, place {place}");
                 return Err(Status::invalid_argument(message));
@@ -233,7 +235,8 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
             let Payload::Bytes(payload) = piece.payload else {
                 return Err(Status::internal("a piece was not decoded"));
             };
-            let is_next = piece.head.is_none() && piece.block as usize == place && piece.offset == offset as u64;
+            let is_next =
+                piece.head.is_none() && piece.block as usize == place && piece.offset == offset as u64;
             if !is_next || payload.is_empty() || payload.len() > rest.len() {
                 return Err(Status::invalid_argument(format!(
                     "a piece of {} bytes at byte {} of place {}, expected at most {} at byte {offset} of place {place}",
@@ -257,7 +260,8 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
 
 fn cluster_ids(blocks: &[BlockId]) -> Result<Vec<ClusterId>, Status> {
     let id = |block: &BlockId| {
-        let wrong = || Status::invalid_argument(format!("level {} of a block, expected 0 to 255", block.level));
+        let wrong =
+            || Status::invalid_argument(format!("level {} of a block, expected 0 to 255", block.level));
         cluster_id(*block).ok_or_else(wrong)
     };
     blocks.iter().map(id).collect()

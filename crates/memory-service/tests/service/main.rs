@@ -1,0 +1,4 @@
+//! Shards served in this process, and banks made of them.
+
+mod remote;
+mod support;
