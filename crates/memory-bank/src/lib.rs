@@ -22,8 +22,6 @@ mod schedule;
 mod shard;
 mod spec;
 mod store;
-mod stub;
-pub use stub::*;
 mod tensor_file;
 
 pub use adamw::{AdamW, squared_norm};
