@@ -23,6 +23,7 @@ mod shard;
 mod spec;
 mod store;
 mod tensor_file;
+mod tiers;
 
 pub use adamw::{AdamW, squared_norm};
 pub use blocking::Blocking;
@@ -39,3 +40,7 @@ pub use schedule::Schedule;
 pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
 pub use spec::{BlockSpec, MemoryKind};
 pub use store::{Block, BlockStore, Step};
+pub use tiers::{
+    BankVersion, BlockDtype, DiskOptions, Encoded, LevelStats, TierLevelStats, TierOptions, TierSource,
+    TierState, TierStats, Tiered, TieredStats,
+};
