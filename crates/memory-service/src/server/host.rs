@@ -27,7 +27,7 @@ impl Source {
     pub fn spec(&self) -> &BlockSpec {
         match self {
             Self::Live(live) => live.spec(),
-            Self::ReadOnly(bank) => bank.spec(),
+            Self::ReadOnly(bank) => &bank.manifest().spec,
         }
     }
 
@@ -35,7 +35,7 @@ impl Source {
     pub fn applied(&self) -> Step {
         match self {
             Self::Live(live) => live.applied(),
-            Self::ReadOnly(bank) => bank.applied(),
+            Self::ReadOnly(bank) => bank.manifest().step,
         }
     }
 }
@@ -229,7 +229,7 @@ impl Host {
             Source::ReadOnly(bank) => {
                 return Err(Status::failed_precondition(format!(
                     "fetch after step {after}, but the bank is open read-only at step {}",
-                    bank.applied()
+                    bank.manifest().step
                 )));
             }
         };
