@@ -76,7 +76,7 @@ async fn blocks_that_are_not_the_shards_are_refused() {
         options.bulk = bulk;
         let bank = RemoteBank::connect(options).await.unwrap();
         let error = bank.fetch(Step(0), &[id(2, 12)]).await.err().unwrap().to_string();
-        assert_eq!(error, "no block 2/12: level 2 has 12 blocks");
+        assert_eq!(error, "no block level2/12: level 2 has 12 blocks");
         // Nothing of a push with a wrong gradient is applied.
         let mut wrong = gradients(1, 0);
         wrong[0].values[3] = f32::NAN;
@@ -115,7 +115,7 @@ async fn a_push_in_wrong_pieces_is_not_applied() {
     for (pieces, expected) in [
         (vec![], "begins with a head"),
         (vec![piece(0, 0, n_bytes)], "begins with a head"),
-        (vec![head()], "ends at byte 0 of block 2/4"),
+        (vec![head()], "ends at byte 0 of block level2/4"),
         (vec![head(), piece(0, 0, 8)], "ends at byte 8"),
         (vec![head(), piece(0, 4, 8)], "a piece of 8 bytes at byte 4 of place 0"),
         (vec![head(), piece(1, 0, 8)], "of place 1"),
@@ -236,5 +236,5 @@ async fn a_bulk_stream_needs_its_ticket_and_minds_its_protocol() {
     let found = answer(&[&ticket().await[..], &head(1, 1, 1), &entry].concat()).await;
     assert_eq!(found[0], Code::FailedPrecondition as u8);
     let text = String::from_utf8_lossy(&found[16..]);
-    assert_eq!(text, format!("block 0/0 of 7 bytes, expected {}", 4 * spec().block_len(0)));
+    assert_eq!(text, format!("block level0/0 of 7 bytes, expected {}", 4 * spec().block_len(0)));
 }
