@@ -32,7 +32,7 @@ async fn channel(
     tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
     let mut connected = connected.ok().map(TokioIo::new);
     let connect = tower::service_fn(move |_| {
-        let connected = connected.take().ok_or(std::io::ErrorKind::NotConnected);
+        let connected = connected.take().ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected));
         async move { connected }
     });
     Endpoint::from_static("http://bank").connect_with_connector(connect).await.unwrap()
