@@ -271,6 +271,16 @@ async fn a_server_must_be_a_shard_of_the_host_that_is_called() {
     assert!(message.ends_with("the server is reader/r0, expected a shard"), "{message}");
 }
 
+/// A session that is resumed would skip the certificates, which may have expired or changed.
+#[test]
+fn every_connection_is_a_full_handshake() {
+    let dir = authority();
+    let shard = files(dir.path(), Role::Shard, "s0");
+    let config = Tls::read(&shard).unwrap().server(Protocol::Grpc);
+    assert!(!config.session_storage.can_cache() && !config.ticketer.enabled());
+    assert_eq!((config.send_tls13_tickets, config.max_early_data_size), (0, 0));
+}
+
 #[tokio::test]
 async fn nobody_to_connect_to_is_an_error_with_the_host() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
