@@ -56,5 +56,6 @@ pub use spec::{BlockSpec, MemoryKind};
 pub use store::{Block, BlockStore, Step};
 pub use store_bank::StoreBank;
 pub use tools::{
-    Inspection, LevelInspection, Verification, inspect, inspect_checkpoint, verify, verify_checkpoint,
+    Exported, Inspection, LevelDiff, LevelInspection, MergeOptions, Merged, OnConflict, Precision,
+    Verification, diff, export, inspect, inspect_checkpoint, merge, reshard, verify, verify_checkpoint,
 };
