@@ -61,5 +61,6 @@ pub use tiers::{
     TierState, TierStats, Tiered, TieredStats,
 };
 pub use tools::{
-    Inspection, LevelInspection, Verification, inspect, inspect_checkpoint, verify, verify_checkpoint,
+    Exported, Inspection, LevelDiff, LevelInspection, MergeOptions, Merged, OnConflict, Precision,
+    Verification, diff, export, inspect, inspect_checkpoint, merge, reshard, verify, verify_checkpoint,
 };
