@@ -216,6 +216,15 @@ impl RemoteBank {
         Ok(step)
     }
 
+    /// The last step that each shard has applied.
+    pub async fn applied(&self) -> Result<Vec<Step>> {
+        let applied = |shard: &Arc<ShardClient>| {
+            let (bank, shard) = (self.clone(), Arc::clone(shard));
+            async move { bank.retry(&shard, || shard.stat()).await.map(|stat| Step(stat.applied)) }
+        };
+        try_join_all(self.shards.iter().map(applied)).await
+    }
+
     /// What this client has done so far.
     pub fn stats(&self) -> RemoteStats {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
