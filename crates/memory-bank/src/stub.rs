@@ -8,6 +8,18 @@ pub struct Identity {
     pub seed: u64,
     pub hashes: BTreeMap<String, String>,
 }
+pub enum Access {
+    Read,
+    Write,
+}
+pub struct StoreOptions {
+    pub access: Access,
+}
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { access: Access::Write }
+    }
+}
 #[derive(Clone)]
 pub struct BankStore;
 #[derive(Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -18,6 +30,14 @@ pub struct Checkpoint;
 pub struct MappedBank;
 pub struct Pruned;
 impl BankStore {
+    pub async fn open_url(
+        url: &str,
+        settings: &[(String, String)],
+        bank: &str,
+        options: StoreOptions,
+    ) -> Result<Self> {
+        panic!()
+    }
     pub async fn checkpoint(&self, step: Step) -> Result<Checkpoint> {
         panic!()
     }
@@ -54,6 +74,9 @@ impl Checkpoint {
     }
 }
 impl MappedBank {
+    pub fn open_step(bank_folder: &std::path::Path, step: Step) -> Result<Self> {
+        panic!()
+    }
     pub fn block_bytes(&self, id: ClusterId) -> Result<bytes::Bytes> {
         panic!()
     }
