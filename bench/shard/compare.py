@@ -289,12 +289,15 @@ class Bench:
     # Too many requests.
 
     def overload(self):
-        widths, branching = [WIDTHS["1.0"]], [N_BLOCKS]
-        with self.load("serve", widths, branching, "--fetches", 16) as server:
-            address = server.answer()["address"]
+        """The largest blocks: smaller ones fit the system's buffers, so that a fetch is over before another begins."""
+        widths, branching = [WIDTHS["6.9"]], [N_BLOCKS]
+        small, large = (self.load("serve", widths, branching, "--fetches", n) for n in (8, 64))
+        with small, large:
+            address, peak_address = small.answer()["address"], large.answer()["address"]
             for i in range(self.args.rounds):
                 for way in ("bulk", "grpc"):
-                    rest = [address, "--level", 0, "--server-pid", server.pid, "--seconds", 2 * self.args.seconds]
+                    rest = [address, "--peak-address", peak_address, "--peak-pid", large.pid]
+                    rest += ["--level", 0, "--seconds", 2 * self.args.seconds]
                     with self.load("overload", widths, branching, *rest, *(["--bulk"] if way == "bulk" else [])) as program:
                         line = program.answer()
                     health = line["health"]

@@ -18,13 +18,17 @@ use crate::fetch::fetchers;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// The shard that is asked for too much.
     address: String,
+    /// One with room for more, whose peak it is.
+    #[arg(long)]
+    peak_address: String,
+    #[arg(long)]
+    peak_pid: u32,
     #[command(flatten)]
     sizes: Sizes,
     #[arg(long)]
     bulk: bool,
-    #[arg(long)]
-    server_pid: u32,
     #[arg(long)]
     level: u8,
     /// Of each half.
@@ -51,8 +55,8 @@ struct Seen {
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
-    let clients = fetchers(&args.sizes, &args.address, args.bulk, args.level, CLIENTS).await?;
-    let peak = measure(clients, args.seconds, args.server_pid).await?;
+    let clients = fetchers(&args.sizes, &args.peak_address, args.bulk, args.level, CLIENTS).await?;
+    let peak = measure(clients, args.seconds, args.peak_pid).await?;
     let per_s = |key: &str| peak[key].as_f64().unwrap_or_default();
     let peak = per_s("requests") / per_s("seconds");
     let mut free = vec![];
