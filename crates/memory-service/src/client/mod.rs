@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use cluster_tree::ClusterId;
 use futures::future::{join_all, try_join_all};
 use hyper_util::rt::TokioIo;
-use memory_bank::{Block, BlockSpec, BlockStore, Error, MAX_SHARDS, Placement, Result, Step, owner};
+use memory_bank::{
+    Block, BlockSpec, BlockStore, Error, Gradients, MAX_SHARDS, Placement, Result, Step, owner,
+};
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Status, Streaming};
@@ -319,9 +321,10 @@ impl BlockStore for RemoteBank {
     async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> Result<()> {
         let start = Instant::now();
         let n_shards = self.shards.len();
+        // Here, since a shard that finds fault with its part does not keep the others from applying theirs.
+        Gradients::check(&self.spec, &grads)?;
         let mut parts: Vec<Encoded> = vec![Vec::new(); n_shards];
         for block in grads {
-            self.spec.check(block.id)?;
             parts[owner(block.id, n_shards)].push(encode(block, self.options.push_dtype));
         }
         // A shard without gradients is told too: its step is complete only then.
