@@ -304,7 +304,7 @@ class Bench:
                     self.note(f"overload_{way}_sent", line["sent_per_s"] / line["peak_per_s"])
                     self.note(f"overload_{way}_goodput", line["goodput_per_s"] / line["peak_per_s"])
                     self.note(f"overload_{way}_refusal_ms", line["refusal_p50_ms"])
-                    self.note(f"overload_{way}_health_ms", health["worst_ms"] if health["serving"] else float("inf"))
+                    self.note(f"overload_{way}_health_ms", health["worst_ms"] if health["serving"] else 1e6)
                     self.note(f"overload_{way}_errors", line["errors"])
                     told = (
                         f"  overload {way}: peak {line['peak_per_s']:.0f}/s, sent {line['sent_per_s']:.0f}/s, served "
