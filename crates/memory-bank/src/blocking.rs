@@ -1,8 +1,11 @@
+use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 
-use crate::{Block, BlockStore, Result, Step};
+use crate::tensor_file::io_error;
+use crate::{Block, BlockStore, Error, Result, Step};
 
 /// A block store as synchronous code sees it: the loops that own a device run on plain threads, and
 /// async stops here.
@@ -49,4 +52,23 @@ impl<S: BlockStore> Blocking<S> {
     pub fn save(&self, step: Step) -> Result<()> {
         self.runtime.block_on(self.store.save(step))
     }
+}
+
+/// Waits for work on files, on a thread and a runtime of its own: the caller may have a runtime or none.
+/// `place` is what the work is about.
+pub(crate) fn wait<T: Send>(place: &Path, work: impl Future<Output = Result<T>> + Send) -> Result<T> {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map_err(|source| io_error(place, source))?.block_on(work)
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Runs work that copies or computes much, so that the runtime's own threads stay free.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|source| Error::Task { source })?
 }

@@ -1,230 +1,355 @@
-//! A shard into files and back.
+//! One saved state of a bank, and blocks read from it.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::fs;
+use std::cmp::Reverse;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rayon::prelude::*;
+use bytes::Bytes;
+use cluster_tree::ClusterId;
+use futures::future::try_join3;
+use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 
-use crate::manifest::{FORMAT, FileRecord, Manifest, OPTIMIZER, VALUES, Verify, verify};
-use crate::tensor_file::{Reader, Writer, io_error, mismatch, optimizer_tensors, value_tensors};
-use crate::{BlockSpec, Result, Row, Shard, ShardOptions, init_block};
+use crate::files::Files;
+use crate::manifest::{MANIFEST, MAX_MANIFEST_BYTES, sha256};
+use crate::segment::{Index, Layout, Part, block_bytes};
+use crate::tensor_file::mismatch;
+use crate::{
+    BlockSpec, Identity, Manifest, Placement, Result, Row, Segment, Shard, ShardOptions, ShardRecord, Step,
+};
 
-/// Bytes of blocks made at once while writing, unless one block is larger.
-const BATCH_BYTES: usize = 64 << 20;
+/// Neighbouring blocks of at most so many bytes are read at once, and one larger block alone.
+const READ_BYTES: u64 = 8 << 20;
+/// Reads of blocks at the same time: what is not yet used of them is in memory.
+const READS: usize = 8;
+/// Reads of indices at the same time.
+const INDEX_READS: usize = 16;
 
-/// Writes a shard to `<root>/<step>/memory`, the step in eight digits. The folder appears complete
-/// or not at all; one that is there already is replaced.
-pub(crate) fn save(shard: &Shard, root: &Path, hashes: &BTreeMap<String, String>) -> Result<()> {
-    let step_folder = root.join(format!("{:08}", shard.applied().0));
-    fs::create_dir_all(&step_folder).map_err(|source| io_error(&step_folder, source))?;
-    replace_folder(&step_folder.join("memory"), |folder| write_folder(shard, hashes, folder))?;
-    sync_folder(root)
+/// A saved step of a bank, opened to be read: its manifest and the indices of its files are known and
+/// checked, blocks are read when they are asked for, and checked then.
+#[derive(Clone)]
+pub struct Checkpoint(Arc<Opened>);
+
+struct Opened {
+    files: Files,
+    /// The manifest, for messages.
+    place: PathBuf,
+    manifest: Manifest,
+    values: Arc<Indices>,
+    blocks: Vec<Vec<Entry>>,
 }
 
-/// Reads a shard back, to continue to the bit. Checks every file in full; fails when the folder
-/// holds a bank of another spec or seed, or one that belongs to other hashes.
-pub(crate) fn resume(
-    folder: &Path,
-    spec: BlockSpec,
-    options: ShardOptions,
-    hashes: &BTreeMap<String, String>,
-) -> Result<Shard> {
-    let manifest = verify(folder, Verify::Full)?;
-    manifest.check_same(folder, &spec, options.seed, hashes)?;
-    let mut values = Reader::open(&folder.join(VALUES), &value_tensors(&spec))?;
-    let mut optimizer = Reader::open(&folder.join(OPTIMIZER), &optimizer_tensors(&spec))?;
-    let steps = read_steps(&mut optimizer, folder, &manifest)?;
-    let mut rows = Vec::new();
-    for (place, level) in spec.levels().enumerate() {
-        let len = spec.block_len(level);
-        // The tensors of steps come first, one a level, then two of moments a level.
-        let m = spec.levels().count() + 2 * place;
-        for (row, &steps) in steps[place].iter().enumerate().filter(|&(_, &steps)| steps > 0) {
-            let state = Row {
-                values: Arc::new(values.read(place, row * len, len)?),
-                m: Arc::new(optimizer.read(m, row * len, len)?),
-                v: Arc::new(optimizer.read(m + 1, row * len, len)?),
-                steps,
-                last: manifest.step,
+/// Where the newest content of a block is.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Entry {
+    pub(crate) row: u32,
+    /// Place of the segment in the manifest.
+    pub(crate) segment: u32,
+    /// Place of the row in the segment.
+    pub(crate) place: u32,
+}
+
+/// What one of the two files of every segment says of itself.
+pub(crate) struct Indices {
+    pub(crate) part: Part,
+    pub(crate) segments: Vec<(Layout, Index)>,
+}
+
+/// A tensor of blocks: the weights, or the moments of one order, of one level.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Column {
+    pub(crate) level: usize,
+    /// Place among those of the level in a file.
+    pub(crate) tensor: usize,
+}
+
+impl Checkpoint {
+    /// The checkpoint in a `memory` folder, as a [`crate::LocalBank`] writes it.
+    ///
+    /// # Errors
+    /// On a folder that is none, and as every opening: on a manifest or an index that is damaged.
+    pub async fn open_folder(memory_folder: &Path) -> Result<Self> {
+        Self::open(Files::local(memory_folder)?, MANIFEST).await
+    }
+
+    /// The checkpoint of the manifest at `path`.
+    pub(crate) async fn open(files: Files, path: &str) -> Result<Self> {
+        let place = files.place(path);
+        let bytes = files.read_small(path, MAX_MANIFEST_BYTES).await?;
+        Self::of(files, place.clone(), Manifest::parse(&place, &bytes)?).await
+    }
+
+    /// The checkpoint of a manifest, which may not be written yet. Fails on files that are missing, of
+    /// another size, or do not hold the blocks that the manifest counts.
+    pub(crate) async fn of(files: Files, place: PathBuf, manifest: Manifest) -> Result<Self> {
+        let values = Arc::new(indices(&files, &manifest, Part::Values).await?);
+        let blocks = newest(&manifest, &place, &values)?;
+        Ok(Self(Arc::new(Opened { files, place, manifest, values, blocks })))
+    }
+
+    /// What the files hold.
+    pub fn manifest(&self) -> &Manifest {
+        &self.0.manifest
+    }
+
+    /// The last step applied.
+    pub fn step(&self) -> Step {
+        self.0.manifest.step
+    }
+
+    /// What messages call it: where its manifest is.
+    pub fn place(&self) -> &Path {
+        &self.0.place
+    }
+
+    /// Fails when it is of a bank of another spec or seed, or belongs to other hashes.
+    pub fn check_same(&self, identity: &Identity) -> Result<()> {
+        self.manifest().check_same(self.place(), identity)
+    }
+
+    /// A shard of any placement as it was at this step, to continue to the bit. Only its blocks are
+    /// read, each checked.
+    ///
+    /// # Errors
+    /// When `identity`, or the seed of `options`, is not the checkpoint's, and on damaged files.
+    pub async fn load(&self, identity: &Identity, options: ShardOptions) -> Result<Shard> {
+        self.check_same(identity)?;
+        if options.seed != identity.seed {
+            return Err(mismatch(self.place(), "seed", options.seed, identity.seed));
+        }
+        options.placement.validate()?;
+        let optimizer = self.optimizer().await?;
+        let mut rows = Vec::new();
+        for level in self.spec().levels() {
+            let owned = |entry: &&Entry| options.placement.owns(self.id(level, entry));
+            let mut entries: Vec<Entry> = self.entries(level).iter().filter(owned).copied().collect();
+            // In the order of the files, so that neighbours are read together.
+            entries.sort_by_key(|entry| (entry.segment, entry.place));
+            let read = |indices: &Arc<Indices>, tensor| {
+                self.floats(Arc::clone(indices), Column { level, tensor }, entries.clone())
             };
-            rows.push((spec.id_of_row(level, row), state));
+            let state = try_join3(read(self.values(), 0), read(&optimizer, 0), read(&optimizer, 1));
+            let (values, m, v) = state.await?;
+            let states = values.into_iter().zip(m).zip(v).zip(&entries);
+            rows.extend(states.map(|(((values, m), v), entry)| {
+                let steps = optimizer.level(entry, level).steps[entry.place as usize];
+                (self.id(level, entry), Row { values, m, v, steps, last: self.step() })
+            }));
+        }
+        Shard::with_rows(identity.spec.clone(), options, self.step(), rows)
+    }
+
+    /// What the next save of a shard restored from this may build on: `None` when the bank was saved by
+    /// another number of shards.
+    pub fn record(&self, placement: Placement) -> Option<ShardRecord> {
+        let (manifest, Placement { shard, n_shards }) = (self.manifest(), placement);
+        let owned = |level: usize| {
+            let entries = self.entries(level).iter();
+            entries.filter(|entry| placement.owns(self.id(level, entry))).count() as u64
+        };
+        (manifest.n_shards == n_shards).then(|| ShardRecord {
+            identity: manifest.identity(),
+            step: manifest.step,
+            shard,
+            n_shards,
+            touched: (0..self.spec().n_levels()).map(owned).collect(),
+            segments: manifest.segments_of(shard).cloned().collect(),
+        })
+    }
+
+    pub(crate) fn spec(&self) -> &BlockSpec {
+        &self.0.manifest.spec
+    }
+
+    pub(crate) fn files(&self) -> &Files {
+        &self.0.files
+    }
+
+    pub(crate) fn values(&self) -> &Arc<Indices> {
+        &self.0.values
+    }
+
+    /// The touched blocks of a level, by row.
+    pub(crate) fn entries(&self, level: usize) -> &[Entry] {
+        &self.0.blocks[level]
+    }
+
+    /// Where a block is; `None` if it was never touched. Fails on a block that the spec does not have.
+    pub(crate) fn find(&self, id: ClusterId) -> Result<Option<Entry>> {
+        find(self.spec(), &self.0.blocks, id)
+    }
+
+    pub(crate) fn id(&self, level: usize, entry: &Entry) -> ClusterId {
+        self.spec().id_of_row(level, entry.row as usize)
+    }
+
+    /// The indices of the files of optimizer state. Fails when they do not hold the blocks of the files
+    /// of weights beside them.
+    pub(crate) async fn optimizer(&self) -> Result<Arc<Indices>> {
+        let found = indices(self.files(), self.manifest(), Part::Optimizer).await?;
+        for (place, segment) in self.manifest().segments.iter().enumerate() {
+            let rows = |indices: &Indices| -> Vec<Vec<u32>> {
+                indices.segments[place].1.iter().map(|level| level.rows.clone()).collect()
+            };
+            if rows(&found) != rows(self.values()) {
+                let path = self.files().place(&segment.optimizer.path);
+                return Err(mismatch(&path, "rows", format!("those of {}", segment.values.path), "others"));
+            }
+        }
+        Ok(Arc::new(found))
+    }
+
+    /// Blocks of one tensor, in the order of `entries`, which are of one level; neighbours in a file
+    /// come together. Every block is checked.
+    pub(crate) fn read(
+        &self,
+        indices: Arc<Indices>,
+        column: Column,
+        entries: Vec<Entry>,
+    ) -> impl Stream<Item = Result<Vec<Bytes>>> + Send + use<> {
+        let block_bytes = block_bytes(self.spec(), column.level);
+        let pieces = coalesce(&entries, (READ_BYTES / block_bytes.max(1)).max(1) as usize);
+        let this = self.clone();
+        let read = move |piece| this.clone().read_piece(Arc::clone(&indices), column, piece);
+        stream::iter(pieces).map(read).buffered(READS)
+    }
+
+    /// Reads neighbouring rows of one file.
+    async fn read_piece(
+        self,
+        indices: Arc<Indices>,
+        column: Column,
+        piece: Vec<Entry>,
+    ) -> Result<Vec<Bytes>> {
+        let (Column { level, tensor }, first) = (column, piece[0]);
+        let segment = &self.manifest().segments[first.segment as usize];
+        let (layout, index) = &indices.segments[first.segment as usize];
+        let places = first.place as usize..first.place as usize + piece.len();
+        let file = segment.file(indices.part);
+        let mut bytes = self.files().read(file, layout.range(level, tensor, places)).await?;
+        let block_bytes = bytes.len() / piece.len();
+        let checked = |entry: &Entry| {
+            let block = bytes.split_to(block_bytes);
+            let expected = index[level].checksums[tensor][entry.place as usize];
+            self.check_block(file.path.as_str(), self.id(level, entry), expected, &block)?;
+            Ok(block)
+        };
+        piece.iter().map(checked).collect()
+    }
+
+    fn check_block(&self, path: &str, id: ClusterId, expected: u32, block: &[u8]) -> Result<()> {
+        check_block(&self.files().place(path), id, expected, block)
+    }
+
+    async fn floats(
+        &self,
+        indices: Arc<Indices>,
+        column: Column,
+        entries: Vec<Entry>,
+    ) -> Result<Vec<Arc<Vec<f32>>>> {
+        let mut found = Vec::with_capacity(entries.len());
+        let mut blocks = std::pin::pin!(self.read(indices, column, entries));
+        while let Some(piece) = blocks.try_next().await? {
+            found.extend(piece.iter().map(|block| Arc::new(bytemuck::pod_collect_to_vec(block))));
+        }
+        Ok(found)
+    }
+}
+
+impl Indices {
+    pub(crate) fn level(&self, entry: &Entry, level: usize) -> &crate::segment::LevelIndex {
+        &self.segments[entry.segment as usize].1[level]
+    }
+}
+
+/// Fails on a block that is not what its index says.
+pub(crate) fn check_block(path: &Path, id: ClusterId, expected: u32, block: &[u8]) -> Result<()> {
+    let found = crc32c::crc32c(block);
+    if found == expected {
+        return Ok(());
+    }
+    let what = format!("crc32c of block {id}");
+    Err(mismatch(path, &what, format!("{expected:08x}"), format!("{found:08x}")))
+}
+
+/// Reads and checks the indices of all files of one kind.
+async fn indices(files: &Files, manifest: &Manifest, part: Part) -> Result<Indices> {
+    let spec = Arc::new(manifest.spec.clone());
+    let reads = manifest.segments.iter().cloned().map(|segment| {
+        let placement = Placement { shard: segment.shard, n_shards: manifest.n_shards };
+        index(files.clone(), Arc::clone(&spec), placement, segment, part)
+    });
+    let reads: Vec<_> = reads.collect();
+    let segments = stream::iter(reads).buffered(INDEX_READS).try_collect().await?;
+    Ok(Indices { part, segments })
+}
+
+async fn index(
+    files: Files,
+    spec: Arc<BlockSpec>,
+    placement: Placement,
+    segment: Segment,
+    part: Part,
+) -> Result<(Layout, Index)> {
+    let (file, layout) = (segment.file(part), Layout::new(&spec, part, &segment.rows));
+    let start = files.read(file, 0..layout.index_bytes).await?;
+    let path = files.place(&file.path);
+    let index = check_index(&layout, &spec, placement, (&path, &file.index_sha256), &start)?;
+    Ok((layout, index))
+}
+
+/// The index of a file, from its start.
+pub(crate) fn check_index(
+    layout: &Layout,
+    spec: &BlockSpec,
+    placement: Placement,
+    (path, expected): (&Path, &str),
+    start: &[u8],
+) -> Result<Index> {
+    let found = sha256(start);
+    // What is wrong with a damaged header says more than two hashes.
+    let index = layout.read(spec, placement, path, start)?;
+    if found != expected {
+        return Err(mismatch(path, "sha256 of the index", expected, found));
+    }
+    Ok(index)
+}
+
+/// Where the newest content of every touched block is, by level and row. Fails when they are not as
+/// many as the manifest counts.
+pub(crate) fn newest(manifest: &Manifest, place: &Path, values: &Indices) -> Result<Vec<Vec<Entry>>> {
+    let mut blocks = vec![Vec::new(); manifest.spec.n_levels()];
+    for (segment, (_, index)) in values.segments.iter().enumerate() {
+        for (entries, level) in blocks.iter_mut().zip(index) {
+            let entry = |(place, &row)| Entry { row, segment: segment as u32, place: place as u32 };
+            entries.extend(level.rows.iter().enumerate().map(entry));
         }
     }
-    Shard::with_rows(spec, options, manifest.step, rows)
-}
-
-/// The update counts of every row, per level with memory. Fails when they are not those that the
-/// manifest counts.
-pub(crate) fn read_steps(
-    optimizer: &mut Reader,
-    folder: &Path,
-    manifest: &Manifest,
-) -> Result<Vec<Vec<u64>>> {
-    let spec = &manifest.spec;
-    let mut all = Vec::new();
-    for (place, level) in spec.levels().enumerate() {
-        let steps: Vec<u64> = optimizer.read(place, 0, spec.n_blocks(level) + 1)?;
-        let n_touched = steps.iter().filter(|&&steps| steps > 0).count() as u64;
-        if n_touched != manifest.touched[level] {
+    for (level, entries) in blocks.iter_mut().enumerate() {
+        entries.sort_by_key(|entry| (entry.row, Reverse(entry.segment)));
+        entries.dedup_by_key(|entry| entry.row);
+        if entries.len() as u64 != manifest.touched[level] {
             let what = format!("number of touched blocks of level {level}");
-            return Err(mismatch(&folder.join(OPTIMIZER), &what, manifest.touched[level], n_touched));
-        }
-        all.push(steps);
-    }
-    Ok(all)
-}
-
-/// Makes a folder under a temporary name beside `target` and renames it once `write` has filled it.
-/// When `write` fails, nothing stays behind and a folder that was there before is as it was.
-fn replace_folder(target: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let temporary = target.with_extension("tmp");
-    remove_folder(&temporary)?;
-    fs::create_dir(&temporary).map_err(|source| io_error(&temporary, source))?;
-    let written = write(&temporary).and_then(|()| sync_folder(&temporary));
-    if written.is_err() {
-        // The first error is the one to report.
-        let _ = remove_folder(&temporary);
-        return written;
-    }
-    remove_folder(target)?;
-    fs::rename(&temporary, target).map_err(|source| io_error(target, source))?;
-    sync_folder(target.parent().unwrap_or(target))
-}
-
-fn write_folder(shard: &Shard, hashes: &BTreeMap<String, String>, folder: &Path) -> Result<()> {
-    let path = |name: &str| -> PathBuf { folder.join(name) };
-    let (values, optimizer) =
-        rayon::join(|| write_values(shard, &path(VALUES)), || write_optimizer(shard, &path(OPTIMIZER)));
-    let manifest = Manifest {
-        format: FORMAT.to_owned(),
-        spec: shard.spec().clone(),
-        step: shard.applied(),
-        seed: shard.options().seed,
-        touched: shard.n_touched().into_iter().map(|n| n as u64).collect(),
-        files: BTreeMap::from([(VALUES.to_owned(), values?), (OPTIMIZER.to_owned(), optimizer?)]),
-        hashes: hashes.clone(),
-    };
-    manifest.write(folder)
-}
-
-/// Every block, the untouched ones too: whoever reads the file need not know how they are made.
-fn write_values(shard: &Shard, path: &Path) -> Result<FileRecord> {
-    let spec = shard.spec();
-    let mut writer = Writer::create(path, &value_tensors(spec))?;
-    for level in spec.levels() {
-        let n_rows = spec.n_blocks(level) + 1;
-        let batch = (BATCH_BYTES / (spec.block_len(level) * size_of::<f32>())).max(1);
-        for start in (0..n_rows).step_by(batch) {
-            let rows = start..(start + batch).min(n_rows);
-            let values = |row| {
-                let id = spec.id_of_row(level, row);
-                match shard.row(id) {
-                    Some(row) => Cow::Borrowed(row.values.as_slice()),
-                    None => Cow::Owned(init_block(spec, shard.options().seed, id)),
-                }
-            };
-            let blocks: Vec<Cow<[f32]>> = rows.into_par_iter().map(values).collect();
-            blocks.iter().try_for_each(|block| writer.write(block))?;
+            return Err(mismatch(place, &what, manifest.touched[level], entries.len()));
         }
     }
-    writer.finish()
+    Ok(blocks)
 }
 
-/// The state of untouched blocks is zeros, left as holes.
-fn write_optimizer(shard: &Shard, path: &Path) -> Result<FileRecord> {
-    let spec = shard.spec();
-    let mut writer = Writer::create(path, &optimizer_tensors(spec))?;
-    let rows = |level| (0..=spec.n_blocks(level)).map(move |row| shard.row(spec.id_of_row(level, row)));
-    for level in spec.levels() {
-        let steps: Vec<u64> = rows(level).map(|row| row.map_or(0, |row| row.steps)).collect();
-        writer.write(&steps)?;
-    }
-    for level in spec.levels() {
-        let n_bytes = (spec.block_len(level) * size_of::<f32>()) as u64;
-        for moment in [|row: &Row| Arc::clone(&row.m), |row: &Row| Arc::clone(&row.v)] {
-            for row in rows(level) {
-                match row {
-                    Some(row) => writer.write(&moment(row))?,
-                    None => writer.skip(n_bytes),
-                }
-            }
+/// Looks a block up among those touched.
+pub(crate) fn find(spec: &BlockSpec, blocks: &[Vec<Entry>], id: ClusterId) -> Result<Option<Entry>> {
+    let (row, entries) = (spec.row(id)? as u32, &blocks[usize::from(id.level)]);
+    Ok(entries.binary_search_by_key(&row, |entry| entry.row).ok().map(|place| entries[place]))
+}
+
+/// Divides entries where they are not neighbours in a file, or are more than `most`.
+fn coalesce(entries: &[Entry], most: usize) -> Vec<Vec<Entry>> {
+    let mut pieces: Vec<Vec<Entry>> = Vec::new();
+    for &entry in entries {
+        let follows = |last: &Entry| last.segment == entry.segment && last.place + 1 == entry.place;
+        match pieces.last_mut() {
+            Some(piece) if piece.len() < most && piece.last().is_some_and(follows) => piece.push(entry),
+            _ => pieces.push(vec![entry]),
         }
     }
-    writer.finish()
-}
-
-fn remove_folder(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io_error(folder, source)),
-        _ => Ok(()),
-    }
-}
-
-/// A rename is durable once its folder is.
-fn sync_folder(folder: &Path) -> Result<()> {
-    atomic_file::sync_folder(folder).map_err(|source| io_error(folder, source))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{AdamW, Error, MemoryKind, Placement, Schedule, Step};
-
-    fn shard() -> Shard {
-        let (width, branching) = (vec![64], vec![32]);
-        let spec = BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 64, width, branching };
-        let schedule = Schedule { peak: 0.1, floor: 0.1, warmup_steps: 0, total_steps: 1 };
-        let adamw = AdamW { schedule, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip: None };
-        let options =
-            ShardOptions { seed: 1, adamw, world_size: 1, staleness: 0, placement: Placement::WHOLE };
-        Shard::with_rows(spec, options, Step(1), []).unwrap()
-    }
-
-    /// `/dev/full` is a disk without space: every write to it fails as one on a full disk does.
-    #[test]
-    fn a_full_disk_leaves_no_folder() {
-        let root = tempfile::tempdir().unwrap();
-        let target = root.path().join("memory");
-        let full = |folder: &Path| {
-            write_values(&shard(), &folder.join(VALUES))?;
-            assert!(folder.join(VALUES).exists());
-            write_optimizer(&shard(), Path::new("/dev/full")).map(|_| ())
-        };
-        let is_full = |result| match result {
-            Err(Error::Io { path, source }) => {
-                path == Path::new("/dev/full") && source.kind() == std::io::ErrorKind::StorageFull
-            }
-            _ => false,
-        };
-        assert!(is_full(replace_folder(&target, full)));
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
-
-        // A folder that was there before is as it was.
-        replace_folder(&target, |folder| write_folder(&shard(), &BTreeMap::new(), folder)).unwrap();
-        assert!(is_full(replace_folder(&target, full)));
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
-        verify(&target, Verify::Full).unwrap();
-    }
-
-    /// A file that outgrows the buffer fails while rows are written, not only at the end.
-    #[test]
-    fn a_disk_that_fills_up_half_way_is_an_error() {
-        let shard = shard();
-        assert!(shard.spec().bank_len() * 4 > 1 << 20);
-        assert!(matches!(write_values(&shard, Path::new("/dev/full")), Err(Error::Io { .. })));
-    }
-
-    #[test]
-    fn untouched_state_takes_no_space() {
-        use std::os::unix::fs::MetadataExt;
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(OPTIMIZER);
-        let record = write_optimizer(&shard(), &path).unwrap();
-        let metadata = fs::metadata(&path).unwrap();
-        assert_eq!(metadata.len(), record.bytes);
-        assert!(metadata.blocks() * 512 < record.bytes / 10, "{} blocks", metadata.blocks());
-    }
+    pieces
 }

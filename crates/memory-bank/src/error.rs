@@ -159,12 +159,51 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A manifest or a safetensors header that does not parse.
+    /// A request to an object store failed.
+    #[error("{}: {source}", place.display())]
+    Store {
+        /// The file or folder, below what the store was opened as.
+        place: PathBuf,
+        /// What the store said.
+        source: Box<object_store::Error>,
+    },
+    /// A store that does not keep what conditional writes promise, so that two writers could destroy
+    /// each other's saves.
+    #[error("{}: the store {did}, expected it to {expected}", place.display())]
+    UnfitStore {
+        /// The bank's folder.
+        place: PathBuf,
+        /// What the probe saw.
+        did: String,
+        /// What a store has to do.
+        expected: &'static str,
+    },
+    /// Another save of the same step that holds something else.
+    #[error("{}: a manifest of sha256 {found} is there, expected this save's of sha256 {expected}", path.display())]
+    Committed {
+        /// The manifest.
+        path: PathBuf,
+        /// The hash of the one that was to be written.
+        expected: String,
+        /// The hash of the one that is there.
+        found: String,
+    },
+    /// A block that banks to be merged hold with different contents.
+    #[error("block {id} is in {} and in {} with different contents, expected the same", first.display(), second.display())]
+    Conflict {
+        /// The block.
+        id: ClusterId,
+        /// Manifest of the first bank.
+        first: PathBuf,
+        /// Manifest of the second bank.
+        second: PathBuf,
+    },
+    /// A manifest that does not parse.
     #[error("{}: {part} is corrupt: {source}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
-        /// `manifest` or `header`.
+        /// `manifest`.
         part: &'static str,
         /// What the parser said.
         source: serde_json::Error,

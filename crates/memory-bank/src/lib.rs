@@ -2,42 +2,59 @@
 //!
 //! [`BlockSpec`] says how large every block is; [`Shard`] owns blocks and updates them, as a plain
 //! value; [`LocalBank`] puts a shard behind the [`BlockStore`] trait that training and generation
-//! see, and writes and reads its files. This crate knows no tensors of a framework and no network.
+//! see, and writes and reads its files. [`BankStore`] keeps the saves of a bank of many shards in an
+//! object store, and a [`Checkpoint`] is one of them, read into any number of shards, or served by
+//! [`StoreBank`] and [`MappedBank`]. This crate knows no tensors of a framework, and no network but
+//! that of object stores.
 //!
 //! Shapes: L layers of the anchor, d its `d_model`, r the memory width of a level, k a branching.
 
 mod adamw;
+mod bank_store;
 mod blocking;
 mod checkpoint;
 mod error;
+mod files;
+mod folder;
 mod gradients;
 mod init;
-mod inspect;
+mod keep;
 mod live;
 mod local;
 mod manifest;
+mod mapped;
 mod placement;
+mod probe;
 mod row;
 mod schedule;
+mod segment;
 mod shard;
 mod spec;
 mod store;
-mod stub;
-pub use stub::*;
+mod store_bank;
 mod tensor_file;
+mod tools;
+mod write;
 
 pub use adamw::{AdamW, squared_norm};
+pub use bank_store::{Access, BankStore, StoreOptions};
 pub use blocking::Blocking;
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use gradients::{Gradients, MAX_GRADIENT, Values};
 pub use init::init_block;
-pub use inspect::{Inspection, LevelInspection, inspect};
+pub use keep::Pruned;
 pub use live::{Live, Pushed};
 pub use local::{BankOptions, LocalBank};
-pub use manifest::{FORMAT, FileRecord, Manifest, Verify, verify};
+pub use manifest::{FORMAT, FileRecord, Identity, Manifest, Segment, ShardRecord, Verify};
+pub use mapped::MappedBank;
 pub use placement::{MAX_SHARDS, Placement, owner};
 pub use row::{Row, Snapshot};
 pub use schedule::Schedule;
 pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
 pub use spec::{BlockSpec, MemoryKind};
 pub use store::{Block, BlockStore, Step};
+pub use store_bank::StoreBank;
+pub use tools::{
+    Inspection, LevelInspection, Verification, inspect, inspect_checkpoint, verify, verify_checkpoint,
+};

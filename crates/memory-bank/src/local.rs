@@ -1,15 +1,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 use rayon::prelude::*;
+use tokio::sync::Mutex;
 
-use crate::manifest::{Manifest, VALUES, Verify, verify};
-use crate::tensor_file::{Mapped, Reader, value_tensors};
+use crate::blocking::blocking;
 use crate::{
-    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Live, Placement, Result, Shard, ShardOptions,
-    Step, checkpoint,
+    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Identity, Live, MappedBank, Placement, Result,
+    Shard, ShardOptions, Step, folder,
 };
 
 /// How a bank is trained and where its checkpoints go.
@@ -40,19 +40,15 @@ pub struct LocalBank {
 #[derive(Clone)]
 enum Source {
     Live(Arc<Trained>),
-    ReadOnly(Arc<ReadOnly>),
+    ReadOnly(MappedBank),
 }
 
 struct Trained {
     live: Live,
+    /// One save at a time, as several may be of one folder.
     saving: Mutex<()>,
     checkpoint_root: PathBuf,
-    hashes: BTreeMap<String, String>,
-}
-
-struct ReadOnly {
-    manifest: Manifest,
-    values: Mapped,
+    identity: Identity,
 }
 
 impl LocalBank {
@@ -63,50 +59,48 @@ impl LocalBank {
     }
 
     /// The bank that a checkpoint's `memory` folder holds, to continue to the bit; the blocks
-    /// updated so far are read into memory. Checks the hash of every file, and fails when spec,
+    /// updated so far are read into memory. Checks the files and every block, and fails when spec,
     /// seed or hashes are not those of the checkpoint.
     pub fn resume(memory_folder: &Path, spec: BlockSpec, options: BankOptions) -> Result<Self> {
-        let shard = checkpoint::resume(memory_folder, spec, options.shard(), &options.hashes)?;
-        Ok(Self::live(shard, options))
+        let identity = Identity { spec, seed: options.seed, hashes: options.hashes.clone() };
+        Ok(Self::live(folder::resume(memory_folder, &identity, options.shard())?, options))
     }
 
-    /// The bank that a `memory` folder holds, mapped to be fetched from only. Checks the sizes of
-    /// the files and not their hashes (see [`verify`]).
+    /// The bank that a `memory` folder holds, mapped to be fetched from only: a [`MappedBank`].
     pub fn open_read_only(memory_folder: &Path) -> Result<Self> {
-        let manifest = verify(memory_folder, Verify::Sizes)?;
-        let values = Reader::open(&memory_folder.join(VALUES), &value_tensors(&manifest.spec))?.map()?;
-        let spec = Arc::new(manifest.spec.clone());
-        Ok(Self { spec, source: Source::ReadOnly(Arc::new(ReadOnly { manifest, values })) })
+        let bank = MappedBank::open(memory_folder)?;
+        Ok(Self { spec: Arc::new(bank.spec().clone()), source: Source::ReadOnly(bank) })
     }
 
     /// The last step applied.
     pub fn applied(&self) -> Step {
         match &self.source {
             Source::Live(bank) => bank.live.applied(),
-            Source::ReadOnly(files) => files.manifest.step,
+            Source::ReadOnly(bank) => bank.manifest().step,
         }
     }
 
     /// Hashes of what the bank belongs to, as given when it was made.
     pub fn hashes(&self) -> &BTreeMap<String, String> {
         match &self.source {
-            Source::Live(bank) => &bank.hashes,
-            Source::ReadOnly(files) => &files.manifest.hashes,
+            Source::Live(bank) => &bank.identity.hashes,
+            Source::ReadOnly(bank) => &bank.manifest().hashes,
         }
     }
 
     fn live(shard: Shard, options: BankOptions) -> Self {
-        let BankOptions { checkpoint_root, hashes, .. } = options;
+        let BankOptions { checkpoint_root, hashes, seed, .. } = options;
         let live = Live::new(shard);
         let spec = Arc::clone(live.spec());
-        let bank = Trained { live, saving: Mutex::new(()), checkpoint_root, hashes };
+        let identity = Identity { spec: BlockSpec::clone(&spec), seed, hashes };
+        let bank = Trained { live, saving: Mutex::new(()), checkpoint_root, identity };
         Self { spec, source: Source::Live(Arc::new(bank)) }
     }
 
     fn live_for(&self, action: &'static str, step: Step) -> Result<Arc<Trained>> {
         match &self.source {
             Source::Live(bank) => Ok(Arc::clone(bank)),
-            Source::ReadOnly(files) => Err(Error::ReadOnly { action, step, applied: files.manifest.step }),
+            Source::ReadOnly(_) => Err(Error::ReadOnly { action, step, applied: self.applied() }),
         }
     }
 }
@@ -118,11 +112,10 @@ impl BlockStore for LocalBank {
 
     async fn fetch(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
         ids.iter().try_for_each(|&id| self.spec.check(id))?;
-        let ids = ids.to_vec();
         match &self.source {
             Source::Live(bank) => {
                 bank.live.reached(after).await?;
-                let bank = Arc::clone(bank);
+                let (bank, ids) = (Arc::clone(bank), ids.to_vec());
                 blocking(move || {
                     let shared = bank.live.fetch(&ids)?;
                     let block = |(&id, values): (&ClusterId, Arc<Vec<f32>>)| Block {
@@ -133,14 +126,7 @@ impl BlockStore for LocalBank {
                 })
                 .await
             }
-            Source::ReadOnly(files) => {
-                let applied = files.manifest.step;
-                if after > applied {
-                    return Err(Error::NotReached { after, applied });
-                }
-                let files = Arc::clone(files);
-                blocking(move || files.fetch(&ids)).await
-            }
+            Source::ReadOnly(bank) => bank.fetch(after, ids).await,
         }
     }
 
@@ -152,7 +138,11 @@ impl BlockStore for LocalBank {
 
     async fn save(&self, step: Step) -> Result<()> {
         let bank = self.live_for("save", step)?;
-        blocking(move || bank.save(step)).await
+        let _saving = bank.saving.lock().await;
+        let with_live = Arc::clone(&bank);
+        // Pushes go on while the files are written: what they update, they copy.
+        let snapshot = blocking(move || with_live.live.snapshot(step, Step(0))).await?;
+        folder::save(&bank.identity, snapshot, &bank.checkpoint_root).await
     }
 }
 
@@ -166,34 +156,4 @@ impl BankOptions {
             placement: Placement::WHOLE,
         }
     }
-}
-
-impl Trained {
-    /// A second save waits for the first, as both may be of one folder.
-    fn save(&self, step: Step) -> Result<()> {
-        let _saving = self.saving.lock().map_err(|_| Error::Unfinished)?;
-        self.live.with(|shard| match shard.applied() {
-            applied if applied == step => checkpoint::save(shard, &self.checkpoint_root, &self.hashes),
-            applied => Err(Error::SaveStep { expected: step, applied }),
-        })?
-    }
-}
-
-impl ReadOnly {
-    fn fetch(&self, ids: &[ClusterId]) -> Result<Vec<Block>> {
-        let spec = &self.manifest.spec;
-        let block = |&id: &ClusterId| {
-            let level = usize::from(id.level);
-            let place = spec.levels().take_while(|&other| other < level).count();
-            let len = spec.block_len(level);
-            let values = self.values.values(place, spec.row(id)? * len, len).to_vec();
-            Ok(Block { id, values })
-        };
-        ids.par_iter().map(block).collect()
-    }
-}
-
-/// Runs work that copies or computes much, so that the runtime's own threads stay free.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|source| Error::Task { source })?
 }

@@ -1,65 +1,39 @@
-//! Safetensors files that may be larger than memory: a header known from shapes alone, then tensors
-//! written row by row, and blocks read from their own range.
+//! Safetensors files whose every byte but the data is known from shapes alone. So a header is not
+//! parsed when it is read: it is compared with the one that must be there.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use bytemuck::{AnyBitPattern, NoUninit};
 use memmap2::Mmap;
 use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
-use crate::manifest::hex;
-use crate::{BlockSpec, Error, FileRecord, Result};
+use crate::Error;
 
 // Values are written and mapped as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"), "bank files are little-endian");
 
 /// Data starts at a multiple of this, so that rows of a mapped file suit any vector width.
-const ALIGNMENT: usize = 64;
-/// The limit that the safetensors library sets too.
-const MAX_HEADER_BYTES: u64 = 100_000_000;
-static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+pub(crate) const ALIGNMENT: u64 = 64;
+/// Bytes of a header shown in a message on either side of the first that differs.
+const EXCERPT: usize = 24;
 
 /// Name, type and shape of one tensor of a file.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct Tensor {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-}
-
-/// `level0`, `level1`… of the levels with memory: `[n_blocks + 1, L, 3, r, d]`.
-pub(crate) fn value_tensors(spec: &BlockSpec) -> Vec<Tensor> {
-    spec.levels().map(|level| block_tensor(spec, level, "")).collect()
-}
-
-/// First `level0.steps`…, `[n_blocks + 1]`, then `level0.m`, `level0.v`, `level1.m`…
-pub(crate) fn optimizer_tensors(spec: &BlockSpec) -> Vec<Tensor> {
-    let steps = |level| {
-        let (name, shape) = (format!("level{level}.steps"), vec![spec.n_blocks(level) + 1]);
-        Tensor { name, dtype: Dtype::U64, shape }
-    };
-    let moments = |level| [block_tensor(spec, level, ".m"), block_tensor(spec, level, ".v")];
-    spec.levels().map(steps).chain(spec.levels().flat_map(moments)).collect()
-}
-
-fn block_tensor(spec: &BlockSpec, level: usize, suffix: &str) -> Tensor {
-    let shape = vec![spec.n_blocks(level) + 1, spec.n_layers, 3, spec.width[level], spec.d_model];
-    Tensor { name: format!("level{level}{suffix}"), dtype: Dtype::F32, shape }
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<u64>,
 }
 
 impl Tensor {
-    fn bytes(&self) -> u64 {
-        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.bitsize() as u64 / 8
+    pub(crate) fn bytes(&self) -> u64 {
+        self.shape.iter().product::<u64>() * self.dtype.bitsize() as u64 / 8
     }
 }
 
 /// The bytes before the data: the header's length, the header, and spaces up to the alignment.
-fn header(tensors: &[Tensor]) -> Vec<u8> {
+pub(crate) fn header(tensors: &[Tensor]) -> Vec<u8> {
     let mut entries = Map::new();
     let mut start = 0;
     for tensor in tensors {
@@ -70,170 +44,38 @@ fn header(tensors: &[Tensor]) -> Vec<u8> {
         start = end;
     }
     let text = Value::Object(entries).to_string();
-    let padded = (text.len() + 8).next_multiple_of(ALIGNMENT) - 8;
+    let padded = (text.len() + 8).next_multiple_of(ALIGNMENT as usize) - 8;
     let mut bytes = (padded as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(format!("{text:padded$}").as_bytes());
     bytes
 }
 
-/// Writes a file from start to end, hashing its full content.
-pub(crate) struct Writer {
-    path: PathBuf,
-    file: BufWriter<File>,
-    hasher: Sha256,
-    bytes: u64,
-    /// Zeros counted and hashed but not written: a hole in the file.
-    hole: u64,
-}
-
-impl Writer {
-    /// Starts a file with the header of these tensors; their data follow, in this order.
-    pub(crate) fn create(path: &Path, tensors: &[Tensor]) -> Result<Self> {
-        let file = File::create(path).map_err(|source| io_error(path, source))?;
-        let file = BufWriter::with_capacity(1 << 20, file);
-        let mut writer = Self { path: path.to_owned(), file, hasher: Sha256::new(), bytes: 0, hole: 0 };
-        writer.write(&header(tensors))?;
-        Ok(writer)
+/// Fails on a file that does not start with this header, and shows where it differs.
+pub(crate) fn check_header(path: &Path, expected: &[u8], start: &[u8]) -> crate::Result<()> {
+    let found = &start[..expected.len().min(start.len())];
+    if found == expected {
+        return Ok(());
     }
-
-    pub(crate) fn write<T: NoUninit>(&mut self, values: &[T]) -> Result<()> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        if self.hole > 0 {
-            let start = SeekFrom::Start(self.bytes);
-            self.file.seek(start).map_err(|source| io_error(&self.path, source))?;
-            self.hole = 0;
-        }
-        self.file.write_all(bytes).map_err(|source| io_error(&self.path, source))?;
-        self.hasher.update(bytes);
-        self.bytes += bytes.len() as u64;
-        Ok(())
+    let length = |bytes: &[u8]| bytes.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    if length(found) != length(expected) {
+        let bytes = |bytes: &[u8]| format!("{} bytes", length(bytes));
+        return Err(mismatch(path, "header length", bytes(expected), bytes(found)));
     }
-
-    /// `n_bytes` zeros that take no space where the file system knows holes.
-    pub(crate) fn skip(&mut self, n_bytes: u64) {
-        let mut left = n_bytes;
-        while left > 0 {
-            let part = left.min(ZEROS.len() as u64);
-            self.hasher.update(&ZEROS[..part as usize]);
-            left -= part;
-        }
-        self.bytes += n_bytes;
-        self.hole += n_bytes;
-    }
-
-    /// Makes the file durable and says what it holds.
-    pub(crate) fn finish(mut self) -> Result<FileRecord> {
-        let synced = self.file.flush().and_then(|()| {
-            let file = self.file.get_ref();
-            if self.hole > 0 {
-                file.set_len(self.bytes)?;
-            }
-            file.sync_all()
-        });
-        synced.map_err(|source| io_error(&self.path, source))?;
-        Ok(FileRecord { bytes: self.bytes, sha256: hex(&self.hasher.finalize()) })
-    }
-}
-
-/// A file that holds the tensors expected, open to read ranges of them.
-pub(crate) struct Reader {
-    path: PathBuf,
-    file: File,
-    /// Where each of the expected tensors starts in the file.
-    starts: Vec<u64>,
-}
-
-impl Reader {
-    /// Fails on a file whose header does not parse, whose size is not the header's, or that lacks a
-    /// tensor or has it in another type or shape.
-    pub(crate) fn open(path: &Path, tensors: &[Tensor]) -> Result<Self> {
-        let mut file = File::open(path).map_err(|source| io_error(path, source))?;
-        let (data_start, metadata) = read_header(path, &mut file)?;
-        let found = |tensor: &Tensor| match metadata.info(&tensor.name) {
-            Some(info) if info.dtype == tensor.dtype && info.shape == tensor.shape => {
-                Ok(data_start + info.data_offsets.0 as u64)
-            }
-            info => {
-                let found =
-                    info.map_or("missing".to_owned(), |info| format!("{} {:?}", info.dtype, info.shape));
-                let expected = format!("{} {:?}", tensor.dtype, tensor.shape);
-                Err(mismatch(path, &format!("tensor {:?}", tensor.name), expected, found))
-            }
-        };
-        let starts = tensors.iter().map(found).collect::<Result<_>>()?;
-        Ok(Self { path: path.to_owned(), file, starts })
-    }
-
-    /// `len` values of the tensor at place `tensor` of those expected, from value `first` on.
-    pub(crate) fn read<T>(&mut self, tensor: usize, first: usize, len: usize) -> Result<Vec<T>>
-    where
-        T: AnyBitPattern + NoUninit,
-    {
-        let mut values = vec![T::zeroed(); len];
-        let start = self.starts[tensor] + first as u64 * size_of::<T>() as u64;
-        let sought = self.file.seek(SeekFrom::Start(start));
-        let read = sought.and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(&mut values)));
-        read.map_err(|source| io_error(&self.path, source))?;
-        Ok(values)
-    }
-
-    /// Maps the file. Fails on data that are not aligned to f32.
-    pub(crate) fn map(self) -> Result<Mapped> {
-        let map = map(&self.file).map_err(|source| io_error(&self.path, source))?;
-        match self.starts.iter().find(|&&start| start % size_of::<f32>() as u64 != 0) {
-            Some(start) => Err(mismatch(&self.path, "tensor offset", "a multiple of 4", start)),
-            None => Ok(Mapped { map, starts: self.starts }),
-        }
-    }
-}
-
-/// A mapped file of f32 tensors.
-pub(crate) struct Mapped {
-    map: Mmap,
-    starts: Vec<u64>,
-}
-
-impl Mapped {
-    /// `len` values of the tensor at place `tensor` of those expected, from value `first` on.
-    pub(crate) fn values(&self, tensor: usize, first: usize, len: usize) -> &[f32] {
-        let start = self.starts[tensor] as usize + first * size_of::<f32>();
-        bytemuck::cast_slice(&self.map[start..start + len * size_of::<f32>()])
-    }
-}
-
-fn read_header(path: &Path, file: &mut File) -> Result<(u64, Metadata)> {
-    let n_bytes = file.metadata().map_err(|source| io_error(path, source))?.len();
-    let mut length = [0; 8];
-    if n_bytes < 8 {
-        return Err(mismatch(path, "size", "at least 8 bytes", format!("{n_bytes} bytes")));
-    }
-    file.read_exact(&mut length).map_err(|source| io_error(path, source))?;
-    let length = u64::from_le_bytes(length);
-    let max = (n_bytes - 8).min(MAX_HEADER_BYTES);
-    if length > max {
-        let expected = format!("at most {max} bytes");
-        return Err(mismatch(path, "header length", expected, format!("{length} bytes")));
-    }
-    let mut text = vec![0; length as usize];
-    file.read_exact(&mut text).map_err(|source| io_error(path, source))?;
-    let metadata: Metadata = serde_json::from_slice(&text).map_err(|source| Error::Json {
-        path: path.to_owned(),
-        part: "header",
-        source,
-    })?;
-    let expected = 8 + length + metadata.data_len() as u64;
-    if n_bytes != expected {
-        return Err(mismatch(path, "size", format!("{expected} bytes"), format!("{n_bytes} bytes")));
-    }
-    Ok((8 + length, metadata))
+    let differs = |(a, b): (&u8, &u8)| a != b;
+    let at = found.iter().zip(expected).position(differs).unwrap_or(found.len());
+    let excerpt = |bytes: &[u8]| {
+        let range = at.saturating_sub(EXCERPT).max(8)..(at + EXCERPT).min(bytes.len());
+        format!("`{}`", String::from_utf8_lossy(&bytes[range]).escape_debug())
+    };
+    Err(mismatch(path, &format!("header at byte {at}"), excerpt(expected), excerpt(found)))
 }
 
 /// Maps a whole file to be read.
 #[allow(unsafe_code)]
-fn map(file: &File) -> std::io::Result<Mmap> {
+pub(crate) fn map(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the map is read-only, and the files of a bank are never changed in place: a save
-    // writes new files in a new folder and renames it. Truncating a bank's file by other means
-    // while it is open is outside of what this crate can guard against.
+    // writes files of new names, or a new folder, and renames them. Truncating a bank's file by
+    // other means while it is open is outside of what this crate can guard against.
     unsafe { Mmap::map(file) }
 }
 
@@ -244,4 +86,65 @@ pub(crate) fn io_error(path: &Path, source: std::io::Error) -> Error {
 pub(crate) fn mismatch(path: &Path, what: &str, expected: impl ToString, found: impl ToString) -> Error {
     let (expected, found) = (expected.to_string(), found.to_string());
     Error::Mismatch { path: path.to_owned(), what: what.to_owned(), expected, found }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensors() -> Vec<Tensor> {
+        let tensor = |name: &str, dtype, shape| Tensor { name: name.to_owned(), dtype, shape };
+        vec![tensor("a", Dtype::U32, vec![3]), tensor("b", Dtype::F32, vec![3, 2])]
+    }
+
+    #[test]
+    fn a_header_is_that_of_the_safetensors_library() {
+        let mut bytes = header(&tensors());
+        assert_eq!(bytes.len() as u64 % ALIGNMENT, 0);
+        bytes.extend([0; 36]);
+        let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(read.tensor("b").unwrap().shape(), [3, 2]);
+    }
+
+    /// What can be wrong with a header is refused all alike, with what is there and what should be.
+    #[test]
+    fn a_hostile_header_is_refused_without_being_parsed() {
+        let header = header(&tensors());
+        let path = Path::new("x.safetensors");
+        check_header(path, &header, &header).unwrap();
+        check_header(path, &header, &[&header[..], b"data"].concat()).unwrap();
+        for length in [0, 1, 1 << 40, u64::MAX] {
+            let start = [&length.to_le_bytes(), &header[8..]].concat();
+            let text = check_header(path, &header, &start).unwrap_err().to_string();
+            let expected = header.len() - 8;
+            assert_eq!(
+                text,
+                format!("x.safetensors: header length is {length} bytes, expected {expected} bytes")
+            );
+        }
+        let text = String::from_utf8(header[8..].to_vec()).unwrap();
+        let hostile = [
+            ("overlapping", text.replace("[12,36]", "[0,24] ")),
+            ("out of bounds", text.replace("[12,36]", "[12,99]")),
+            ("overflowing", text.replace("[3,2]", "[9223372036854775807,9]")),
+            ("of no size", text.replace("[3,2]", "[0,2]")),
+            ("twice", text.replace("\"b\"", "\"a\"")),
+            ("of another type", text.replace("F32", "F64")),
+            ("deep", "[".repeat(text.len())),
+        ];
+        for (what, text) in hostile {
+            let mut start = header[..8].to_vec();
+            start.extend(text.bytes().take(header.len() - 8));
+            let text = check_header(path, &header, &start).unwrap_err().to_string();
+            assert!(text.starts_with("x.safetensors: header at byte "), "{what}: {text}");
+        }
+        for at in 8..header.len() {
+            let mut start = header.clone();
+            start[at] = 0xff;
+            let text = check_header(path, &header, &start).unwrap_err().to_string();
+            assert!(text.contains(&format!("header at byte {at} is ")), "{text}");
+            assert!(check_header(path, &header, &header[..at]).is_err());
+        }
+        check_header(path, &header, &[]).unwrap_err();
+    }
 }

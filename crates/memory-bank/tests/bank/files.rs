@@ -1,7 +1,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cluster_tree::ClusterId;
 use memory_bank::{BlockStore, Error, LocalBank, Manifest, Step, Verify, inspect, verify};
 use safetensors::{Dtype, SafeTensors};
 
@@ -99,40 +98,45 @@ fn the_files_are_plain_safetensors() {
 
         let bank = resume(&folder, root.path()).unwrap();
         let bytes = fs::read(folder.join("values.safetensors")).unwrap();
-        assert_eq!((SafeTensors::read_metadata(&bytes).unwrap().0 + 8) % 64, 0, "data is aligned");
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(tensors.len(), 2);
-        for (level, n_rows, r) in [(0u8, 3, 3), (2, 13, 2)] {
-            let tensor = tensors.tensor(&format!("level{level}")).unwrap();
-            assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, [n_rows, 2, 3, r, 5].as_slice()));
-            for (row, bytes) in tensor.data().chunks(tensor.data().len() / n_rows).enumerate() {
-                let index = if row + 1 == n_rows { ClusterId::GENERIC } else { row as u32 };
-                let block = bank.fetch(Step(2), &[id(level, index)]).await.unwrap().remove(0);
+        // Steps 1 and 2 push to indices that are 2 and 1 modulo 3, among them the generic ones' 2^32 - 1.
+        for (level, rows, r) in [(0u8, vec![1u32], 3), (2, vec![1, 2, 4, 5, 7, 8, 10, 11], 2)] {
+            let name = |suffix: &str| format!("level{level}{suffix}");
+            let found = tensors.tensor(&name(".rows")).unwrap();
+            assert_eq!((found.dtype(), found.data()), (Dtype::U32, bytemuck::cast_slice(&rows)));
+            let checksums = tensors.tensor(&name(".crc32c")).unwrap();
+            let tensor = tensors.tensor(&name("")).unwrap();
+            assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, [rows.len(), 2, 3, r, 5].as_slice()));
+            let blocks = tensor.data().chunks(tensor.data().len() / rows.len());
+            for ((&row, bytes), checksum) in rows.iter().zip(blocks).zip(checksums.data().chunks(4)) {
+                let block = bank.fetch(Step(2), &[id(level, row)]).await.unwrap().remove(0);
                 let expected: Vec<u8> = block.values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 assert_eq!(bytes, expected, "level {level} row {row}");
+                assert_eq!(crc32c::crc32c(bytes).to_le_bytes(), checksum);
             }
         }
+        let level0 = tensors.tensor("level0").unwrap().data().as_ptr() as usize - bytes.as_ptr() as usize;
+        assert_eq!(level0 % 64, 0, "data is aligned");
     });
 }
 
 #[test]
-fn optimizer_state_of_untouched_blocks_is_zero() {
+fn optimizer_state_is_that_of_the_touched_blocks() {
     let root = tempfile::tempdir().unwrap();
     let folder = run(saved(root.path(), 4));
     let bytes = fs::read(folder.join("optimizer.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(tensors.len(), 6);
     // Indices 0, 3, 6, 9 in step 3 push nothing; steps 1, 2 and 4 touch 2, 1 and 2 modulo 3.
+    let rows = tensors.tensor("level2.rows").unwrap();
+    assert_eq!(rows.data(), bytemuck::cast_slice::<u32, u8>(&[1, 2, 4, 5, 7, 8, 10, 11]));
     let steps = tensors.tensor("level2.steps").unwrap();
-    assert_eq!((steps.dtype(), steps.shape()), (Dtype::U64, [13].as_slice()));
+    assert_eq!((steps.dtype(), steps.shape()), (Dtype::U64, [8].as_slice()));
     let counts: Vec<u8> = steps.data().chunks(8).map(|count| count[0]).collect();
-    assert_eq!(counts, [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0]);
+    assert_eq!(counts, [1, 2, 1, 2, 1, 2, 1, 2]);
     for name in ["level2.m", "level2.v"] {
         let tensor = tensors.tensor(name).unwrap();
-        assert_eq!(tensor.shape(), [13, 2, 3, 2, 5]);
-        for (row, &count) in tensor.data().chunks(240).zip(&counts) {
-            assert_eq!(row.iter().all(|&byte| byte == 0), count == 0);
-        }
+        assert_eq!(tensor.shape(), [8, 2, 3, 2, 5]);
+        assert!(tensor.data().chunks(240).all(|row| row.iter().any(|&byte| byte != 0)));
     }
 }
 
@@ -236,49 +240,86 @@ fn damaged_files_are_named() {
         fs::write(&path, &bytes[..len - 1]).unwrap();
         let text = format!("{name}: size is {} bytes, expected {len} bytes", len - 1);
         assert_eq!(resume_error(&folder), text);
-        assert!(LocalBank::open_read_only(&folder).is_err());
+        assert_eq!(LocalBank::open_read_only(&folder).is_err(), name == "values.safetensors");
+        assert!(verify(&folder, Verify::Sizes).is_err());
 
         let mut flipped = bytes.clone();
         flipped[len - 1] ^= 1;
         fs::write(&path, flipped).unwrap();
         let text = resume_error(&folder);
-        assert!(text.starts_with(&format!("{name}: sha256 is ")) && text.contains(", expected "), "{text}");
+        assert!(text.starts_with(&format!("{name}: crc32c of block level2/11 is ")), "{text}");
+        assert!(text.contains(", expected "), "{text}");
         verify(&folder, Verify::Sizes).unwrap();
         assert!(verify(&folder, Verify::Full).is_err());
 
         fs::remove_file(&path).unwrap();
-        assert!(resume_error(&folder).starts_with(&format!("{name}: No such file")));
+        let text = resume_error(&folder);
+        assert!(text.starts_with(&format!("{name}: ")) && text.contains("No such file"), "{text}");
         fs::write(&path, bytes).unwrap();
     }
     resume(&folder, root.path()).unwrap();
 }
 
 #[test]
+fn a_mapped_block_is_checked_when_it_is_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = run(saved(root.path(), 2));
+    let path = folder.join("values.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let bank = LocalBank::open_read_only(&folder).unwrap();
+    run(async {
+        bank.fetch(Step(2), &[id(2, 10)]).await.unwrap();
+        for _ in 0..2 {
+            let text = bank.fetch(Step(2), &[id(2, 10), id(2, 11)]).await.unwrap_err().to_string();
+            assert!(
+                text.starts_with(&format!("{}: crc32c of block level2/11 is ", path.display())),
+                "{text}"
+            );
+        }
+    });
+}
+
+/// The start of a file is what it must be to the byte, and is compared before anything else is.
+#[test]
 fn damaged_headers_are_named() {
     let root = tempfile::tempdir().unwrap();
     let folder = run(saved(root.path(), 2));
     let path = folder.join("values.safetensors");
     let bytes = fs::read(&path).unwrap();
-    let open_error = |from: &str, to: &str| {
+    let open_error = |bytes: Vec<u8>| {
+        fs::write(&path, bytes).unwrap();
+        let text = LocalBank::open_read_only(&folder).err().unwrap().to_string();
+        let named = format!("{}: ", path.display());
+        let text = text.strip_prefix(&named).unwrap_or_else(|| panic!("{text}")).to_owned();
+        let resumed = resume(&folder, root.path()).err().unwrap().to_string();
+        assert_eq!(resumed, format!("{named}{text}"));
+        text
+    };
+    let edited = |from: &str, to: &str| {
         let mut bytes = bytes.clone();
         let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
         bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
-        fs::write(&path, bytes).unwrap();
-        let text = LocalBank::open_read_only(&folder).err().unwrap().to_string();
-        text.strip_prefix(&format!("{}: ", path.display())).unwrap_or_else(|| panic!("{text}")).to_owned()
+        bytes
     };
-    let shape = "[13, 2, 3, 2, 5]";
-    let text = format!("tensor \"level2\" is missing, expected F32 {shape}");
-    assert_eq!(open_error("level2", "levelX"), text);
-    let text = format!("tensor \"level2\" is F32 [13, 3, 2, 2, 5], expected F32 {shape}");
-    assert_eq!(open_error("[13,2,3,2,5]", "[13,3,2,2,5]"), text);
-    let text = format!("tensor \"level2\" is I32 {shape}, expected F32 {shape}");
-    assert_eq!(open_error("\"F32\",\"shape\":[13", "\"I32\",\"shape\":[13"), text);
-    assert!(open_error("{\"level0\"", "X\"level0\"").starts_with("header is corrupt: "));
+    let text = open_error(edited("[8,2,3,2,5]", "[8,3,2,2,5]"));
+    assert!(text.starts_with("header at byte "), "{text}");
+    assert!(text.contains("[8,3,2,2,5]") && text.contains("[8,2,3,2,5]"), "{text}");
+    let text = open_error([&[255; 8][..], &bytes[8..]].concat());
+    assert!(text.starts_with("header length is 18446744073709551615 bytes, expected "), "{text}");
 
-    fs::write(&path, [&[255; 7][..], &bytes[7..]].concat()).unwrap();
-    let text = LocalBank::open_read_only(&folder).err().unwrap().to_string();
-    assert!(text.contains("header length is ") && text.contains("expected at most "), "{text}");
+    let metadata = SafeTensors::read_metadata(&bytes).unwrap();
+    let rows = 8 + metadata.0 + metadata.1.info("level2.rows").unwrap().data_offsets.0;
+    let with = |at: usize, row: u32| {
+        let mut bytes = bytes.clone();
+        bytes[rows + 4 * at..rows + 4 * at + 4].copy_from_slice(&row.to_le_bytes());
+        bytes
+    };
+    assert_eq!(open_error(with(3, 4)), "row of level 2 after 4 is 4, expected at least 5");
+    assert_eq!(open_error(with(7, 13)), "last row of level 2 is 13, expected at most 12");
+    let text = open_error(with(7, 12));
+    assert!(text.starts_with("sha256 of the index is ") && text.contains(", expected "), "{text}");
 }
 
 #[test]
@@ -294,7 +335,7 @@ fn a_manifest_that_lies_is_named() {
     };
     assert_eq!(
         error(&|manifest| manifest["format"] = "anchorage.bank.v9".into()),
-        "manifest.json: format is anchorage.bank.v9, expected anchorage.bank.v1"
+        "manifest.json: format is anchorage.bank.v9, expected anchorage.bank.v2"
     );
     assert_eq!(error(&|manifest| manifest["seed"] = 8.into()), "manifest.json: seed is 8, expected 7");
     assert_eq!(
@@ -315,25 +356,48 @@ fn a_manifest_that_lies_is_named() {
     );
     assert_eq!(
         error(&|manifest| manifest["touched"][2] = 5.into()),
-        "optimizer.safetensors: number of touched blocks of level 2 is 8, expected 5"
+        "manifest.json: number of touched blocks of level 2 is 8, expected 5"
     );
     assert_eq!(
-        error(&|manifest| drop(manifest["files"].as_object_mut().unwrap().remove("values.safetensors"))),
-        "manifest.json: entry of values.safetensors is missing, expected present"
+        error(&|manifest| drop(manifest["segments"].as_array_mut().unwrap().pop())),
+        "manifest.json: number of touched blocks of level 0 is 0, expected 1"
     );
+    let text = error(&|manifest| drop(manifest["segments"][0].as_object_mut().unwrap().remove("optimizer")));
+    assert!(text.starts_with("manifest.json: manifest is corrupt: missing field `optimizer`"), "{text}");
     let text = error(&|manifest| manifest["spec"]["d_model"] = 6.into());
-    assert!(text.starts_with("manifest.json: spec is BlockSpec {") && text.contains("d_model: 6"), "{text}");
+    assert!(text.starts_with("manifest.json: bytes of values.safetensors is "), "{text}");
     assert_eq!(
         error(&|manifest| manifest["spec"]["n_layers"] = 0.into()),
         "manifest.json: spec is unfit (n_layers is 0, expected at least 1), expected one that makes a bank"
     );
     let text = error(&|manifest| manifest["surprise"] = 1.into());
     assert!(text.starts_with("manifest.json: manifest is corrupt: unknown field `surprise`"), "{text}");
+    let text = error(&|manifest| manifest["segments"][0]["rows"][2] = (1u64 << 60).into());
+    assert!(
+        text.ends_with("rows of segment 0, level 2 is 1152921504606846976, expected at most 13"),
+        "{text}"
+    );
+    for path in ["/etc/passwd", "../memory/values.safetensors", "a//b", "", ".", "a\\b", "x\u{0}"] {
+        let text = error(&|manifest| manifest["segments"][0]["values"]["path"] = path.into());
+        assert!(text.starts_with("manifest.json: path of a file is "), "{text}");
+    }
+    let twice = &|manifest: &mut serde_json::Value| {
+        manifest["segments"][0]["optimizer"]["path"] = "values.safetensors".into();
+    };
+    assert_eq!(error(twice), "manifest.json: times that values.safetensors is named is 2, expected 1");
+    let text = error(&|manifest| manifest["step"] = u64::MAX.into());
+    assert!(text.starts_with("manifest.json: step is 18446744073709551615, expected at most "), "{text}");
+    let text = error(&|manifest| manifest["n_shards"] = u64::MAX.into());
+    assert!(text.contains("number of shards is n_shards is 18446744073709551615"), "{text}");
+    let deep = "[".repeat(100_000);
+    fs::write(folder.join("manifest.json"), deep).unwrap();
+    assert!(resume_error(&folder).starts_with("manifest.json: manifest is corrupt: "));
 
     fs::write(folder.join("manifest.json"), &manifest[..manifest.len() / 2]).unwrap();
     assert!(resume_error(&folder).starts_with("manifest.json: manifest is corrupt: EOF"));
     fs::remove_file(folder.join("manifest.json")).unwrap();
-    assert!(resume_error(&folder).starts_with("manifest.json: No such file"));
+    let text = resume_error(&folder);
+    assert!(text.starts_with("manifest.json: ") && text.contains("No such file"), "{text}");
 }
 
 #[test]

@@ -1,0 +1,142 @@
+//! Blocks into the files of a segment.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cluster_tree::ClusterId;
+use futures::future::join;
+use futures::stream::{self, Stream};
+use rayon::prelude::*;
+use tokio::task::spawn_blocking;
+
+use crate::files::{Files, Parts};
+use crate::segment::{Index, Layout, LevelIndex, Part};
+use crate::{BlockSpec, Error, Placement, Result, Row, Segment, Step};
+
+/// Where a segment goes, and as what.
+pub(crate) struct Target<'a> {
+    pub(crate) files: &'a Files,
+    /// What its files' names start with, paths included.
+    pub(crate) stem: String,
+    pub(crate) shard: usize,
+    pub(crate) step: Step,
+    pub(crate) parts: Parts,
+}
+
+/// The content of one file: its index, and the blocks level by level, tensor by tensor, row by row.
+pub(crate) struct Content<S> {
+    pub(crate) index: Index,
+    pub(crate) blocks: S,
+}
+
+/// Writes a segment's two files beside each other.
+pub(crate) async fn write_segment<V, O>(
+    spec: &BlockSpec,
+    target: Target<'_>,
+    values: Content<V>,
+    optimizer: Content<O>,
+) -> Result<Segment>
+where
+    V: Stream<Item = Result<Bytes>>,
+    O: Stream<Item = Result<Bytes>>,
+{
+    let Target { files, stem, shard, step, parts } = target;
+    let rows: Vec<u64> = values.index.iter().map(|level| level.rows.len() as u64).collect();
+    let start = |part, index: &Index| Bytes::from(Layout::new(spec, part, &rows).write(index));
+    let (values_start, optimizer_start) =
+        (start(Part::Values, &values.index), start(Part::Optimizer, &optimizer.index));
+    let (values_path, optimizer_path) =
+        (format!("{stem}values.safetensors"), format!("{stem}optimizer.safetensors"));
+    let (values, optimizer) = join(
+        files.write(&values_path, values_start, values.blocks, parts),
+        files.write(&optimizer_path, optimizer_start, optimizer.blocks, parts),
+    )
+    .await;
+    Ok(Segment { shard, step, rows, values: values?, optimizer: optimizer? })
+}
+
+/// Writes blocks in memory, in the order of ids, as one segment. They are shared until they are
+/// written, and not copied.
+pub(crate) async fn write_rows(
+    spec: &BlockSpec,
+    target: Target<'_>,
+    rows: Vec<(ClusterId, Row)>,
+) -> Result<Segment> {
+    let with_spec = spec.clone();
+    let contents = spawn_blocking(move || contents(&with_spec, rows)).await;
+    let (values, optimizer) = contents.map_err(|source| Error::Task { source })??;
+    write_segment(spec, target, values, optimizer).await
+}
+
+/// The weights or moments of a row.
+type Tensor = fn(&Row) -> &Arc<Vec<f32>>;
+/// A content whose blocks are at hand.
+type InMemory = Content<stream::Iter<std::vec::IntoIter<Result<Bytes>>>>;
+
+fn contents(spec: &BlockSpec, rows: Vec<(ClusterId, Row)>) -> Result<(InMemory, InMemory)> {
+    let mut by_level: Vec<Vec<(u32, Row)>> = vec![Vec::new(); spec.n_levels()];
+    for (id, row) in rows {
+        by_level[usize::from(id.level)].push((spec.row(id)? as u32, row));
+    }
+    let steps = |rows: &[(u32, Row)]| rows.iter().map(|(_, row)| row.steps).collect();
+    let optimizer = content(&by_level, &[|row| &row.m, |row| &row.v], steps);
+    Ok((content(&by_level, &[|row| &row.values], |_| Vec::new()), optimizer))
+}
+
+fn content(
+    by_level: &[Vec<(u32, Row)>],
+    tensors: &[Tensor],
+    steps: impl Fn(&[(u32, Row)]) -> Vec<u64>,
+) -> InMemory {
+    let mut blocks = Vec::new();
+    let mut level_index = |rows: &Vec<(u32, Row)>| {
+        let mut checksums = Vec::new();
+        for tensor in tensors {
+            let sum = |(_, row): &(u32, Row)| crc32c::crc32c(bytemuck::cast_slice(tensor(row)));
+            checksums.push(rows.par_iter().map(sum).collect());
+            let shared = |(_, row): &(u32, Row)| Ok(Bytes::from_owner(Shared(Arc::clone(tensor(row)))));
+            blocks.extend(rows.iter().map(shared));
+        }
+        LevelIndex { rows: rows.iter().map(|(row, _)| *row).collect(), steps: steps(rows), checksums }
+    };
+    let index = by_level.iter().map(&mut level_index).collect();
+    Content { index, blocks: stream::iter(blocks) }
+}
+
+/// Numbers as the bytes that they are.
+struct Shared(Arc<Vec<f32>>);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// The segments that hold rows of some sizes, none of more than `most` bytes unless by one row, as
+/// ranges of them.
+pub(crate) fn divide(sizes: impl IntoIterator<Item = u64>, most: u64) -> Vec<std::ops::Range<usize>> {
+    let mut ranges: Vec<std::ops::Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (place, size) in sizes.into_iter().enumerate() {
+        match ranges.last_mut() {
+            Some(range) if bytes + size <= most => range.end = place + 1,
+            _ => {
+                ranges.push(place..place + 1);
+                bytes = 0;
+            }
+        }
+        bytes += size;
+    }
+    ranges
+}
+
+/// What the names of a shard's files of a step start with; `unique` makes them its own, so that no
+/// repeated or late writer touches a file that a manifest names.
+pub(crate) fn stem(
+    step: Step,
+    Placement { shard, n_shards }: Placement,
+    unique: &str,
+    part: usize,
+) -> String {
+    format!("{:08}/shard-{shard:04}-of-{n_shards:04}-{unique}-{part:02}.", step.0)
+}
