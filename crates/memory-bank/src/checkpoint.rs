@@ -1,6 +1,7 @@
 //! One saved state of a bank, and blocks read from it.
 
 use std::cmp::Reverse;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -213,6 +214,17 @@ impl Checkpoint {
         stream::iter(pieces).map(read).buffered(READS)
     }
 
+    /// As [`Checkpoint::read`], block by block.
+    pub(crate) fn read_each(
+        &self,
+        indices: Arc<Indices>,
+        column: Column,
+        entries: Vec<Entry>,
+    ) -> impl Stream<Item = Result<Bytes>> + Send + use<> {
+        let pieces = self.read(indices, column, entries);
+        pieces.map_ok(|piece| stream::iter(piece.into_iter().map(Ok))).try_flatten()
+    }
+
     /// Reads neighbouring rows of one file.
     async fn read_piece(
         self,
@@ -252,6 +264,12 @@ impl Checkpoint {
             found.extend(piece.iter().map(|block| Arc::new(bytemuck::pod_collect_to_vec(block))));
         }
         Ok(found)
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Checkpoint").field(&self.0.place).finish()
     }
 }
 

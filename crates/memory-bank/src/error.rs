@@ -1,8 +1,9 @@
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 
-use crate::Step;
+use crate::{BlockDtype, Step};
 
 /// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -203,7 +204,7 @@ pub enum Error {
     Json {
         /// The file.
         path: PathBuf,
-        /// `manifest`.
+        /// `manifest` or `owner`.
         part: &'static str,
         /// What the parser said.
         source: serde_json::Error,
@@ -219,6 +220,38 @@ pub enum Error {
         expected: String,
         /// What it is.
         found: String,
+    },
+    /// A tier that answered something other than the blocks it was asked for.
+    #[error("tier {tier} answered {found}, expected {expected}")]
+    Answer {
+        /// Its name.
+        tier: String,
+        /// What it was asked for.
+        expected: String,
+        /// What it answered.
+        found: String,
+    },
+    /// A weight that a cache's dtype cannot hold.
+    #[error(
+        "block {id} has {value} at position {position}, expected a magnitude of at most {limit} for {dtype}"
+    )]
+    Encode {
+        /// The block.
+        id: ClusterId,
+        /// Position of the first such value.
+        position: usize,
+        /// The value.
+        value: f32,
+        /// The dtype.
+        dtype: BlockDtype,
+        /// The largest magnitude that it holds.
+        limit: f32,
+    },
+    /// The error of a fetch that others waited for too.
+    #[error("{source}")]
+    Shared {
+        /// What it was.
+        source: Arc<Error>,
     },
 }
 

@@ -90,7 +90,7 @@ fn sweep(folder: &Path, newest: Step) -> Result<()> {
     for entry in std::fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let name = path.file_name().map(|name| format!("{}/", name.display()));
-        if !name.and_then(|name| step_of(&name)).is_some_and(|step| step < newest) {
+        if name.and_then(|name| step_of(&name)).is_none_or(|step| step >= newest) {
             continue;
         }
         for file in std::fs::read_dir(&path).map_err(failed)? {

@@ -33,6 +33,7 @@ mod spec;
 mod store;
 mod store_bank;
 mod tensor_file;
+mod tiers;
 mod tools;
 mod write;
 
@@ -55,6 +56,11 @@ pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
 pub use spec::{BlockSpec, MemoryKind};
 pub use store::{Block, BlockStore, Step};
 pub use store_bank::StoreBank;
+pub use tiers::{
+    BankVersion, BlockDtype, DiskOptions, Encoded, LevelStats, TierLevelStats, TierOptions, TierSource,
+    TierState, TierStats, Tiered, TieredStats,
+};
 pub use tools::{
-    Inspection, LevelInspection, Verification, inspect, inspect_checkpoint, verify, verify_checkpoint,
+    Exported, Inspection, LevelDiff, LevelInspection, MergeOptions, Merged, OnConflict, Precision,
+    Verification, diff, export, inspect, inspect_checkpoint, merge, reshard, verify, verify_checkpoint,
 };

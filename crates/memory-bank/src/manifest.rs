@@ -185,7 +185,7 @@ impl Manifest {
     }
 
     /// Fails when the bank is of another spec or seed, or belongs to another tree, tokenizer or anchor.
-    pub(crate) fn check_same(&self, path: &Path, identity: &Identity) -> Result<()> {
+    pub fn check_same(&self, path: &Path, identity: &Identity) -> Result<()> {
         if self.spec != identity.spec {
             let (expected, found) = (format!("{:?}", identity.spec), format!("{:?}", self.spec));
             return Err(mismatch(path, "spec", expected, found));

@@ -13,6 +13,7 @@ use crate::checkpoint::{Entry, Indices, check_block, check_index, find, newest};
 use crate::manifest::{MANIFEST, MAX_MANIFEST_BYTES};
 use crate::segment::{Layout, Part};
 use crate::tensor_file::{io_error, map, mismatch};
+use crate::write::as_bytes;
 use crate::{Block, BlockSpec, BlockStore, Error, Manifest, Placement, Result, Segment, Step, init_block};
 
 /// A saved bank on this machine, mapped to be fetched from only. A clone is another handle.
@@ -100,7 +101,7 @@ impl MappedBank {
             Some(entry) => Ok(Bytes::from_owner(bank.mapping(id, entry)?)),
             None => {
                 let values = init_block(&bank.manifest.spec, bank.manifest.seed, id);
-                Ok(bytemuck::allocation::cast_vec::<f32, u8>(values).into())
+                Ok(as_bytes(Arc::new(values)))
             }
         }
     }

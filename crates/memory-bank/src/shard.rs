@@ -178,6 +178,11 @@ impl Shard {
         Snapshot { step: self.applied, placement: self.options.placement, rows }
     }
 
+    /// Steps that some rank has pushed and that wait for another.
+    pub fn lag(&self) -> usize {
+        self.pending.iter().rposition(|ranks| ranks.iter().any(Option::is_some)).map_or(0, |last| last + 1)
+    }
+
     /// Number of updated blocks by level.
     pub fn n_touched(&self) -> Vec<usize> {
         self.rows.iter().map(BTreeMap::len).collect()

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::blocking::blocking;
 use crate::checkpoint::{Column, Entry};
+use crate::write::as_bytes;
 use crate::{Block, BlockSpec, BlockStore, Checkpoint, Error, Result, Step, init_block};
 
 /// A saved bank, fetched from where it lies by ranged reads, each block checked. A clone is another
@@ -60,7 +61,7 @@ impl StoreBank {
         let manifest = self.0.manifest();
         let block = |&id: &ClusterId| {
             let values = init_block(&manifest.spec, manifest.seed, id);
-            (id, bytemuck::allocation::cast_vec::<f32, u8>(values).into())
+            (id, as_bytes(Arc::new(values)))
         };
         ids.par_iter().map(block).collect()
     }

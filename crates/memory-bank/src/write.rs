@@ -94,7 +94,7 @@ fn content(
         for tensor in tensors {
             let sum = |(_, row): &(u32, Row)| crc32c::crc32c(bytemuck::cast_slice(tensor(row)));
             checksums.push(rows.par_iter().map(sum).collect());
-            let shared = |(_, row): &(u32, Row)| Ok(Bytes::from_owner(Shared(Arc::clone(tensor(row)))));
+            let shared = |(_, row): &(u32, Row)| Ok(as_bytes(Arc::clone(tensor(row))));
             blocks.extend(rows.iter().map(shared));
         }
         LevelIndex { rows: rows.iter().map(|(row, _)| *row).collect(), steps: steps(rows), checksums }
@@ -103,7 +103,11 @@ fn content(
     Content { index, blocks: stream::iter(blocks) }
 }
 
-/// Numbers as the bytes that they are.
+/// Numbers as the bytes that they are, in little-endian; they are not copied.
+pub(crate) fn as_bytes(values: Arc<Vec<f32>>) -> Bytes {
+    Bytes::from_owner(Shared(values))
+}
+
 struct Shared(Arc<Vec<f32>>);
 
 impl AsRef<[u8]> for Shared {

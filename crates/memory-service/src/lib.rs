@@ -11,6 +11,7 @@ mod server;
 mod wire;
 
 pub use client::{RemoteBank, RemoteOptions, RemoteStats, Retry, Save};
+pub use codec::{FetchPiece, Payload, PushPiece};
 pub use identity::Identity;
 pub use server::{
     Compression, Limits, READY, ServeError, ServeOptions, Source, StoreOfBank, serve, serve_connections,

@@ -6,6 +6,8 @@ use super::{Error, Identity, Permission, Result, Tokens};
 /// What a request's bearer token is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
+    /// Nobody has looked at the request: nothing is allowed.
+    NotRead,
     /// The server has no tokens.
     NotAsked,
     /// The server has tokens, and the request shows none.
@@ -16,7 +18,7 @@ pub enum Token {
     Grants(Permission),
 }
 
-/// Who asks. As a [`super::Stream`] makes it, it says nothing of tokens yet.
+/// Who asks. As a [`super::Stream`] makes it, it says nothing of tokens yet, and may nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     /// Where the connection comes from.
@@ -78,6 +80,12 @@ pub enum Denied {
         /// What the role gives.
         has: Permission,
     },
+    /// The server has not looked for a token, which is its mistake.
+    #[error("{needs} is needed, and the server has not looked for a bearer token")]
+    TokenNotRead {
+        /// What the call needs.
+        needs: Permission,
+    },
     /// There is no token.
     #[error("{needs} is needed, and the request has no bearer token")]
     NoToken {
@@ -103,7 +111,7 @@ pub enum Denied {
 impl Denied {
     /// Whether the server does not know who asks, rather than knowing that it may not.
     pub fn is_unauthenticated(&self) -> bool {
-        matches!(self, Self::NoToken { .. } | Self::UnknownToken { .. })
+        matches!(self, Self::TokenNotRead { .. } | Self::NoToken { .. } | Self::UnknownToken { .. })
     }
 }
 
@@ -125,6 +133,7 @@ pub fn authorize(caller: &Caller, needs: Permission) -> std::result::Result<(), 
         return Err(Denied::Role { identity: identity.clone(), needs, has });
     }
     match caller.token {
+        Token::NotRead => Err(Denied::TokenNotRead { needs }),
         Token::NotAsked => Ok(()),
         Token::Missing => Err(Denied::NoToken { needs }),
         Token::Unknown => Err(Denied::UnknownToken { needs }),
@@ -179,6 +188,19 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_allowed_before_the_token_is_looked_for() {
+        for role in [None, Some(Role::Admin)] {
+            assert_eq!(allowed(role, Token::NotRead), []);
+        }
+        let connected = caller(None, Token::NotRead);
+        assert_eq!(connected.clone().with_token(None, None), caller(None, Token::NotAsked));
+        let mut request = tonic::Request::new(());
+        assert_eq!(Caller::of_request(&request, None), None);
+        request.extensions_mut().insert(connected);
+        assert_eq!(Caller::of_request(&request, None), Some(caller(None, Token::NotAsked)));
+    }
+
+    #[test]
     fn with_both_both_must_allow() {
         assert_eq!(allowed(Some(Role::Admin), Token::Grants(Read)), [Read]);
         assert_eq!(allowed(Some(Role::Reader), Token::Grants(Admin)), [Read]);
@@ -205,6 +227,11 @@ mod tests {
             (
                 of(None, Token::Missing, Read),
                 "read is needed, and the request has no bearer token",
+                tonic::Code::Unauthenticated,
+            ),
+            (
+                of(None, Token::NotRead, Read),
+                "read is needed, and the server has not looked for a bearer token",
                 tonic::Code::Unauthenticated,
             ),
             (

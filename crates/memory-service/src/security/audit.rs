@@ -11,6 +11,7 @@ const MAX_FIELD_LEN: usize = 256;
 pub fn audit(caller: &Caller, call: &'static str, bank: &str, outcome: impl fmt::Display) {
     let identity = caller.identity.as_ref().map_or("none".to_owned(), |identity| identity.to_string());
     let token = match caller.token {
+        Token::NotRead => "not read".to_owned(),
         Token::NotAsked => "not asked".to_owned(),
         Token::Missing => "missing".to_owned(),
         Token::Unknown => "unknown".to_owned(),

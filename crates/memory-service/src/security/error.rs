@@ -153,7 +153,7 @@ pub enum Error {
         found: String,
     },
     /// A value that is not a list of strings.
-    #[error("{key} is a {found}, expected a list of strings")]
+    #[error("{key} has a value of type {found}, expected a list of strings")]
     TokensValue {
         /// The key.
         key: String,

@@ -11,12 +11,14 @@ use tonic::transport::server::Connected;
 use super::{Caller, Error, Identity, Protocol, Result, Token};
 
 /// A connection of either side, with or without TLS.
+#[derive(Debug)]
 pub struct Stream {
     io: Io,
     peer: SocketAddr,
     identity: Option<Identity>,
 }
 
+#[derive(Debug)]
 enum Io {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -55,9 +57,19 @@ impl Stream {
         self.identity.as_ref()
     }
 
-    /// The other side as one who asks, before it has shown a token.
+    /// The other side as one who asks. Nothing is allowed to it before [`Caller::with_token`] says what
+    /// its token is worth.
     pub fn caller(&self) -> Caller {
-        Caller { peer: self.peer, identity: self.identity.clone(), token: Token::NotAsked }
+        Caller { peer: self.peer, identity: self.identity.clone(), token: Token::NotRead }
+    }
+
+    /// The connection below.
+    #[cfg(test)]
+    pub(super) fn tcp(&self) -> &TcpStream {
+        match &self.io {
+            Io::Plain(tcp) => tcp,
+            Io::Tls(tls) => tls.get_ref().0,
+        }
     }
 }
 

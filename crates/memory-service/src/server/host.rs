@@ -27,7 +27,7 @@ impl Source {
     pub fn spec(&self) -> &BlockSpec {
         match self {
             Self::Live(live) => live.spec(),
-            Self::ReadOnly(bank) => bank.spec(),
+            Self::ReadOnly(bank) => &bank.manifest().spec,
         }
     }
 
@@ -35,7 +35,7 @@ impl Source {
     pub fn applied(&self) -> Step {
         match self {
             Self::Live(live) => live.applied(),
-            Self::ReadOnly(bank) => bank.applied(),
+            Self::ReadOnly(bank) => bank.manifest().step,
         }
     }
 }
@@ -114,6 +114,12 @@ impl Host {
     /// Sets what the metrics tell of this moment.
     pub(crate) fn update_metrics(&self) {
         self.metrics.applied.set(self.source.applied().0 as i64);
+        if let Source::Live(live) = &self.source
+            && let Ok((lag, touched)) = live.with(|shard| (shard.lag(), shard.n_touched()))
+        {
+            self.metrics.fence_lag.set(lag as i64);
+            touched.into_iter().enumerate().for_each(|(level, n)| self.metrics.touched(level as u8, n));
+        }
         for bound in [&self.fetches, &self.waiting, &self.push_mib] {
             self.metrics.in_use(bound.what(), bound.in_use());
         }
@@ -223,7 +229,7 @@ impl Host {
             Source::ReadOnly(bank) => {
                 return Err(Status::failed_precondition(format!(
                     "fetch after step {after}, but the bank is open read-only at step {}",
-                    bank.applied()
+                    bank.manifest().step
                 )));
             }
         };

@@ -26,6 +26,8 @@ pub(crate) struct Metrics {
     updates: Counter,
     update_seconds: Counter<f64, AtomicU64>,
     pub(crate) applied: Gauge,
+    pub(crate) fence_lag: Gauge,
+    touched: Family<Level, Gauge>,
     in_use: Family<Resource, Gauge>,
     pub(crate) save_seconds: Histogram,
     pub(crate) saved_bytes: Counter,
@@ -75,6 +77,8 @@ impl Metrics {
             updates: Counter::default(),
             update_seconds: Counter::default(),
             applied: Gauge::default(),
+            fence_lag: Gauge::default(),
+            touched: Family::default(),
             in_use: Family::default(),
             save_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 16)),
             saved_bytes: Counter::default(),
@@ -107,6 +111,9 @@ impl Metrics {
         let seconds = m.update_seconds.clone();
         registry.register_with_unit("optimizer", "Time spent in updates", Unit::Seconds, seconds);
         registry.register("applied_step", "Last step applied", m.applied.clone());
+        let lag = "Steps that some rank has pushed and that wait for another";
+        registry.register("fence_lag_steps", lag, m.fence_lag.clone());
+        registry.register("touched_blocks", "Blocks updated at least once, by level", m.touched.clone());
         registry.register("in_use", "Bounded resources in use", m.in_use.clone());
         registry.register_with_unit(
             "save",
@@ -129,6 +136,10 @@ impl Metrics {
             let n_bytes = (block.len() / size_of::<f32>() * dtype.size()) as u64;
             self.bytes.get_or_create(&Direction { direction: "sent" }).inc_by(n_bytes);
         }
+    }
+
+    pub(crate) fn touched(&self, level: u8, n: usize) {
+        self.touched.get_or_create(&Level { level }).set(n as i64);
     }
 
     pub(crate) fn received(&self, n_bytes: usize) {

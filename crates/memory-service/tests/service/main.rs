@@ -1,4 +1,5 @@
 //! Shards served in this process, and banks made of them.
 
+mod refusals;
 mod remote;
 mod support;
