@@ -17,7 +17,9 @@ use crate::support::{
 };
 
 async fn client(served: &Served) -> MemoryServiceClient<Channel> {
-    MemoryServiceClient::new(Channel::from_shared(format!("http://{}", served.address)).unwrap().connect_lazy())
+    MemoryServiceClient::new(
+        Channel::from_shared(format!("http://{}", served.address)).unwrap().connect_lazy(),
+    )
 }
 
 fn wire_identity(shard: u32, n_shards: u32) -> BankIdentity {
