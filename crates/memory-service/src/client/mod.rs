@@ -15,6 +15,8 @@ use hyper_util::rt::TokioIo;
 use memory_bank::{
     Block, BlockSpec, BlockStore, Error, Gradients, MAX_SHARDS, Placement, Result, Step, owner,
 };
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Status, Streaming};
@@ -55,6 +57,8 @@ pub struct RemoteOptions {
     pub connect_s: u64,
     /// How long to try again.
     pub retry: Retry,
+    /// Of the pauses between tries, which no two clients should share.
+    pub seed: u64,
 }
 
 impl RemoteOptions {
@@ -73,6 +77,7 @@ impl RemoteOptions {
             token: None,
             connect_s: 10,
             retry: Retry::default(),
+            seed: rand::rng().random(),
         }
     }
 }
@@ -285,8 +290,9 @@ impl RemoteBank {
         F: Future<Output = std::result::Result<T, Status>>,
     {
         let again = |status: &Status| {
-            self.counters.retries.fetch_add(1, Ordering::Relaxed);
+            let nth = self.counters.retries.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(shard = shard.address, %status, "trying again");
+            SmallRng::seed_from_u64(self.options.seed ^ nth).random_range(0.5..1.0)
         };
         self.options.retry.run(work, again).await.map_err(|status| remote(&shard.address, status))
     }

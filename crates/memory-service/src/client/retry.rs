@@ -1,8 +1,8 @@
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rand::RngExt;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::RETRY_METADATA;
@@ -28,15 +28,17 @@ impl Default for Retry {
 
 impl Retry {
     /// Tries until it succeeds, fails for good or takes too long; `again` sees every try that failed and
-    /// is followed by another.
+    /// is followed by another, and says which part of the pause to make, from 0.5 to 1: those who were
+    /// refused together should not come back together.
     pub(crate) async fn run<T, F>(
         &self,
         mut work: impl FnMut() -> F,
-        mut again: impl FnMut(&Status),
+        mut again: impl FnMut(&Status) -> f64,
     ) -> Result<T, Status>
     where
         F: Future<Output = Result<T, Status>>,
     {
+        // The clock that the pauses are measured by, which a simulation moves.
         let start = Instant::now();
         let mut wait = self.first_ms.max(1);
         loop {
@@ -44,15 +46,11 @@ impl Retry {
                 Ok(done) => return Ok(done),
                 Err(status) => status,
             };
-            // Spread, so that those who were refused together do not come back together.
-            let spread = rand::rng().random_range(0.5..1.0);
-            let pause = pushback(&status).unwrap_or(wait).min(self.most_ms.max(1)) as f64 * spread;
-            let pause = Duration::from_secs_f64(pause / 1000.0);
+            let pause = Duration::from_millis(pushback(&status).unwrap_or(wait).min(self.most_ms.max(1)));
             if !is_transient(&status) || start.elapsed() + pause > Duration::from_secs(self.seconds) {
                 return Err(status);
             }
-            again(&status);
-            tokio::time::sleep(pause).await;
+            tokio::time::sleep(pause.mul_f64(again(&status))).await;
             wait = (2 * wait).min(self.most_ms.max(1));
         }
     }

@@ -92,19 +92,34 @@ impl Checkpoints {
         };
         let step = checkpoint.manifest().step;
         let options = live.with(|shard| *shard.options()).map_err(status)?;
-        host.set_ready(false);
+        // Until this function ends, also when its caller goes away in the middle of it.
+        let _not_ready = NotReady::begin(host);
         let restored = async {
             let shard = checkpoint.load(&self.identity, options).await?;
             self.store.discard_after(step).await?;
             live.replace(shard)
         };
-        let restored = restored.await;
         // After a failure the blocks are those from before.
-        host.set_ready(true);
-        restored.map_err(status)?;
+        restored.await.map_err(status)?;
         *saved = Saved { base: checkpoint.record(host.placement), last: None };
         host.metrics.applied.set(step.0 as i64);
         tracing::info!(step = step.0, "restored");
         Ok(step)
+    }
+}
+
+/// A shard that takes no requests until this is dropped.
+struct NotReady<'a>(&'a Host);
+
+impl<'a> NotReady<'a> {
+    fn begin(host: &'a Host) -> Self {
+        host.set_ready(false);
+        Self(host)
+    }
+}
+
+impl Drop for NotReady<'_> {
+    fn drop(&mut self) {
+        self.0.set_ready(true);
     }
 }
