@@ -1,6 +1,7 @@
 //! A bank whose blocks are in shards elsewhere.
 
 mod bulk;
+mod direct;
 mod retry;
 mod shard;
 
@@ -26,7 +27,7 @@ pub use retry::Retry;
 use crate::identity::Identity;
 use crate::proto::SaveResponse;
 use crate::security::{Connector, Protocol, ReloadingTls};
-use crate::server::{Compression, WINDOW_BYTES};
+use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
 use crate::wire::Dtype;
 use shard::{Encoded, ShardClient, encode};
 
@@ -394,6 +395,7 @@ fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| wrong())?;
     Ok(endpoint
         .connect_timeout(Duration::from_secs(options.connect_s))
+        .max_frame_size(FRAME_BYTES)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(30))
