@@ -34,7 +34,7 @@ enum Fault {
 impl Faults {
     pub(crate) fn draw(seed: u64) -> Self {
         let mut dice = dice(seed, "faults");
-        let (every, left) = (dice.random_range(8..80), dice.random_range(0..10));
+        let (every, left) = (dice.random_range(10..60), dice.random_range(0..24));
         Self { dice, every, left, open: Vec::new() }
     }
 

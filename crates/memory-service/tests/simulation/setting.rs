@@ -32,7 +32,7 @@ impl Setting {
             n_shards: dice.random_range(1..=3),
             world_size: dice.random_range(1..=3),
             staleness: dice.random_range(0..=2),
-            n_steps: dice.random_range(6..=14),
+            n_steps: dice.random_range(8..=30),
             save_every: dice.random_range(1..=4),
             spec: BlockSpec { kind: MemoryKind::Ffn, n_layers, d_model, width, branching: vec![2, 3, 2] },
         }
