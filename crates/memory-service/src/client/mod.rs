@@ -188,7 +188,7 @@ impl RemoteBank {
             self.spec.check(block.id)?;
             block.values.resize(self.spec.block_len(usize::from(block.id.level)), 0.0);
         }
-        let mut parts = self.parts(blocks);
+        let mut parts = self.parts(after, blocks);
         let fetches = parts.iter_mut().map(|part| self.fetch_part(after, part));
         // All of them are waited for, so that every array finds its way back.
         let fetched = join_all(fetches).await;
@@ -247,8 +247,9 @@ impl RemoteBank {
     }
 
     /// Takes the blocks apart by the shard that owns them, and those of a shard into parts that go over
-    /// connections of their own.
-    fn parts(&self, blocks: &mut [Block]) -> Vec<Part> {
+    /// connections of their own. A shard without any is asked for none once it has applied `after`: what
+    /// the caller pushes next would else come too early for it, and be refused.
+    fn parts(&self, after: Step, blocks: &mut [Block]) -> Vec<Part> {
         let n_shards = self.shards.len();
         let mut parts: Vec<Part> = (0..n_shards).map(Part::of).collect();
         let mut total = vec![0; n_shards];
@@ -270,7 +271,7 @@ impl RemoteBank {
             part.places.push(place);
             part.blocks.push(Block { id: block.id, values: std::mem::take(&mut block.values) });
         }
-        parts.retain(|part| !part.blocks.is_empty());
+        parts.retain(|part| after > Step(0) || !part.blocks.is_empty());
         parts
     }
 
