@@ -192,9 +192,17 @@ fn parts_of_another_run_are_refused() {
     };
     refused("run/tree.safetensors", "other_run/tree.safetensors", &["tree.safetensors: expected the hash"]);
     refused("run/tokenizer.json", "other_run/tokenizer.json", &["tokenizer.json: expected the hash"]);
+    // The manifest of this run's files, with what the other run says that its bank belongs to.
+    let manifest = "checkpoints/00000012/memory/manifest.json";
+    let read = |run: &str| -> serde_json::Value {
+        serde_json::from_slice(&fs::read(work.path(&format!("{run}/{manifest}"))).unwrap()).unwrap()
+    };
+    let mut other = read("run");
+    other["hashes"] = read("other_run")["hashes"].clone();
+    fs::write(work.path(&format!("other_run/{manifest}")), other.to_string()).unwrap();
     refused(
-        "run/checkpoints/00000012/memory/manifest.json",
-        "other_run/checkpoints/00000012/memory/manifest.json",
+        &format!("run/{manifest}"),
+        &format!("other_run/{manifest}"),
         &["memory: bank of another tree or tokenizer"],
     );
     let anchor = "checkpoints/00000012/anchor.safetensors";
@@ -352,14 +360,15 @@ fn no_space_for_a_run() {
     let kib = |name: &str| {
         u32::try_from(fs::metadata(work.path("whole").join(name)).unwrap().len() / 1024).unwrap()
     };
-    let names = ["anchor.safetensors", "optimizer.safetensors", "memory/values.safetensors"];
+    let names = ["anchor.safetensors", "optimizer.safetensors", "memory/optimizer.safetensors"];
     let sizes =
         [kib("embedder.safetensors")].into_iter().chain(names.map(|name| kib(&format!("{last}/{name}"))));
     let sizes: Vec<u32> = sizes.collect();
     for (pair, name) in sizes.windows(2).zip(names) {
         assert!(pair[0] + 1 < pair[1], "{name} is no larger than the file before it: {sizes:?}");
-        // The bank is written in a temporary folder beside its place, which the error names.
-        let place = format!("run/{last}/{}", name.replace("memory/", "memory.tmp/"));
+        // The bank is written in a temporary folder beside its place, which the error names; of its
+        // two files, either may be the first that finds no space.
+        let place = format!("run/{last}/{}", name.replace("memory/optimizer.safetensors", "memory.tmp/"));
 
         failure(&without_space(&work, pair[0] + 1, &train), &[&place, "File too large"]);
         assert!(checkpoints(&run).into_values().all(|whole| !whole));

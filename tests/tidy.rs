@@ -12,15 +12,15 @@ const LAYERS: [&[&str]; 8] = [
     &["atomic-file", "nearest"],
     &["cluster-tree", "embed", "ops"],
     &["bert", "corpus", "kmeans", "memory-bank"],
-    &["anchor", "retrieve"],
-    &["generate"],
+    &["anchor", "memory-service", "retrieve"],
+    &["generate", "shard-host"],
     &["eval"],
     &["train"],
     &["cli"],
 ];
 
 /// Every edge between our crates, tests aside. A new one is a decision, and it is written here.
-const EDGES: [(&str, &[&str]); 15] = [
+const EDGES: [(&str, &[&str]); 17] = [
     ("anchor", &["atomic-file", "cluster-tree", "memory-bank", "ops"]),
     (
         "cli",
@@ -35,9 +35,11 @@ const EDGES: [(&str, &[&str]); 15] = [
             "generate",
             "kmeans",
             "memory-bank",
+            "memory-service",
             "nearest",
             "ops",
             "retrieve",
+            "shard-host",
             "train",
         ],
     ),
@@ -50,15 +52,29 @@ const EDGES: [(&str, &[&str]); 15] = [
     ("generate", &["anchor", "cluster-tree", "corpus", "memory-bank"]),
     ("kmeans", &["cluster-tree", "nearest"]),
     ("memory-bank", &["atomic-file", "cluster-tree"]),
+    ("memory-service", &["atomic-file", "cluster-tree", "memory-bank"]),
     ("nearest", &[]),
     ("ops", &[]),
     ("retrieve", &["cluster-tree", "embed", "nearest"]),
+    ("shard-host", &["memory-bank", "memory-service"]),
     ("train", &["anchor", "atomic-file", "cluster-tree", "corpus", "eval", "generate", "memory-bank", "ops"]),
 ];
 
 /// Crates that build without a tensor library, so that hosts of data and memory need no GPU software.
-const WITHOUT_TENSORS: [&str; 7] =
-    ["atomic-file", "cluster-tree", "corpus", "embed", "kmeans", "memory-bank", "nearest"];
+const WITHOUT_TENSORS: [&str; 9] = [
+    "atomic-file",
+    "cluster-tree",
+    "corpus",
+    "embed",
+    "kmeans",
+    "memory-bank",
+    "memory-service",
+    "nearest",
+    "shard-host",
+];
+
+/// The only crate of ours that knows gRPC, and what it knows it by.
+const GRPC: (&str, [&str; 2]) = ("memory-service", ["tonic", "prost"]);
 
 /// Where unsafe code may be beside maps of files: kernels that choose their instructions at run time.
 const KERNELS: [&str; 2] = ["crates/ops/", "crates/nearest/src/kernel.rs"];
@@ -226,6 +242,8 @@ fn only_the_program_reads_the_environment_and_uses_anyhow() {
         match name.as_str() {
             // `init_process` tells candle how many threads to use; it has no other way.
             "crates/ops/src/lib.rs" => assert_eq!(environment.len(), 1, "{name}"),
+            // The shard's own program: credentials of its object store.
+            "crates/shard-host/src/main.rs" => assert_eq!(environment.len(), 1, "{name}"),
             _ => assert!(
                 !library || environment.is_empty(),
                 "{name}: lines {environment:?} read the environment"
@@ -235,6 +253,16 @@ fn only_the_program_reads_the_environment_and_uses_anyhow() {
     for (name, package) in packages() {
         let uses = dependencies(&package, None).contains("anyhow");
         assert_eq!(uses, name == "cli", "{name} and anyhow");
+    }
+}
+
+#[test]
+fn only_the_service_knows_grpc() {
+    for (name, package) in packages() {
+        for grpc in GRPC.1 {
+            let uses = dependencies(&package, None).contains(grpc);
+            assert_eq!(uses, name == GRPC.0, "{name} and {grpc}");
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
 use train::{Phase, TrainConfig};
 
-use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
-pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind};
+use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, ShardSection, TreeSection};
+pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -22,6 +22,7 @@ pub(crate) struct Config {
     pub(crate) tree: TreeSection,
     pub(crate) anchor: AnchorSection,
     pub(crate) memory: MemorySection,
+    pub(crate) shard: ShardSection,
     pub(crate) train: TrainConfig,
     pub(crate) retrieve: RetrieveSection,
     pub(crate) eval: EvalSection,

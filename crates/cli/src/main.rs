@@ -1,5 +1,6 @@
 //! `anchorage`: the command line over the whole system.
 
+mod bank;
 mod config;
 mod evaluate;
 mod facts;
@@ -10,6 +11,7 @@ mod quickstart;
 mod report;
 mod routing;
 mod run;
+mod shards;
 mod study;
 mod summary;
 mod training;
@@ -90,10 +92,22 @@ enum Command {
     RouteStudy(study::StudyArgs),
     /// Continue a text with the memory that it fetches; `-` continues each line of the standard input.
     Generate(query::GenerateArgs),
-    /// What a memory bank holds.
+    /// Checkpoints of memory banks: look at them, check them, join them, write them in other forms.
     Bank {
         #[command(subcommand)]
-        command: BankCommand,
+        command: bank::BankCommand,
+    },
+    /// Serve one shard of a run's memory bank.
+    Shard {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        shard: shard_host::ShardArgs,
+    },
+    /// Make certificates for shards and those who reach them.
+    Certs {
+        #[command(subcommand)]
+        command: shards::CertsCommand,
     },
     /// Look at the cluster tree of a prepared corpus, and edit it.
     Tree {
@@ -118,15 +132,6 @@ enum Command {
         /// times.
         #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
         set: Vec<String>,
-    },
-}
-
-#[derive(Subcommand)]
-enum BankCommand {
-    /// Blocks, touched blocks, parameters and norms by level.
-    Inspect {
-        /// Folder of a run, or the folder `memory` of a checkpoint.
-        dir: PathBuf,
     },
 }
 
@@ -208,7 +213,11 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => query::generate(args)?,
-        Command::Bank { command: BankCommand::Inspect { dir } } => query::inspect(&dir)?,
+        Command::Bank { command } => bank::run(command)?,
+        Command::Shard { config, shard } => {
+            shards::serve(&Config::load(&config.config, &config.set)?, shard)?;
+        }
+        Command::Certs { command } => shards::certs(command)?,
         Command::Tree { command } => tree::run(command)?,
         Command::Check(args) => query::check(&Config::load(&args.config, &args.set)?)?,
         Command::Config { command: ConfigCommand::Print(args) } => {

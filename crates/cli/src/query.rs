@@ -9,7 +9,6 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use cluster_tree::ClusterPath;
 use generate::{Options, Prompt};
-use train::Checkpoints;
 
 use crate::config::Config;
 use crate::prepare::named_embedder;
@@ -135,47 +134,6 @@ pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
         }
         Ok(())
     })
-}
-
-pub(crate) fn inspect(dir: &Path) -> Result<()> {
-    let memory = match dir.join("config.toml").exists() {
-        true => {
-            let checkpoints = Checkpoints::of(dir);
-            checkpoints.dir(checkpoints.require_latest()?).join("memory")
-        }
-        false => dir.to_path_buf(),
-    };
-    if !memory.is_dir() {
-        bail!(
-            "{}: expected a memory bank, found none (a run of train.phase = \"anchor\" has no bank)",
-            memory.display()
-        );
-    }
-    let bank = memory_bank::inspect(&memory)?;
-    let spec = &bank.manifest.spec;
-    println!("{}", memory.display());
-    println!("step {}, {} parameters fetched of {}", bank.manifest.step.0, spec.fetch_len(), spec.bank_len());
-    for (name, hash) in &bank.manifest.hashes {
-        println!("{name} {hash}");
-    }
-    println!(
-        "{:>5} {:>6} {:>8} {:>8} {:>14} {:>10} {:>10} {:>10}",
-        "level", "width", "blocks", "touched", "parameters", "updates", "most", "|M3|"
-    );
-    for level in &bank.levels {
-        println!(
-            "{:>5} {:>6} {:>8} {:>8} {:>14} {:>10.1} {:>10} {:>10.3}",
-            level.level + 1,
-            spec.width[level.level],
-            level.n_blocks,
-            level.n_touched,
-            level.n_parameters,
-            level.mean_updates,
-            level.max_updates,
-            level.m3_norm
-        );
-    }
-    Ok(())
 }
 
 /// Sizes that follow from a configuration, before anything is read or trained.

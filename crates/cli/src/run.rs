@@ -11,13 +11,15 @@ use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use embed::Embedder;
 use generate::Model;
-use memory_bank::{Blocking, LocalBank, Step};
+use memory_bank::{BankVersion, Blocking, Step};
 use retrieve::Retriever;
 use train::{Assign, Checkpoints, TrainState};
 
 use crate::config::Config;
 use crate::prepare::{load_embedder, tree_hash};
 use crate::routing;
+use crate::shards::{self, Bank};
+use crate::training::block_spec;
 
 /// Where models run: the first GPU of a build with the feature `cuda`, else the CPU.
 pub(crate) fn device() -> Result<Device> {
@@ -37,7 +39,7 @@ pub(crate) struct Run {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) tree: Arc<ClusterTree>,
     pub(crate) anchor: Anchor,
-    pub(crate) bank: Option<Blocking<LocalBank>>,
+    pub(crate) bank: Option<Blocking<Bank>>,
     pub(crate) state: TrainState,
 }
 
@@ -64,7 +66,12 @@ impl Run {
             }
         }
         let bank = match config.train.phase.has_memory() {
-            true => Some(open_bank(&checkpoint.join("memory"), &hashes(&tree, &tokenizer))?),
+            true => {
+                let (seed, hashes) = (config.memory.seed, hashes(&tree, &tokenizer));
+                let version = BankVersion { step: Step(step), seed, hashes };
+                let spec = block_spec(&config, &tree);
+                Some(shards::read(&config, &checkpoint.join("memory"), version, spec)?)
+            }
             false => None,
         };
         let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), (&device()?, DType::F32))?.freeze();
@@ -84,7 +91,7 @@ impl Run {
         Self::open_with(dir, &[])
     }
 
-    pub(crate) fn model(&self) -> Model<'_, LocalBank> {
+    pub(crate) fn model(&self) -> Model<'_, Bank> {
         Model { anchor: &self.anchor, bank: self.bank.as_ref(), step: Step(self.state.step) }
     }
 
@@ -122,18 +129,6 @@ impl Run {
     pub(crate) fn is_always_on(&self) -> bool {
         self.config.train.phase.has_memory() && self.config.train.assign == Assign::AlwaysOn
     }
-}
-
-fn open_bank(dir: &Path, expected: &BTreeMap<String, String>) -> Result<Blocking<LocalBank>> {
-    let bank = LocalBank::open_read_only(dir)?;
-    if bank.hashes() != expected {
-        bail!(
-            "{}: bank of another tree or tokenizer: expected {expected:?}, found {:?}",
-            dir.display(),
-            bank.hashes()
-        );
-    }
-    Ok(Blocking::new(Arc::new(bank))?)
 }
 
 /// What a bank belongs to.

@@ -11,13 +11,15 @@ use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank};
+use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
+use memory_service::Identity;
 use train::{Checkpoints, Parts, StepMetrics, Trainer};
 
 use crate::config::Config;
 use crate::prepare::Prepared;
 use crate::progress::Progress;
 use crate::run::{device, hashes, write_whole};
+use crate::shards::{self, Bank};
 
 /// Files that a run copies from its prepared corpus, so that it routes and generates on its own.
 const COPIED: [&str; 4] = ["tokenizer.json", "tree.safetensors", "fingerprint.json", EMBEDDER];
@@ -47,20 +49,29 @@ pub(crate) fn train(config: &Config, prepared: &Prepared) -> Result<()> {
     let spec = block_spec(config, &tree);
     let memory = match config.train.phase.has_memory() {
         true => {
-            let options = BankOptions {
-                seed: config.memory.seed,
-                adamw: config.train.memory_adamw(),
-                world_size: 1,
-                checkpoint_root: checkpoints.root().into(),
-                hashes: hashes(&tree, &tokenizer),
-            };
-            let bank = match resumed {
-                Some(step) => {
-                    LocalBank::resume(&checkpoints.dir(step).join("memory"), spec.clone(), options)?
+            let hashes = hashes(&tree, &tokenizer);
+            Some(match (config.memory.shards.is_empty(), resumed) {
+                (false, step) => {
+                    let identity = Identity::new(&config.memory.bank, &spec, hashes);
+                    shards::train_on_shards(config, (spec.clone(), identity), Step(step.unwrap_or(0)))?
                 }
-                None => LocalBank::create(spec.clone(), options)?,
-            };
-            Some(Blocking::new(Arc::new(bank))?)
+                (true, step) => {
+                    let options = BankOptions {
+                        seed: config.memory.seed,
+                        adamw: config.train.memory_adamw(),
+                        world_size: 1,
+                        checkpoint_root: checkpoints.root().into(),
+                        hashes,
+                    };
+                    let bank = match step {
+                        Some(step) => {
+                            LocalBank::resume(&checkpoints.dir(step).join("memory"), spec.clone(), options)?
+                        }
+                        None => LocalBank::create(spec.clone(), options)?,
+                    };
+                    Blocking::new(Arc::new(Bank::Local(bank)))?
+                }
+            })
         }
         false => None,
     };
@@ -77,7 +88,7 @@ pub(crate) fn train(config: &Config, prepared: &Prepared) -> Result<()> {
 }
 
 /// Trains to the last step under a progress bar; `sizes` is told with the last line.
-fn run(config: &Config, mut trainer: Trainer<LocalBank>, sizes: &str) -> Result<()> {
+fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str) -> Result<()> {
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let begin = trainer.state();
     if begin.step >= config.train.steps {
@@ -199,7 +210,7 @@ fn load_anchor(config: &Config, tokenizer: &Tokenizer, checkpoint: &Path) -> Res
     Ok(anchor)
 }
 
-fn block_spec(config: &Config, tree: &ClusterTree) -> BlockSpec {
+pub(crate) fn block_spec(config: &Config, tree: &ClusterTree) -> BlockSpec {
     BlockSpec {
         kind: config.memory.kind,
         n_layers: config.anchor.n_layers,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
+use futures::stream::{self, StreamExt};
 use object_store::ObjectStore;
 use object_store::path::Path as StorePath;
 
@@ -20,6 +21,8 @@ use crate::{
 
 /// Attempts to write a manifest where a torn one is found.
 const COMMIT_ATTEMPTS: usize = 3;
+/// Segments written at the same time: each has a thread for each of its files that hashes them.
+const SEGMENTS: usize = 2;
 /// Longest name of a bank.
 const MAX_NAME_BYTES: usize = 64;
 
@@ -50,7 +53,7 @@ pub struct StoreOptions {
 impl Default for StoreOptions {
     fn default() -> Self {
         let access = Access::Write;
-        Self { access, part_bytes: 8 << 20, parts_in_flight: 8, max_chain: 16, max_segment_bytes: 4 << 30 }
+        Self { access, part_bytes: 8 << 20, parts_in_flight: 8, max_chain: 16, max_segment_bytes: 1 << 30 }
     }
 }
 
@@ -61,7 +64,8 @@ impl Default for StoreOptions {
 /// has once and which is written last. What has no manifest does not exist. So a save that was killed
 /// anywhere leaves the one before it whole, and is simply done again.
 ///
-/// The functions need a tokio runtime.
+/// A request that fails is repeated as often as the store's own settings say (`object_store`'s are
+/// bounded), and nothing here repeats it beyond that. The functions need a tokio runtime.
 #[derive(Clone, Debug)]
 pub struct BankStore {
     pub(crate) files: Files,
@@ -196,11 +200,14 @@ impl BankStore {
         let size = |(id, _): &(ClusterId, Row)| block_bytes(spec, usize::from(id.level));
         let ranges = divide(rows.iter().map(size), self.options.max_segment_bytes);
         let mut rows = rows.into_iter();
+        let mut writes = Vec::new();
         for (part, range) in ranges.into_iter().enumerate() {
-            let stem = stem(step, placement, &unique, part);
-            let target = self.target(stem, placement.shard, step);
-            segments.push(write_rows(spec, target, rows.by_ref().take(range.len()).collect()).await?);
+            let target = self.target(stem(step, placement, &unique, part), placement.shard, step);
+            writes.push(write_rows(spec, target, rows.by_ref().take(range.len()).collect()));
         }
+        // One that fails lets the others end: an upload is either finished or aborted.
+        let written: Vec<Result<Segment>> = stream::iter(writes).buffered(SEGMENTS).collect().await;
+        segments.extend(written.into_iter().collect::<Result<Vec<_>>>()?);
         let Placement { shard, n_shards } = placement;
         Ok(ShardRecord { identity: identity.clone(), step, shard, n_shards, touched, segments })
     }

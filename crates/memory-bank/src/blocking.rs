@@ -7,6 +7,11 @@ use cluster_tree::ClusterId;
 use crate::tensor_file::io_error;
 use crate::{Block, BlockStore, Error, Result, Step};
 
+/// A thread beside the caller's, so that connections are minded while the caller computes.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()
+}
+
 /// A block store as synchronous code sees it: the loops that own a device run on plain threads, and
 /// async stops here.
 pub struct Blocking<S> {
@@ -20,7 +25,18 @@ impl<S: BlockStore> Blocking<S> {
     /// # Errors
     /// When the runtime cannot start.
     pub fn new(store: Arc<S>) -> std::io::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { store, runtime: runtime()? })
+    }
+
+    /// As [`Blocking::new`], of a store that is opened on the same runtime: its connections live on it.
+    ///
+    /// # Errors
+    /// Those of `open`, and when the runtime cannot start.
+    pub fn open<E: From<std::io::Error>>(
+        open: impl Future<Output = std::result::Result<S, E>>,
+    ) -> std::result::Result<Self, E> {
+        let runtime = runtime()?;
+        let store = Arc::new(runtime.block_on(open)?);
         Ok(Self { store, runtime })
     }
 

@@ -37,13 +37,9 @@ impl Values {
     fn first_wrong(&self) -> Option<(usize, f32)> {
         let limit = bf16_limit();
         match self {
-            Self::F32(values) if is_bounded(values) => None,
+            Self::F32(values) => first_wrong(values),
             Self::Bf16(values) if values.iter().map(|&x| magnitude_bf16(x)).fold(0, u16::max) <= limit => {
                 None
-            }
-            Self::F32(values) => {
-                let is_wrong = |value: &f32| magnitude(*value) > MAX_GRADIENT.to_bits();
-                values.iter().position(is_wrong).map(|position| (position, values[position]))
             }
             Self::Bf16(values) => {
                 let is_wrong = |value: &bf16| magnitude_bf16(*value) > limit;
@@ -73,17 +69,7 @@ impl Gradients {
 
     /// As [`Gradients::new`], of gradients in either precision.
     pub fn of(spec: &BlockSpec, gradients: Vec<(ClusterId, Values)>) -> Result<Self> {
-        let mut places = BTreeMap::new();
-        for (second, (id, values)) in gradients.iter().enumerate() {
-            spec.check(*id)?;
-            let expected = spec.block_len(usize::from(id.level));
-            if values.len() != expected {
-                return Err(Error::GradientLength { id: *id, expected, found: values.len() });
-            }
-            if let Some(first) = places.insert(*id, second) {
-                return Err(Error::RepeatedGradient { id: *id, first, second });
-            }
-        }
+        check_sizes(spec, gradients.iter().map(|(id, values)| (*id, values.len())))?;
         let wrong = gradients.par_iter().find_map_first(|(id, values)| {
             let (position, value) = values.first_wrong()?;
             Some(Error::GradientValue { id: *id, position, value, limit: MAX_GRADIENT })
@@ -92,6 +78,17 @@ impl Gradients {
             Some(error) => Err(error),
             None => Ok(Self(gradients.into_iter().collect())),
         }
+    }
+
+    /// Fails where [`Gradients::new`] does, and leaves the blocks with the caller: who sends them to
+    /// several shards finds out before one of them has applied its part.
+    pub fn check(spec: &BlockSpec, blocks: &[Block]) -> Result<()> {
+        check_sizes(spec, blocks.iter().map(|block| (block.id, block.values.len())))?;
+        let wrong = blocks.par_iter().find_map_first(|block| {
+            let (position, value) = first_wrong(&block.values)?;
+            Some(Error::GradientValue { id: block.id, position, value, limit: MAX_GRADIENT })
+        });
+        wrong.map_or(Ok(()), Err)
     }
 
     /// The blocks that have a gradient.
@@ -103,6 +100,31 @@ impl Gradients {
     pub(crate) fn into_blocks(self) -> impl Iterator<Item = (ClusterId, Values)> {
         self.0.into_iter()
     }
+}
+
+/// Fails on blocks that the spec does not have, gradients of a wrong length and two of one block.
+fn check_sizes(spec: &BlockSpec, gradients: impl Iterator<Item = (ClusterId, usize)>) -> Result<()> {
+    let mut places = BTreeMap::new();
+    for (second, (id, found)) in gradients.enumerate() {
+        spec.check(id)?;
+        let expected = spec.block_len(usize::from(id.level));
+        if found != expected {
+            return Err(Error::GradientLength { id, expected, found });
+        }
+        if let Some(first) = places.insert(id, second) {
+            return Err(Error::RepeatedGradient { id, first, second });
+        }
+    }
+    Ok(())
+}
+
+/// The first number whose magnitude is not a gradient's, with its position.
+fn first_wrong(values: &[f32]) -> Option<(usize, f32)> {
+    if is_bounded(values) {
+        return None;
+    }
+    let is_wrong = |value: &f32| magnitude(*value) > MAX_GRADIENT.to_bits();
+    values.iter().position(is_wrong).map(|position| (position, values[position]))
 }
 
 /// Compares bit patterns: without the sign, those of NaN and infinity are above every number's, and

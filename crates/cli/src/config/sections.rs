@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anchor::AnchorConfig;
 use anyhow::{Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
+use memory_bank::TierOptions;
 use serde::{Deserialize, Serialize};
 
 /// Where the run lives.
@@ -95,8 +96,13 @@ impl CorpusSection {
     }
 }
 
-/// What the environment says of object stores, by the names their own tools use (`AWS_ENDPOINT`), then
-/// what the configuration says. Credentials come from there and so are in no run's config.toml.
+/// What the environment says of object stores, by the names their own tools use (`AWS_ENDPOINT`).
+/// Credentials come from there and so are in no run's config.toml.
+pub(crate) fn environment() -> Vec<(String, String)> {
+    store_options(std::env::vars_os(), &BTreeMap::new())
+}
+
+/// What the environment says of object stores, then what the configuration says.
 fn store_options(
     environment: impl Iterator<Item = (std::ffi::OsString, std::ffi::OsString)>,
     configured: &BTreeMap<String, String>,
@@ -345,11 +351,50 @@ pub(crate) struct MemorySection {
     pub(crate) width: Vec<usize>,
     /// Seed of the blocks' initial weights.
     pub(crate) seed: u64,
+    /// `host:port` of every shard that holds the blocks while they are trained, in order; without any, this
+    /// process does.
+    pub(crate) shards: Vec<String>,
+    /// The bank's name there.
+    pub(crate) bank: String,
+    /// Of pushed gradients on their way to the shards; weights come as they are.
+    pub(crate) push_dtype: memory_service::Dtype,
+    /// Whether blocks may come over bulk streams, where the shards offer them.
+    pub(crate) bulk: bool,
+    /// Certificates for the shards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<shard_host::TlsSection>,
+    /// A file that holds a token for the shards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Where blocks are read from, for evaluation and generation.
+    pub(crate) placement: TierOptions,
+}
+
+/// How the shards of this run's bank are served, by `anchorage shard`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ShardSection {
+    /// Ports, limits and who may connect.
+    pub(crate) serve: shard_host::ServeSection,
+    /// Where checkpoints go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) store: Option<shard_host::StoreSection>,
 }
 
 impl Default for MemorySection {
     fn default() -> Self {
-        Self { kind: memory_bank::MemoryKind::Ffn, width: vec![256, 64, 16, 0], seed: 1 }
+        Self {
+            kind: memory_bank::MemoryKind::Ffn,
+            width: vec![256, 64, 16, 0],
+            seed: 1,
+            shards: vec![],
+            bank: "bank".into(),
+            push_dtype: memory_service::Dtype::F32,
+            bulk: true,
+            tls: None,
+            token_file: None,
+            placement: TierOptions::default(),
+        }
     }
 }
 

@@ -118,7 +118,9 @@ fn a_foreign_base_is_not_built_on() {
         let mut shards = Shards::new(1);
         shards.train(1);
         shards.save(&store).await.unwrap();
+        // Other blocks in step 1, and one in step 2: little to write if it could be built on step 1.
         let other = Shards::new(1);
+        other.train_by(1, |step| [0, 1, 3, 4, 6, 7, 9, 10].map(|i| gradient(id(2, i), step)).to_vec());
         other.train_by(2, |step| vec![gradient(id(2, 7), step)]);
         let snapshot = || other.live[0].snapshot(Step(2), Step(0)).unwrap();
         let mut base = other.write(&store).await.unwrap().remove(0);
@@ -127,7 +129,7 @@ fn a_foreign_base_is_not_built_on() {
             base.step = step;
             let record = store.write(&identity(), snapshot(), Some(&base)).await.unwrap();
             assert_eq!(record.segments.len(), 1);
-            assert_eq!((record.segments[0].step, &record.segments[0].rows), (Step(2), &vec![0, 0, 1]));
+            assert_eq!((record.segments[0].step, &record.segments[0].rows), (Step(2), &vec![0, 0, 8]));
         }
     });
 }

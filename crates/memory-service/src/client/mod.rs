@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use cluster_tree::ClusterId;
 use futures::future::{join_all, try_join_all};
 use hyper_util::rt::TokioIo;
-use memory_bank::{Block, BlockSpec, BlockStore, Error, MAX_SHARDS, Placement, Result, Step, owner};
+use memory_bank::{
+    Block, BlockSpec, BlockStore, Error, Gradients, MAX_SHARDS, Placement, Result, Step, owner,
+};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinHandle;
@@ -221,6 +223,15 @@ impl RemoteBank {
         Ok(step)
     }
 
+    /// The last step that each shard has applied.
+    pub async fn applied(&self) -> Result<Vec<Step>> {
+        let applied = |shard: &Arc<ShardClient>| {
+            let (bank, shard) = (self.clone(), Arc::clone(shard));
+            async move { bank.retry(&shard, || shard.stat()).await.map(|stat| Step(stat.applied)) }
+        };
+        try_join_all(self.shards.iter().map(applied)).await
+    }
+
     /// What this client has done so far.
     pub fn stats(&self) -> RemoteStats {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -317,9 +328,10 @@ impl BlockStore for RemoteBank {
     async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> Result<()> {
         let start = Instant::now();
         let n_shards = self.shards.len();
+        // Here, since a shard that finds fault with its part does not keep the others from applying theirs.
+        Gradients::check(&self.spec, &grads)?;
         let mut parts: Vec<Encoded> = vec![Vec::new(); n_shards];
         for block in grads {
-            self.spec.check(block.id)?;
             parts[owner(block.id, n_shards)].push(encode(block, self.options.push_dtype));
         }
         // A shard without gradients is told too: its step is complete only then.

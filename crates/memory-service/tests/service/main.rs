@@ -1,5 +1,8 @@
 //! Shards served in this process, and banks made of them.
 
+mod checkpoints;
+mod operators;
 mod refusals;
 mod remote;
+mod secure;
 mod support;

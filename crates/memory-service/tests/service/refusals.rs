@@ -169,8 +169,11 @@ async fn overload_is_refused_with_a_hint_and_retried() {
         blocks: vec![BlockId { level: 0, index: 0 }],
         ..FetchRequest::default()
     };
-    let mut waiting = client(&served[0]).await;
-    let first = tokio::spawn(async move { waiting.fetch(request()).await.map(drop) });
+    // One that comes again, should another be waiting when it arrives.
+    let first = tokio::spawn({
+        let bank = RemoteBank::connect(remote(&served)).await.unwrap();
+        async move { bank.fetch(Step(1), &[id(0, 0)]).await }
+    });
     let refused = loop {
         // Until the first one waits, this one would: give it a short time.
         let mut second = tonic::Request::new(request());

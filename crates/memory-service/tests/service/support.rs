@@ -76,6 +76,11 @@ impl Served {
         Self { address, live, stop: Some(stop), task }
     }
 
+    /// Ends without a word to anybody.
+    pub(crate) fn kill(self) {
+        self.task.abort();
+    }
+
     /// Stops taking requests and finishes those under way.
     pub(crate) async fn stop(mut self) {
         drop(self.stop.take());

@@ -1,0 +1,236 @@
+//! Memory banks in shards: `anchorage shard`, `anchorage certs`, and how a run reaches its bank.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use cluster_tree::{ClusterId, ClusterTree};
+use corpus::Tokenizer;
+use memory_bank::{
+    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LocalBank, Step, StoreBank,
+    StoreOptions, TierSource, Tiered,
+};
+use memory_service::security::certs::{Issue, issue, make_ca};
+use memory_service::security::{Role, Tls, TlsFiles};
+use memory_service::{Identity, RemoteBank, RemoteOptions};
+use shard_host::{BankSection, ShardArgs, ShardConfig};
+
+use crate::config::{Config, environment};
+use crate::prepare::Prepared;
+use crate::run::hashes;
+use crate::training::block_spec;
+
+/// Certificates for development.
+#[derive(Subcommand)]
+pub(crate) enum CertsCommand {
+    /// Make an authority: ca.pem and ca.key.
+    Ca {
+        /// Folder to write to.
+        dir: PathBuf,
+    },
+    /// Make a certificate and its key, NAME.pem and NAME.key.
+    Issue {
+        /// Folder of the authority, and of what is written.
+        dir: PathBuf,
+        /// What its holder may do: worker, shard, reader or admin.
+        #[arg(long)]
+        role: Role,
+        /// Its holder.
+        #[arg(long)]
+        name: String,
+        /// DNS names and IP addresses that a shard is reached by; may be given several times.
+        #[arg(long = "host")]
+        hosts: Vec<String>,
+        /// Days until it expires.
+        #[arg(long, default_value_t = 90)]
+        days: u32,
+    },
+}
+
+pub(crate) fn certs(command: CertsCommand) -> Result<()> {
+    match command {
+        CertsCommand::Ca { dir } => {
+            make_ca(&dir)?;
+            println!("{}", dir.join("ca.pem").display());
+        }
+        CertsCommand::Issue { dir, role, name, hosts, days } => {
+            let files = issue(&dir, &Issue { role, name, hosts, days })?;
+            println!("{} {}", files.cert.display(), files.key.display());
+        }
+    }
+    Ok(())
+}
+
+/// Serves one shard of a run's bank.
+pub(crate) fn serve(config: &Config, args: ShardArgs) -> Result<()> {
+    Ok(args.serve(describe(config)?, &environment())?)
+}
+
+/// What the shards of a run's bank are told; its corpus is prepared, since the bank belongs to its tree.
+pub(crate) fn describe(config: &Config) -> Result<ShardConfig> {
+    if !config.train.phase.has_memory() {
+        bail!("train.phase: expected a phase with memory, found \"anchor\", which has no bank");
+    }
+    let prepared = Prepared::of(config);
+    let tree = ClusterTree::load(&prepared.tree()).context("the run's corpus is not prepared")?;
+    let tokenizer = Tokenizer::load(&prepared.dir.join("tokenizer.json"))?;
+    let bank = BankSection {
+        name: config.memory.bank.clone(),
+        seed: config.memory.seed,
+        world_size: 1,
+        staleness: 0,
+        spec: block_spec(config, &tree),
+        adamw: config.train.memory_adamw(),
+        hashes: hashes(&tree, &tokenizer),
+    };
+    Ok(ShardConfig { bank, serve: config.shard.serve.clone(), store: config.shard.store.clone() })
+}
+
+/// A run's bank, wherever its blocks are.
+pub(crate) enum Bank {
+    /// In this process.
+    Local(LocalBank),
+    /// In shards.
+    Remote(RemoteBank),
+    /// Read through tiers.
+    Tiered(Tiered),
+}
+
+impl BlockStore for Bank {
+    fn spec(&self) -> &BlockSpec {
+        match self {
+            Self::Local(bank) => bank.spec(),
+            Self::Remote(bank) => bank.spec(),
+            Self::Tiered(bank) => bank.spec(),
+        }
+    }
+
+    async fn fetch(&self, after: Step, ids: &[ClusterId]) -> memory_bank::Result<Vec<Block>> {
+        match self {
+            Self::Local(bank) => bank.fetch(after, ids).await,
+            Self::Remote(bank) => bank.fetch(after, ids).await,
+            Self::Tiered(bank) => bank.fetch(after, ids).await,
+        }
+    }
+
+    async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> memory_bank::Result<()> {
+        match self {
+            Self::Local(bank) => bank.push(step, rank, grads).await,
+            Self::Remote(bank) => bank.push(step, rank, grads).await,
+            Self::Tiered(bank) => bank.push(step, rank, grads).await,
+        }
+    }
+
+    async fn save(&self, step: Step) -> memory_bank::Result<()> {
+        match self {
+            Self::Local(bank) => bank.save(step).await,
+            Self::Remote(bank) => bank.save(step).await,
+            Self::Tiered(bank) => bank.save(step).await,
+        }
+    }
+}
+
+/// The bank of a run that trains on shards, at `step`: they go back to their checkpoint of it when they are
+/// elsewhere.
+pub(crate) fn train_on_shards(
+    config: &Config,
+    identity: (BlockSpec, Identity),
+    step: Step,
+) -> Result<Blocking<Bank>> {
+    let options = remote_options(config, config.memory.shards.clone(), identity)?;
+    let bank = Blocking::open(async {
+        let bank = RemoteBank::connect(options).await?;
+        if bank.applied().await?.iter().any(|&applied| applied != step) {
+            bank.restore(Some(step)).await?;
+        }
+        Ok::<_, anyhow::Error>(Bank::Remote(bank))
+    })?;
+    Ok(bank)
+}
+
+/// The bank of a run that is read, through the tiers of memory.placement: behind its caches the run's own
+/// folder if it holds the bank, then shards, then a store.
+pub(crate) fn read(
+    config: &Config,
+    memory: &Path,
+    version: BankVersion,
+    spec: BlockSpec,
+) -> Result<Blocking<Bank>> {
+    let placement = &config.memory.placement;
+    let identity = Identity::new(&config.memory.bank, &spec, version.hashes.clone());
+    let bank = Blocking::open(async {
+        let mut sources = vec![];
+        if memory.join("manifest.json").exists() {
+            let local = LocalBank::open_read_only(memory)?;
+            if local.hashes() != &version.hashes {
+                bail!(
+                    "{}: bank of another tree or tokenizer: expected {:?}, found {:?}",
+                    memory.display(),
+                    version.hashes,
+                    local.hashes()
+                );
+            }
+            if placement == &memory_bank::TierOptions::default() {
+                return Ok(Bank::Local(local));
+            }
+            sources.push(TierSource::new("run", Arc::new(local)));
+        }
+        if !placement.shards.is_empty() {
+            let options = remote_options(config, placement.shards.clone(), (spec.clone(), identity))?;
+            sources.push(TierSource::new("shards", Arc::new(RemoteBank::connect(options).await?)));
+        }
+        if let Some(url) = &placement.store {
+            let options = StoreOptions { access: Access::Read, ..StoreOptions::default() };
+            let store = BankStore::open_url(url, &environment(), &config.memory.bank, options).await?;
+            let checkpoint = store.checkpoint(version.step).await?;
+            let expected = memory_bank::Identity {
+                spec: spec.clone(),
+                seed: version.seed,
+                hashes: version.hashes.clone(),
+            };
+            checkpoint.check_same(&expected)?;
+            sources.push(TierSource::new("store", Arc::new(StoreBank::new(checkpoint))));
+        }
+        if sources.is_empty() {
+            bail!(
+                "{}: found no bank (one that was trained on shards is read with memory.placement.shards or .store)",
+                memory.display()
+            );
+        }
+        let tiered = Tiered::open(placement, version, sources)?;
+        tiered.warm().await?;
+        Ok(Bank::Tiered(tiered))
+    })?;
+    Ok(bank)
+}
+
+fn remote_options(
+    config: &Config,
+    shards: Vec<String>,
+    (spec, identity): (BlockSpec, Identity),
+) -> Result<RemoteOptions> {
+    let memory = &config.memory;
+    let tls = match &memory.tls {
+        None => None,
+        Some(files) => {
+            let shard_host::TlsSection { cert, key, ca } = files.clone();
+            Some(Arc::new(Tls::reloading(TlsFiles { cert, key, ca })?))
+        }
+    };
+    let token = match &memory.token_file {
+        None => None,
+        Some(path) => {
+            let text = fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+            Some(text.trim().to_owned())
+        }
+    };
+    Ok(RemoteOptions {
+        push_dtype: memory.push_dtype,
+        bulk: memory.bulk,
+        tls,
+        token,
+        ..RemoteOptions::new(shards, spec, identity)
+    })
+}
