@@ -8,7 +8,7 @@ use crate::launcher::{TICK, What, World};
 use crate::setting::dice;
 
 /// Most ticks that a message is on its way over a link that works, and most that a link does not.
-const MOST_DELAY: u32 = 4;
+const MOST_DELAY: u32 = 8;
 const MOST_TICKS: u64 = 40;
 
 pub(crate) struct Faults {

@@ -139,6 +139,7 @@ impl World {
     /// A rank begins; one that began before has crashed.
     pub(crate) fn start(&self, rank: usize) {
         if !self.job.borrow_mut().started.insert(rank) {
+            self.disturb(false);
             self.fail(self.life(), &format!("rank {rank} crashed"));
         }
     }

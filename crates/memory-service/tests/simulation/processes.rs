@@ -20,9 +20,6 @@ use crate::network::{Accepted, channel};
 use crate::setting::{BANK, dice, mix};
 
 const PORT: u16 = 7070;
-/// Longer than any message is on its way. A push of an earlier life that came after the restore would
-/// be taken for one of this life.
-const QUIET_TICKS: u32 = 60;
 
 /// Serves a shard from the newest checkpoint for as long as it is let.
 pub(crate) async fn shard(world: Rc<World>, shard: usize) -> turmoil::Result {
@@ -65,7 +62,7 @@ async fn serve(world: &Rc<World>, shard: usize) -> Result<(), Box<dyn std::error
     });
     let serving = ServeOptions {
         identity: setting.identity(),
-        limits: Limits { request_s: 3, idle_s: 2, ..Limits::default() },
+        limits: Limits { request_s: 6, idle_s: 2, ..Limits::default() },
         compression: Compression::None,
         tls: None,
         tokens: None,
@@ -113,7 +110,7 @@ async fn live(world: &Rc<World>, rank: usize, life: u64) -> Result<(), Error> {
     done
 }
 
-async fn connect(world: &World, rank: usize, life: u64) -> Result<RemoteBank, Error> {
+pub(crate) async fn connect(world: &World, rank: usize, life: u64) -> Result<RemoteBank, Error> {
     let setting = &world.setting;
     let addresses = (0..setting.n_shards).map(|shard| format!("shard{shard}:{PORT}")).collect();
     let options = RemoteOptions {
@@ -130,7 +127,6 @@ async fn train(world: &Rc<World>, rank: usize, bank: &RemoteBank) -> Result<(), 
     let setting = &world.setting;
     let name = format!("rank {rank}");
     if rank == 0 {
-        sleep(QUIET_TICKS * TICK).await;
         world.resume(roll_back(world, bank).await?);
     }
     let resumed = world.resumed().await;

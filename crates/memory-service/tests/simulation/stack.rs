@@ -7,14 +7,14 @@
 
 use std::rc::Rc;
 
-use memory_bank::{Placement, Step};
+use memory_bank::{BlockStore, Placement, Step};
 use object_store::memory::InMemory;
 use rand::RngExt;
 use turmoil::Builder;
 
 use crate::faults::Faults;
 use crate::launcher::{Counts, TICK, What, World};
-use crate::processes::{open_store, shard, worker};
+use crate::processes::{connect, open_store, shard, worker};
 use crate::seeds;
 use crate::setting::{Setting, dice};
 use crate::store::SlowStore;
@@ -48,7 +48,7 @@ fn a_bank_under_faults_ends_with_the_bits_of_one_fed_in_order() {
 
 #[test]
 fn a_seed_has_one_course_of_events() {
-    for seed in [3, 11, 12, 19] {
+    for seed in 1..=20 {
         let (once, again) = (simulate(seed).unwrap(), simulate(seed).unwrap());
         if once.hash != again.hash {
             let differ = once.events.iter().zip(&again.events).find(|(once, again)| once != again);
@@ -57,21 +57,32 @@ fn a_seed_has_one_course_of_events() {
     }
 }
 
+#[test]
+fn a_restore_given_up_in_the_middle_leaves_a_shard_that_serves() {
+    let setting = Setting { n_shards: 1, world_size: 1, ..Setting::draw(1) };
+    let store = SlowStore { inner: InMemory::new(), pause: 10 * TICK };
+    let world = Rc::new(World::new(setting, store));
+    let mut sim = builder(1).build();
+    let served = Rc::clone(&world);
+    sim.host("shard0", move || shard(Rc::clone(&served), 0));
+    sim.client("operator", async move {
+        let bank = connect(&world, 0, 1).await?;
+        bank.save(Step(0)).await?;
+        // It takes the store 60 ticks and more to answer.
+        tokio::time::timeout(40 * TICK, bank.restore(None)).await.expect_err("restored already");
+        let ids = world.setting.all_ids();
+        tokio::time::timeout(40 * TICK, bank.fetch(Step(0), &ids)).await??;
+        Ok(())
+    });
+    sim.run().unwrap();
+}
+
 fn simulate(seed: u64) -> Result<Run, String> {
     let mut dice = dice(seed, "stack");
     let pause = TICK * dice.random_range(0..=3);
     let world = Rc::new(World::new(Setting::draw(seed), SlowStore { inner: InMemory::new(), pause }));
     let mut faults = Faults::draw(seed);
-    let mut sim = Builder::new()
-        .rng_seed(seed)
-        .tick_duration(TICK)
-        .simulation_duration(TICK * (MOST_TICKS as u32 + 1))
-        // Not drawn by turmoil: it draws for each message, and two runs need not cut what they send into
-        // messages alike. At least a tick, so that the order of work within one is not seen outside.
-        .min_message_latency(TICK)
-        .max_message_latency(TICK)
-        .tcp_capacity(1 << 14)
-        .build();
+    let mut sim = builder(seed).build();
     for index in 0..world.setting.n_shards {
         let world = Rc::clone(&world);
         sim.host(format!("shard{index}"), move || shard(Rc::clone(&world), index));
@@ -104,6 +115,20 @@ fn simulate(seed: u64) -> Result<Run, String> {
             Err(format!("{why}\n{:?}\n{shown}", world.setting))
         }
     }
+}
+
+fn builder(seed: u64) -> Builder {
+    let mut builder = Builder::new();
+    builder
+        .rng_seed(seed)
+        .tick_duration(TICK)
+        .simulation_duration(TICK * (MOST_TICKS as u32 + 1))
+        // Not drawn by turmoil: it draws for each message, and two runs need not cut what they send into
+        // messages alike. At least a tick, so that the order of work within one is not seen outside.
+        .min_message_latency(TICK)
+        .max_message_latency(TICK)
+        .tcp_capacity(1 << 14);
+    builder
 }
 
 /// Fails unless every checkpoint in the store is what the reference was, the last step's among them.
