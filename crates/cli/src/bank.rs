@@ -144,11 +144,12 @@ pub(crate) async fn open(bank: &str) -> Result<Checkpoint> {
         }
         return Ok(Checkpoint::open_folder(&memory).await?);
     }
-    if path.join("manifest.json").exists() {
-        return Ok(Checkpoint::open_folder(path).await?);
-    }
     let (root, name) = split(bank)?;
     let step = name.parse().ok().filter(|_| name.len() >= 8).map(Step);
+    // The manifest of a step in a store names files of the bank's other steps too.
+    if step.is_none() && path.join("manifest.json").exists() {
+        return Ok(Checkpoint::open_folder(path).await?);
+    }
     let (root, name) = if step.is_some() { split(root)? } else { (root, name) };
     let options = StoreOptions { access: Access::Read, ..StoreOptions::default() };
     let store = BankStore::open_url(root, &environment(), name, options).await?;

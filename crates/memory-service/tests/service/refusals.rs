@@ -171,7 +171,7 @@ async fn overload_is_refused_with_a_hint_and_retried() {
     };
     // One that comes again, should another be waiting when it arrives.
     let first = tokio::spawn({
-        let bank = RemoteBank::connect(remote(&served)).await.unwrap();
+        let bank = bank.clone();
         async move { bank.fetch(Step(1), &[id(0, 0)]).await }
     });
     let refused = loop {
@@ -185,7 +185,8 @@ async fn overload_is_refused_with_a_hint_and_retried() {
     };
     assert_eq!(refused.message(), "1 of 1 waiting requests are in use");
     assert_eq!(refused.metadata().get("grpc-retry-pushback-ms").unwrap(), "50");
-    // A client that is refused comes back, and succeeds once the step is there.
+    // A client that is refused comes back, and succeeds once the step is there. Which of the two is
+    // refused does not matter.
     let again = tokio::spawn({
         let bank = bank.clone();
         async move { bank.fetch(Step(1), &[id(0, 0)]).await }
