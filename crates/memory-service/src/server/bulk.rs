@@ -155,7 +155,8 @@ impl Connection {
             Ok(_) => (Code::Ok, ""),
             Err(status) => (status.code(), status.message()),
         };
-        let text = &text.as_bytes()[..text.floor_char_boundary(MAX_TEXT)];
+        let end = (0..=MAX_TEXT.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+        let text = &text.as_bytes()[..end.unwrap_or_default()];
         let applied = result.as_ref().map_or_else(|_| self.host.source.applied(), |step| *step).0;
         let retry_ms =
             result.as_ref().err().and_then(pushback).map_or(0, |ms| ms.min(u64::from(u16::MAX)) as u16);
