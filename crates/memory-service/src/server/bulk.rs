@@ -154,7 +154,9 @@ impl Connection {
             Ok(_) => (Code::Ok, ""),
             Err(status) => (status.code(), status.message()),
         };
-        let text = &text.as_bytes()[..text.floor_char_boundary(MAX_TEXT)];
+        // Not amid a character.
+        let end = (0..=text.len().min(MAX_TEXT)).rev().find(|&end| text.is_char_boundary(end));
+        let text = &text.as_bytes()[..end.unwrap_or_default()];
         let applied = result.as_ref().map_or_else(|_| self.host.source.applied(), |step| *step).0;
         let reply = Reply { code, n_text: text.len() as u32, applied };
         let bytes = [&reply.encode(), text].concat();

@@ -136,7 +136,7 @@ impl MemoryService for Rpc {
         Ok(Response::new(match &self.bulk {
             None => OpenBulkResponse::default(),
             Some((port, tickets)) => {
-                OpenBulkResponse { port: u32::from(*port), ticket: tickets.issue(caller)?.to_vec().into() }
+                OpenBulkResponse { port: u32::from(*port), ticket: tickets.issue(caller)?.to_vec() }
             }
         }))
     }

@@ -97,7 +97,7 @@ async fn blocks_that_are_not_the_shards_are_refused() {
 /// Sends a push of one block in these pieces and tells how it ended.
 async fn push_pieces(served: &Served, pieces: Vec<PushPiece>) -> Status {
     let pushed = client(served).await.push(tokio_stream::iter(pieces)).await;
-    pushed.err().expect("the push was taken")
+    pushed.expect_err("the push was taken")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
