@@ -8,6 +8,7 @@ mod kill;
 mod pipeline;
 mod route_study;
 mod same_tree;
+mod shards;
 mod support;
 mod tidy;
 mod tree;

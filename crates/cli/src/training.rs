@@ -149,8 +149,14 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
             for (key, value) in table.get(section).and_then(toml::Value::as_table).into_iter().flatten() {
                 let reported = ["log_every", "save_every", "keep", "validate_every", "validate_sequences"];
                 let reported = section == "train" && reported.contains(&key.as_str());
-                // How a store is reached decides nothing; the fingerprint holds what came from it.
-                if !reported && (section, key.as_str()) != ("corpus", "store") {
+                // How a store or the shards are reached decides nothing: the fingerprint and the bank's
+                // identity hold what comes from there.
+                let reached = match section {
+                    "corpus" => key == "store",
+                    "memory" => ["shards", "bulk", "tls", "token_file", "placement"].contains(&key.as_str()),
+                    _ => false,
+                };
+                if !reported && !reached {
                     keys.insert(format!("{section}.{key}"), value.to_string());
                 }
             }

@@ -19,7 +19,7 @@ pub(crate) const TICKET_BYTES: usize = 32;
 pub(crate) const HEAD_BYTES: usize = 24;
 /// Level u32, index u32, bytes u64.
 pub(crate) const ENTRY_BYTES: usize = 16;
-/// Code u32, bytes of text u32, step u64.
+/// Code u16, milliseconds to wait before another try u16, bytes of text u32, step u64.
 pub(crate) const REPLY_BYTES: usize = 16;
 /// Longest text of a reply.
 pub(crate) const MAX_TEXT: usize = 4096;
@@ -100,6 +100,8 @@ pub(crate) fn decode_entries(bytes: &[u8]) -> Result<Vec<(ClusterId, u64)>, Stri
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Reply {
     pub(crate) code: Code,
+    /// Milliseconds to wait before another try; 0 says nothing about it.
+    pub(crate) retry_ms: u16,
     /// Bytes of text that follow.
     pub(crate) n_text: u32,
     /// The last step applied.
@@ -109,7 +111,8 @@ pub(crate) struct Reply {
 impl Reply {
     pub(crate) fn encode(self) -> [u8; REPLY_BYTES] {
         let mut bytes = [0; REPLY_BYTES];
-        bytes[..4].copy_from_slice(&(self.code as u32).to_le_bytes());
+        bytes[..2].copy_from_slice(&(self.code as u16).to_le_bytes());
+        bytes[2..4].copy_from_slice(&self.retry_ms.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.n_text.to_le_bytes());
         bytes[8..].copy_from_slice(&self.applied.to_le_bytes());
         bytes
@@ -122,16 +125,20 @@ impl Reply {
         if n_text as usize > MAX_TEXT {
             return Err(format!("bulk reply with {n_text} bytes of text, expected at most {MAX_TEXT}"));
         }
-        let found = u32_at(bytes, 0);
-        let code = Code::from_i32(found as i32);
-        if code as u32 != found {
+        let found = u16_at(bytes, 0);
+        let code = Code::from_i32(i32::from(found));
+        if code as u16 != found {
             return Err(format!("bulk reply of code {found}, expected one of gRPC's, 0 to 16"));
         }
         if code == Code::Ok && n_text > 0 {
             return Err(format!("bulk reply of code 0 with {n_text} bytes of text, expected none"));
         }
-        Ok(Self { code, n_text, applied: u64_at(bytes, 8) })
+        Ok(Self { code, retry_ms: u16_at(bytes, 2), n_text, applied: u64_at(bytes, 8) })
     }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -149,7 +156,7 @@ mod tests {
     /// Whoever took such a reply for a good one would read its text as the beginning of a block.
     #[test]
     fn a_reply_is_refused_that_nobody_sends() {
-        let good = Reply { code: Code::NotFound, n_text: 9, applied: 7 };
+        let good = Reply { code: Code::NotFound, retry_ms: 300, n_text: 9, applied: 7 };
         assert_eq!(Reply::decode(&good.encode()), Ok(good));
         let refused = |edit: &dyn Fn(&mut [u8; REPLY_BYTES])| {
             let mut bytes = good.encode();

@@ -14,9 +14,11 @@ use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder
 
 use crate::proto::{BlockId, PushHead};
 
-/// Bytes of a block that one message carries. Small enough to stay in a core's cache between the copies
-/// on its way, and below the 4 MiB that other gRPC clients take.
-pub(crate) const PIECE_BYTES: usize = 128 << 10;
+/// Bytes of a block that one message carries: below the 4 MiB that other gRPC clients take.
+pub(crate) const PIECE_BYTES: usize = 1 << 20;
+
+/// The call whose messages do without a codec where they can.
+pub(crate) const FETCH_PATH: &str = "/memory.v1.MemoryService/Fetch";
 
 /// Bytes that a message may have beside its payload.
 const MAX_HEAD_BYTES: usize = 1 << 20;
@@ -34,14 +36,14 @@ pub enum Payload {
 }
 
 impl Payload {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::Bytes(bytes) => bytes.len(),
             Self::Rounded(bytes) => bytes.len() / 2,
         }
     }
 
-    fn put(&self, buf: &mut impl BufMut) {
+    pub(crate) fn put(&self, buf: &mut impl BufMut) {
         match self {
             Self::Bytes(bytes) => buf.put_slice(bytes),
             Self::Rounded(bytes) => {
@@ -239,6 +241,81 @@ pub(crate) fn cluster_id(id: BlockId) -> Option<ClusterId> {
     Some(ClusterId { level: u8::try_from(id.level).ok()?, index: id.index })
 }
 
+impl FetchPiece {
+    /// Appends the message with gRPC's prefix, and without the bytes of its payload, which follow.
+    pub(crate) fn put_head(&self, payload: usize, buf: &mut impl BufMut) {
+        let id = block_id(self.id);
+        let mut fields = Vec::with_capacity(48);
+        encoding::message::encode(1, &id, &mut fields);
+        encoding::uint64::encode(2, &self.total_bytes, &mut fields);
+        encoding::uint64::encode(3, &self.offset, &mut fields);
+        encode_key(PAYLOAD, WireType::LengthDelimited, &mut fields);
+        encode_varint(payload as u64, &mut fields);
+        buf.put_u8(0);
+        buf.put_u32((fields.len() + payload) as u32);
+        buf.put_slice(&fields);
+    }
+}
+
+/// A [`FetchPiece`] on the wire, up to its payload.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct PieceHead {
+    pub(crate) id: ClusterId,
+    pub(crate) total_bytes: u64,
+    pub(crate) offset: u64,
+    /// Bytes of the payload.
+    pub(crate) payload: usize,
+}
+
+impl PieceHead {
+    /// Longest head: a prefix of 5 bytes and five fields.
+    const MAX_BYTES: usize = 64;
+
+    /// Reads a head that ends where `bytes` does; `None` when more of it is to come. Fails on what is no
+    /// piece whose payload comes last.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Option<Self>, String> {
+        if bytes.len() > Self::MAX_BYTES {
+            return Err("a message of a fetch has no payload at its end".to_owned());
+        }
+        let Some((prefix, mut fields)) = bytes.split_first_chunk::<5>() else { return Ok(None) };
+        if prefix[0] != 0 {
+            return Err(format!("a message of a fetch with the flag {}, expected 0", prefix[0]));
+        }
+        let n_bytes = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+        let (n_head, mut head) = (
+            fields.len(),
+            Self { id: ClusterId { level: 0, index: 0 }, total_bytes: 0, offset: 0, payload: 0 },
+        );
+        let mut id = BlockId::default();
+        while fields.has_remaining() {
+            // What is cut short fails too; then the rest comes next.
+            let Ok((tag, wire_type)) = decode_key(&mut fields) else { return Ok(None) };
+            match (tag, wire_type) {
+                (1, WireType::LengthDelimited) => {
+                    let Ok(part) = take(&mut fields, Self::MAX_BYTES) else { return Ok(None) };
+                    id.merge(part).map_err(|error| error.to_string())?;
+                }
+                (2 | 3, WireType::Varint) => {
+                    let Ok(number) = decode_varint(&mut fields) else { return Ok(None) };
+                    *(if tag == 2 { &mut head.total_bytes } else { &mut head.offset }) = number;
+                }
+                (PAYLOAD, WireType::LengthDelimited) => {
+                    let Ok(payload) = decode_varint(&mut fields) else { return Ok(None) };
+                    let rest = n_bytes.checked_sub(n_head - fields.len());
+                    if rest.map(|rest| rest as u64) != Some(payload) || fields.has_remaining() {
+                        return Err("a message of a fetch goes on after its payload".to_owned());
+                    }
+                    head.id = cluster_id(id).ok_or("a block of a level above 255")?;
+                    head.payload = payload as usize;
+                    return Ok(Some(head));
+                }
+                _ => return Err(format!("a message of a fetch has a field {tag} of another type")),
+            }
+        }
+        Ok(None)
+    }
+}
+
 /// The codec of every call.
 pub(crate) struct WireCodec<T, U>(PhantomData<(T, U)>);
 
@@ -269,6 +346,12 @@ where
 
 /// Both halves of [`WireCodec`].
 pub(crate) struct Wire<T>(PhantomData<T>);
+
+impl<T> Default for Wire<T> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
 
 impl<T: Encode> Encoder for Wire<T> {
     type Item = T;
@@ -308,6 +391,9 @@ mod tests {
         let bytes = [10, 2, 8, 3, 24, 7, 10, 2, 16, 9];
         let piece = FetchPiece::get(&mut &bytes[..]).unwrap();
         assert_eq!((piece.id, piece.offset), (ClusterId { level: 3, index: 9 }, 7));
+        let head = [&[0, 0, 0, 0, 13], &bytes[..], &[122, 1]].concat();
+        let head = PieceHead::decode(&head).unwrap().unwrap();
+        assert_eq!((head.id, head.offset, head.payload), (piece.id, piece.offset, 1));
     }
 
     /// As large as one head may be, and not twice as large.

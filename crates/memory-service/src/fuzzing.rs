@@ -14,7 +14,7 @@ use tonic::Code;
 use crate::bulk::{
     ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, REPLY_BYTES, Reply, decode_entries, encode_entry,
 };
-use crate::codec::{Decode, Encode, FetchPiece, Payload, PushPiece, block_id, cluster_id};
+use crate::codec::{Decode, Encode, FetchPiece, Payload, PieceHead, PushPiece, block_id, cluster_id};
 use crate::parts::Parts;
 use crate::proto::{self, BlockId};
 use crate::security::{BankName, Caller, Identity, Permission, Role, Token, Tokens};
@@ -52,6 +52,7 @@ pub fn targets() -> Vec<Target> {
     ];
     vec![
         Target { name: "fetch_piece", check: fetch_piece, seeds: fetch_pieces() },
+        Target { name: "piece_head", check: piece_head, seeds: piece_heads() },
         Target { name: "push_piece", check: push_piece, seeds: push_pieces() },
         Target { name: "bulk_request", check: bulk_request, seeds: bulk_requests() },
         Target { name: "bulk_reply", check: bulk_reply, seeds: bulk_replies() },
@@ -67,6 +68,40 @@ pub fn fetch_piece(bytes: &[u8]) -> bool {
     assert_eq!((u32::from(ours.id.level), ours.id.index), (id.level, id.index));
     assert_eq!(encoded(&ours), theirs.encode_to_vec());
     true
+}
+
+/// The beginning of a piece, byte for byte as it arrives, up to its payload.
+pub fn piece_head(bytes: &[u8]) -> bool {
+    for n in 0..=bytes.len() {
+        match PieceHead::decode(&bytes[..n]) {
+            Ok(None) => {}
+            Err(reason) => return refused(&reason),
+            Ok(Some(head)) => {
+                check_id(head.id);
+                check_whole(&head, &bytes[..n], head.payload.min(1 << 12));
+                return true;
+            }
+        }
+    }
+    assert!(bytes.len() < 65, "no end to a head of {} bytes", bytes.len());
+    false
+}
+
+/// Fails unless both decoders of the whole message take it for what its beginning says. A payload of some
+/// bytes stands for a longer one.
+fn check_whole(head: &PieceHead, bytes: &[u8], n_payload: usize) {
+    let prefix = u32::from_be_bytes([bytes[1], bytes[2], bytes[3], bytes[4]]) as usize;
+    assert_eq!(prefix - head.payload, bytes.len() - 5);
+    if n_payload < head.payload {
+        return;
+    }
+    let whole = [&bytes[5..], &vec![7; n_payload]].concat();
+    let Some((piece, _)) = decoded::<FetchPiece, plain::FetchResponse>(&whole) else {
+        panic!("a piece whose head is {head:?} is refused");
+    };
+    let payload = Payload::Bytes(vec![7; n_payload].into());
+    let PieceHead { id, total_bytes, offset, .. } = *head;
+    assert_eq!(piece, FetchPiece { id, total_bytes, offset, payload });
 }
 
 /// A piece of a push.
@@ -236,6 +271,18 @@ fn fetch_pieces() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// As a shard sends them.
+fn piece_heads() -> Vec<Vec<u8>> {
+    let seed = |level, index, payload| {
+        let id = ClusterId { level, index };
+        let piece = FetchPiece { id, total_bytes: 1 << 40, offset: 300, payload: Payload::default() };
+        let mut bytes = Vec::new();
+        piece.put_head(payload, &mut bytes);
+        bytes
+    };
+    vec![seed(0, 0, 1), seed(2, 70_000, 300), seed(255, ClusterId::GENERIC, 1 << 20)]
+}
+
 fn push_pieces() -> Vec<Vec<u8>> {
     let identity = |hashes: &[(&str, &str)]| proto::BankIdentity {
         bank: "facts".to_owned(),
@@ -278,7 +325,7 @@ fn bulk_requests() -> Vec<Vec<u8>> {
 
 fn bulk_replies() -> Vec<Vec<u8>> {
     let reply = |code, text: &str| {
-        let reply = Reply { code, n_text: text.len() as u32, applied: 9 };
+        let reply = Reply { code, retry_ms: 250, n_text: text.len() as u32, applied: 9 };
         [&reply.encode(), text.as_bytes()].concat()
     };
     vec![reply(Code::Ok, ""), reply(Code::NotFound, "no block 1/7"), reply(Code::Unauthenticated, "")]

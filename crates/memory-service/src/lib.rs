@@ -23,3 +23,8 @@ pub use wire::Dtype;
 /// Metadata of a refusal that tells when to come back, in milliseconds: the name that gRPC's own retries
 /// mind.
 pub(crate) const RETRY_METADATA: &str = "grpc-retry-pushback-ms";
+
+/// Milliseconds that a refusal asks to wait.
+pub(crate) fn pushback(status: &tonic::Status) -> Option<u64> {
+    status.metadata().get(RETRY_METADATA)?.to_str().ok()?.parse().ok()
+}

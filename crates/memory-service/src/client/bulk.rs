@@ -1,7 +1,8 @@
 //! The client's side of the bulk stream.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use cluster_tree::ClusterId;
@@ -9,8 +10,11 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use memory_bank::{Block, Step};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tonic::{Code, Status};
 
+use crate::RETRY_METADATA;
 use crate::bulk::{Head, Kind, REPLY_BYTES, Reply, encode_entry};
 use crate::parts::Parts;
 use crate::security::Stream;
@@ -21,19 +25,76 @@ pub(crate) struct Connection {
     stream: Stream,
     /// Where bf16 numbers arrive.
     rounded: Vec<bf16>,
+    /// In the middle of an answer it can be used no more.
+    is_broken: bool,
 }
 
-/// Connections that no request uses.
-#[derive(Default)]
-pub(crate) struct Idle(Mutex<Vec<Connection>>);
+/// After how long a shard whose bulk stream could not be opened is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
 
-impl Idle {
-    pub(crate) fn take(&self) -> Option<Connection> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+/// The bulk streams to one shard, a bounded number of them.
+pub(crate) struct Pool {
+    free: Arc<Semaphore>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Connections that no request uses.
+    idle: Vec<Connection>,
+    /// Whether the shard offers none.
+    is_closed: bool,
+    /// When one could not be opened.
+    failed: Option<Instant>,
+}
+
+/// The right to use one connection, and the connection if there is one already.
+pub(crate) struct Turn {
+    pub(crate) connection: Option<Connection>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Pool {
+    /// At most `streams` connections at once; none at all unless `is_open`.
+    pub(crate) fn new(streams: usize, is_open: bool) -> Self {
+        let state = State { is_closed: !is_open, ..State::default() };
+        Self { free: Arc::new(Semaphore::new(streams)), state: Mutex::new(state) }
     }
 
-    pub(crate) fn put(&self, connection: Connection) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    /// Waits for a turn; `None` when requests do without bulk streams.
+    pub(crate) async fn turn(&self) -> Option<Turn> {
+        let is_usable = |state: &State| {
+            !state.is_closed && state.failed.is_none_or(|failed| failed.elapsed() > TRY_AGAIN)
+        };
+        if !is_usable(&self.state()) {
+            return None;
+        }
+        let permit = Arc::clone(&self.free).acquire_owned().await.ok()?;
+        let mut state = self.state();
+        is_usable(&state).then(|| Turn { connection: state.idle.pop(), _permit: permit })
+    }
+
+    /// Keeps a connection for the next request. When it broke, the others most likely did too.
+    pub(crate) fn give_back(&self, connection: Connection) {
+        let mut state = self.state();
+        match connection.is_broken {
+            true => state.idle.clear(),
+            false => state.idle.push(connection),
+        }
+    }
+
+    /// The shard offers no bulk streams.
+    pub(crate) fn close(&self) {
+        self.state().is_closed = true;
+    }
+
+    /// A bulk stream could not be opened.
+    pub(crate) fn fail(&self) {
+        self.state().failed = Some(Instant::now());
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -41,7 +102,7 @@ impl Connection {
     /// Presents the ticket.
     pub(crate) async fn open(mut stream: Stream, ticket: &[u8]) -> io::Result<Self> {
         stream.write_all(ticket).await?;
-        Ok(Self { stream, rounded: Vec::new() })
+        Ok(Self { stream, rounded: Vec::new(), is_broken: false })
     }
 
     /// Fills the values of blocks, once step `after` has been applied; they have their length already.
@@ -51,6 +112,8 @@ impl Connection {
         dtype: Dtype,
         blocks: &mut [Block],
     ) -> Result<(), Status> {
+        // Until the answer is whole; a caller that gives up leaves it so.
+        self.is_broken = true;
         let head = Head { kind: Kind::Fetch, dtype, n_blocks: blocks.len() as u32, step: after.0, rank: 0 };
         let sizes = blocks.iter().map(|block| (block.id, block.values.len() * dtype.size()));
         self.request(head, sizes).await?;
@@ -69,6 +132,7 @@ impl Connection {
                 }
             }
         }
+        self.is_broken = false;
         Ok(())
     }
 
@@ -79,6 +143,7 @@ impl Connection {
         dtype: Dtype,
         gradients: &[(ClusterId, Bytes)],
     ) -> Result<Step, Status> {
+        self.is_broken = true;
         let n_blocks = gradients.len() as u32;
         let head = Head { kind: Kind::Push, dtype, n_blocks, step: step.0, rank: rank as u32 };
         self.request(head, gradients.iter().map(|(id, values)| (*id, values.len()))).await?;
@@ -90,7 +155,9 @@ impl Connection {
             }
         }
         self.stream.flush().await.map_err(broken)?;
-        self.reply().await
+        let applied = self.reply().await?;
+        self.is_broken = false;
+        Ok(applied)
     }
 
     async fn request(
@@ -113,7 +180,13 @@ impl Connection {
         }
         let mut text = vec![0; reply.n_text as usize];
         self.stream.read_exact(&mut text).await.map_err(broken)?;
-        Err(Status::new(reply.code, String::from_utf8_lossy(&text)))
+        let mut status = Status::new(reply.code, String::from_utf8_lossy(&text));
+        if reply.retry_ms > 0 {
+            status.metadata_mut().insert(RETRY_METADATA, u64::from(reply.retry_ms).into());
+        }
+        // A refusal is a whole answer.
+        self.is_broken = false;
+        Err(status)
     }
 }
 

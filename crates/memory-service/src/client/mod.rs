@@ -1,6 +1,7 @@
 //! A bank whose blocks are in shards elsewhere.
 
 mod bulk;
+mod direct;
 mod retry;
 mod shard;
 
@@ -26,7 +27,7 @@ pub use retry::Retry;
 use crate::identity::Identity;
 use crate::proto::SaveResponse;
 use crate::security::{Connector, Protocol, ReloadingTls};
-use crate::server::{Compression, WINDOW_BYTES};
+use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
 use crate::wire::Dtype;
 use shard::{Encoded, ShardClient, encode};
 
@@ -187,7 +188,7 @@ impl RemoteBank {
             self.spec.check(block.id)?;
             block.values.resize(self.spec.block_len(usize::from(block.id.level)), 0.0);
         }
-        let mut parts = self.parts(blocks);
+        let mut parts = self.parts(after, blocks);
         let fetches = parts.iter_mut().map(|part| self.fetch_part(after, part));
         // All of them are waited for, so that every array finds its way back.
         let fetched = join_all(fetches).await;
@@ -246,8 +247,9 @@ impl RemoteBank {
     }
 
     /// Takes the blocks apart by the shard that owns them, and those of a shard into parts that go over
-    /// connections of their own.
-    fn parts(&self, blocks: &mut [Block]) -> Vec<Part> {
+    /// connections of their own. A shard without any is asked for none once it has applied `after`: what
+    /// the caller pushes next would else come too early for it, and be refused.
+    fn parts(&self, after: Step, blocks: &mut [Block]) -> Vec<Part> {
         let n_shards = self.shards.len();
         let mut parts: Vec<Part> = (0..n_shards).map(Part::of).collect();
         let mut total = vec![0; n_shards];
@@ -269,7 +271,7 @@ impl RemoteBank {
             part.places.push(place);
             part.blocks.push(Block { id: block.id, values: std::mem::take(&mut block.values) });
         }
-        parts.retain(|part| !part.blocks.is_empty());
+        parts.retain(|part| after > Step(0) || !part.blocks.is_empty());
         parts
     }
 
@@ -394,6 +396,7 @@ fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| wrong())?;
     Ok(endpoint
         .connect_timeout(Duration::from_secs(options.connect_s))
+        .max_frame_size(FRAME_BYTES)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .http2_keep_alive_interval(Duration::from_secs(30))

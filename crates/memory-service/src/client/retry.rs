@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use crate::RETRY_METADATA;
+use crate::pushback;
 
 /// How long a request is tried again. Fetches, pushes (a repeated one is applied once) and saves are;
 /// a restore is not.
@@ -54,11 +54,6 @@ impl Retry {
             wait = (2 * wait).min(self.most_ms.max(1));
         }
     }
-}
-
-/// Milliseconds that the server asks to wait.
-fn pushback(status: &Status) -> Option<u64> {
-    status.metadata().get(RETRY_METADATA)?.to_str().ok()?.parse().ok()
 }
 
 /// Whether the same request may succeed later: the shard is overloaded, restarts or cannot be reached.

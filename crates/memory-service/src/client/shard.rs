@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,12 +7,14 @@ use cluster_tree::ClusterId;
 use futures::stream;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use http::HeaderValue;
 use memory_bank::{Block, Placement, Step};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 
-use super::bulk::{Connection, Idle};
+use super::bulk::{Connection, Pool, Turn};
+use super::direct;
 use super::{Counters, RemoteOptions};
 use crate::codec::{MAX_MESSAGE_BYTES, PIECE_BYTES, Payload, PushPiece, block_id};
 use crate::proto::memory_service_client::MemoryServiceClient;
@@ -21,6 +23,7 @@ use crate::proto::{
     SaveResponse, StatRequest, StatResponse,
 };
 use crate::security::{Connector, Protocol};
+use crate::server::Compression;
 use crate::wire::Dtype;
 
 /// One shard as its client sees it.
@@ -29,14 +32,16 @@ pub(crate) struct ShardClient {
     pub(crate) address: String,
     host: String,
     identity: BankIdentity,
+    channels: Vec<Channel>,
     clients: Vec<MemoryServiceClient<Channel>>,
+    is_compressed: bool,
     /// The client that takes the next request.
     turn: AtomicUsize,
     token: Option<MetadataValue<Ascii>>,
+    /// The same as a header.
+    authorization: Option<HeaderValue>,
     bulk: Connector,
-    /// False once the shard has offered no bulk stream, or it could not be opened.
-    has_bulk: AtomicBool,
-    idle: Idle,
+    pool: Pool,
     counters: Arc<Counters>,
 }
 
@@ -63,21 +68,24 @@ impl ShardClient {
         };
         let token = options.token.as_ref().map(|token| format!("Bearer {token}").parse());
         let token = token.transpose().map_err(|_| Status::invalid_argument("the token is not plain text"))?;
+        let authorization = options.token.as_ref().and_then(|token| format!("Bearer {token}").parse().ok());
         let (host, _) = address.rsplit_once(':').unwrap_or((address, ""));
         Ok(Self {
             address: address.to_owned(),
             host: host.to_owned(),
             identity: options.identity.message(placement),
-            clients: channels.into_iter().map(client).collect(),
+            clients: channels.iter().cloned().map(client).collect(),
+            channels,
+            is_compressed: options.compression != Compression::None,
             turn: AtomicUsize::new(0),
             token,
+            authorization,
             bulk: Connector {
                 tls: options.tls.clone(),
                 protocol: Protocol::Bulk,
                 timeout: Duration::from_secs(options.connect_s),
             },
-            has_bulk: AtomicBool::new(options.bulk),
-            idle: Idle::default(),
+            pool: Pool::new(options.streams, options.bulk),
             counters,
         })
     }
@@ -88,11 +96,13 @@ impl ShardClient {
 
     /// Fills the values of blocks; they have their length already.
     pub(crate) async fn fetch(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
-        if let Some(mut connection) = self.bulk_stream().await? {
-            connection.fetch(after, dtype, blocks).await?;
-            self.idle.put(connection);
-        } else {
-            self.fetch_pieces(after, dtype, blocks).await?;
+        match self.bulk_stream().await? {
+            Some((mut connection, _turn)) => {
+                let fetched = connection.fetch(after, dtype, blocks).await;
+                self.pool.give_back(connection);
+                fetched?;
+            }
+            None => self.fetch_pieces(after, dtype, blocks).await?,
         }
         let n_bytes: usize = blocks.iter().map(|block| block.values.len() * dtype.size()).sum();
         self.counters.received(n_bytes);
@@ -106,10 +116,10 @@ impl ShardClient {
         dtype: Dtype,
         gradients: &Encoded,
     ) -> Result<Step, Status> {
-        let applied = if let Some(mut connection) = self.bulk_stream().await? {
-            let applied = connection.push((step, rank), dtype, gradients).await?;
-            self.idle.put(connection);
-            applied
+        let applied = if let Some((mut connection, _turn)) = self.bulk_stream().await? {
+            let pushed = connection.push((step, rank), dtype, gradients).await;
+            self.pool.give_back(connection);
+            pushed?
         } else {
             let head = PushHead {
                 identity: Some(self.identity.clone()),
@@ -152,6 +162,11 @@ impl ShardClient {
             dtype: dtype.message() as i32,
             blocks: blocks.iter().map(|block| block_id(block.id)).collect(),
         };
+        if !self.is_compressed {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            let channel = self.channels[turn % self.channels.len()].clone();
+            return direct::fetch(channel, self.authorization.clone(), &request, dtype, blocks).await;
+        }
         let mut pieces = self.client().fetch(self.request(request)).await?.into_inner();
         for block in blocks {
             let n_bytes = block.values.len() * dtype.size();
@@ -189,18 +204,16 @@ impl ShardClient {
     }
 
     /// A bulk stream to use, if the shard has one.
-    async fn bulk_stream(&self) -> Result<Option<Connection>, Status> {
-        if !self.has_bulk.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
-        if let Some(connection) = self.idle.take() {
-            return Ok(Some(connection));
+    async fn bulk_stream(&self) -> Result<Option<(Connection, Turn)>, Status> {
+        let Some(mut turn) = self.pool.turn().await else { return Ok(None) };
+        if let Some(connection) = turn.connection.take() {
+            return Ok(Some((connection, turn)));
         }
         let request = OpenBulkRequest { identity: Some(self.identity.clone()) };
         let offer = self.client().open_bulk(self.request(request)).await?.into_inner();
         let port = u16::try_from(offer.port).unwrap_or_default();
         if port == 0 {
-            self.has_bulk.store(false, Ordering::Relaxed);
+            self.pool.close();
             return Ok(None);
         }
         let opened = async {
@@ -208,10 +221,10 @@ impl ShardClient {
             Connection::open(stream, &offer.ticket).await.map_err(|error| error.to_string())
         };
         match opened.await {
-            Ok(connection) => Ok(Some(connection)),
+            Ok(connection) => Ok(Some((connection, turn))),
             Err(error) => {
                 tracing::warn!(shard = self.address, port, error, "no bulk stream, going on over gRPC");
-                self.has_bulk.store(false, Ordering::Relaxed);
+                self.pool.fail();
                 Ok(None)
             }
         }

@@ -19,6 +19,7 @@ use super::metrics::Call;
 use super::tickets::{Ticket, Tickets};
 use crate::bulk::{ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries};
 use crate::parts::Parts;
+use crate::pushback;
 use crate::security::{Caller, Permission, Stream, authorize};
 use crate::wire::Dtype;
 
@@ -89,7 +90,7 @@ impl Connection {
             Ok(outgoing) => outgoing,
             Err(status) => return self.reply(&Err(status)).await,
         };
-        let reply = Reply { code: Code::Ok, n_text: 0, applied: self.host.source.applied().0 };
+        let reply = Reply { code: Code::Ok, retry_ms: 0, n_text: 0, applied: self.host.source.applied().0 };
         let blocks = std::mem::take(&mut outgoing.blocks).into_iter().map(|block| encoded(block, head.dtype));
         let mut parts = Parts::new([Bytes::copy_from_slice(&reply.encode())].into_iter().chain(blocks));
         while parts.has_remaining() {
@@ -158,7 +159,9 @@ impl Connection {
         let end = (0..=text.len().min(MAX_TEXT)).rev().find(|&end| text.is_char_boundary(end));
         let text = &text.as_bytes()[..end.unwrap_or_default()];
         let applied = result.as_ref().map_or_else(|_| self.host.source.applied(), |step| *step).0;
-        let reply = Reply { code, n_text: text.len() as u32, applied };
+        let retry_ms =
+            result.as_ref().err().and_then(pushback).map_or(0, |ms| ms.min(u64::from(u16::MAX)) as u16);
+        let reply = Reply { code, retry_ms, n_text: text.len() as u32, applied };
         let bytes = [&reply.encode(), text].concat();
         within(self.idle, self.stream.write_all(&bytes)).await?;
         within(self.idle, self.stream.flush()).await

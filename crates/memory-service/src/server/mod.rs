@@ -3,6 +3,7 @@
 mod accept;
 mod bulk;
 mod checkpoints;
+mod direct;
 mod host;
 mod http;
 mod limits;
@@ -36,6 +37,7 @@ use crate::proto::memory_service_server::MemoryServiceServer;
 use crate::security::{Acceptor, Caller, Protocol, ReloadingTls, ReloadingTokens};
 use accept::accept;
 use checkpoints::Checkpoints;
+use direct::Direct;
 use host::Host;
 use rpc::Rpc;
 use tickets::Tickets;
@@ -169,7 +171,7 @@ where
     });
     tokio::spawn(report_ready(Arc::clone(&host), reporter, stopped.clone()));
     let rpc = Rpc { host: Arc::clone(&host), checkpoints, tokens, bulk };
-    let mut service = MemoryServiceServer::new(rpc)
+    let mut service = MemoryServiceServer::new(rpc.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     if let Some(encoding) = compression.encoding() {
@@ -178,6 +180,7 @@ where
     for encoding in [CompressionEncoding::Gzip, CompressionEncoding::Zstd] {
         service = service.accept_compressed(encoding);
     }
+    let service = Direct::new(service, rpc, compression != Compression::None);
     let descriptors = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)

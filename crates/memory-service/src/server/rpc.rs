@@ -24,7 +24,7 @@ use crate::security::{Caller, Permission, ReloadingTokens, audit, authorize};
 use crate::wire::Dtype;
 
 /// A stream of answers.
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type Answers<T> = Pin<Box<dyn Stream<Item = T> + Send>>;
 
 /// The service over gRPC; a clone is another handle to the same.
 #[derive(Clone)]
@@ -38,26 +38,11 @@ pub(crate) struct Rpc {
 
 #[tonic::async_trait]
 impl MemoryService for Rpc {
-    type FetchStream = Answers<FetchPiece>;
-    type SaveStream = Answers<SaveResponse>;
+    type FetchStream = Answers<Result<FetchPiece, Status>>;
+    type SaveStream = Answers<Result<SaveResponse, Status>>;
 
     async fn fetch(&self, request: Request<FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
-        let watch = Watch::start(&self.host, "fetch");
-        let outgoing = async {
-            self.caller(&request, Permission::Read)?;
-            let request = request.into_inner();
-            self.host.check(request.identity.as_ref())?;
-            let dtype = dtype(request.dtype)?;
-            let ids = cluster_ids(&request.blocks)?;
-            let outgoing = self.host.fetch(Step(request.after), &ids, dtype).await?;
-            Ok((ids, dtype, outgoing))
-        };
-        let (ids, dtype, outgoing) = watch.see(outgoing.await)?;
-        let pieces = pieces(ids, dtype, outgoing).inspect(move |_| {
-            // Lives as long as the stream.
-            let _ = &watch;
-        });
-        Ok(Response::new(Box::pin(pieces)))
+        Ok(Response::new(Box::pin(self.pieces(request).await?.map(Ok))))
     }
 
     async fn push(&self, request: Request<Streaming<PushPiece>>) -> Result<Response<PushResponse>, Status> {
@@ -143,6 +128,27 @@ impl MemoryService for Rpc {
 }
 
 impl Rpc {
+    /// The blocks that a fetch asks for, in pieces.
+    pub(crate) async fn pieces(&self, request: Request<FetchRequest>) -> Result<Answers<FetchPiece>, Status> {
+        let watch = Watch::start(&self.host, "fetch");
+        let outgoing = async {
+            self.caller(&request, Permission::Read)?;
+            let request = request.into_inner();
+            self.host.check(request.identity.as_ref())?;
+            let dtype = dtype(request.dtype)?;
+            let ids = cluster_ids(&request.blocks)?;
+            let outgoing = self.host.fetch(Step(request.after), &ids, dtype).await?;
+            Ok((ids, dtype, outgoing))
+        };
+        let (ids, dtype, outgoing) = watch.see(outgoing.await)?;
+        let pieces = pieces(ids, dtype, outgoing).map(move |piece| {
+            // Lives as long as the stream.
+            let _ = &watch;
+            piece
+        });
+        Ok(Box::pin(pieces))
+    }
+
     /// Who asks. Fails on one who may not.
     fn caller<T>(&self, request: &Request<T>, needs: Permission) -> Result<Caller, Status> {
         let tokens = self.tokens.as_ref().map(|tokens| tokens.current(Instant::now()));
@@ -191,11 +197,7 @@ fn outcome<T>(result: &Result<T, Status>) -> String {
 }
 
 /// Blocks cut into pieces, in order.
-fn pieces(
-    ids: Vec<ClusterId>,
-    dtype: Dtype,
-    mut outgoing: Outgoing,
-) -> impl Stream<Item = Result<FetchPiece, Status>> {
+fn pieces(ids: Vec<ClusterId>, dtype: Dtype, mut outgoing: Outgoing) -> impl Stream<Item = FetchPiece> {
     let blocks = std::mem::take(&mut outgoing.blocks);
     // In the bank, of numbers in f32; on the wire, of numbers of `dtype`.
     let n_bytes = PIECE_BYTES / dtype.size() * size_of::<f32>();
@@ -204,12 +206,13 @@ fn pieces(
         (0..block.len()).step_by(n_bytes).map(move |start| {
             let piece = block.slice(start..(start + n_bytes).min(block.len()));
             let (total_bytes, offset) = (wire(block.len()), wire(start));
-            Ok(FetchPiece { id, total_bytes, offset, payload: dtype.payload(piece) })
+            FetchPiece { id, total_bytes, offset, payload: dtype.payload(piece) }
         })
     };
-    stream::iter(ids.into_iter().zip(blocks).flat_map(of_block)).inspect(move |_| {
+    stream::iter(ids.into_iter().zip(blocks).flat_map(of_block)).map(move |piece| {
         // The fetch counts until its last piece has left.
         let _ = &outgoing;
+        piece
     })
 }
 

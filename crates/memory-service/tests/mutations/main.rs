@@ -52,7 +52,7 @@ impl Counts {
 #[test]
 fn undamaged_input_is_taken() {
     let targets = targets();
-    assert_eq!(targets.len(), 8);
+    assert_eq!(targets.len(), 9);
     for target in targets {
         for (i, seed) in target.seeds.iter().enumerate() {
             assert!((target.check)(seed), "{}: seed {i}", target.name);
@@ -100,7 +100,7 @@ fn damaged_input_is_refused_or_what_it_says() {
         assert!(counts.refused > N_RANDOM && counts.taken > 0, "{}", target.name);
         all += counts.taken + counts.refused;
     }
-    assert_eq!(all, 8 * 7 * N_RANDOM);
+    assert_eq!(all, 9 * 7 * N_RANDOM);
 }
 
 #[test]
