@@ -14,6 +14,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         // Blocks are encoded from and decoded into their own place, without a copy in between.
         .extern_path(".memory.v1.FetchResponse", "crate::codec::FetchPiece")
         .extern_path(".memory.v1.PushRequest", "crate::codec::PushPiece")
+        .compile_fds(descriptors.clone())?;
+    // All messages as prost has them, for `fuzzing` to compare with.
+    let plain = format!("{out}/plain");
+    std::fs::create_dir_all(&plain)?;
+    tonic_prost_build::configure()
+        .build_client(false)
+        .build_server(false)
+        .out_dir(plain)
         .compile_fds(descriptors)?;
     Ok(())
 }

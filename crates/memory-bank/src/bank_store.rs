@@ -335,7 +335,7 @@ impl StoreOptions {
 }
 
 /// The manifest that records make.
-fn of_records(place: &Path, step: Step, records: &[ShardRecord]) -> Result<Manifest> {
+pub(crate) fn of_records(place: &Path, step: Step, records: &[ShardRecord]) -> Result<Manifest> {
     let Some(first) = records.first() else {
         return Err(mismatch(place, "number of records", "one for each shard", 0));
     };

@@ -8,6 +8,9 @@ use crate::{BlockDtype, Step};
 /// The result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Characters that a message shows of what stands in a file.
+const MAX_SHOWN: usize = 2000;
+
 /// What can be wrong with a spec, a request to a bank, or a bank's files.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -200,7 +203,7 @@ pub enum Error {
         second: PathBuf,
     },
     /// A manifest that does not parse.
-    #[error("{}: {part} is corrupt: {source}", path.display())]
+    #[error("{}: {part} is corrupt: {}", path.display(), one_line(&source.to_string()))]
     Json {
         /// The file.
         path: PathBuf,
@@ -253,6 +256,19 @@ pub enum Error {
         /// What it was.
         source: Arc<Error>,
     },
+}
+
+/// Text from a file as a message shows it: nobody writes lines into a log, or fills it, through a file.
+pub(crate) fn one_line(text: &str) -> String {
+    let mut line: String = match text.contains(char::is_control) {
+        true => text.chars().take(MAX_SHOWN).flat_map(char::escape_debug).collect(),
+        false => text.to_owned(),
+    };
+    if let Some((end, _)) = line.char_indices().nth(MAX_SHOWN) {
+        line.truncate(end);
+        line.push('…');
+    }
+    line
 }
 
 /// The steps that may be pushed, for a message.

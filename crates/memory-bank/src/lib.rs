@@ -16,6 +16,8 @@ mod checkpoint;
 mod error;
 mod files;
 mod folder;
+#[doc(hidden)]
+pub mod fuzzing;
 mod gradients;
 mod init;
 mod keep;

@@ -51,7 +51,7 @@ pub(crate) type Index = Vec<LevelIndex>;
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct Layout {
     part: Part,
-    header: Vec<u8>,
+    pub(crate) header: Vec<u8>,
     /// Bytes of header, index and padding.
     pub(crate) index_bytes: u64,
     /// Bytes of the file.

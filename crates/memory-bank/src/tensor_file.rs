@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use crate::Error;
+use crate::error::one_line;
 
 // Values are written and mapped as they lie in memory.
 const _: () = assert!(cfg!(target_endian = "little"), "bank files are little-endian");
@@ -28,7 +29,8 @@ pub(crate) struct Tensor {
 
 impl Tensor {
     pub(crate) fn bytes(&self) -> u64 {
-        self.shape.iter().product::<u64>() * self.dtype.bitsize() as u64 / 8
+        // All types here are of whole bytes. Counted in bits, the largest bank would overflow.
+        self.shape.iter().product::<u64>() * (self.dtype.bitsize() / 8) as u64
     }
 }
 
@@ -44,9 +46,11 @@ pub(crate) fn header(tensors: &[Tensor]) -> Vec<u8> {
         start = end;
     }
     let text = Value::Object(entries).to_string();
-    let padded = (text.len() + 8).next_multiple_of(ALIGNMENT as usize) - 8;
-    let mut bytes = (padded as u64).to_le_bytes().to_vec();
-    bytes.extend_from_slice(format!("{text:padded$}").as_bytes());
+    let padded = (text.len() + 8).next_multiple_of(ALIGNMENT as usize);
+    let mut bytes = (padded as u64 - 8).to_le_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    // A width of a format would panic above 65,535: the header of 255 levels is longer.
+    bytes.resize(padded, b' ');
     bytes
 }
 
@@ -84,7 +88,7 @@ pub(crate) fn io_error(path: &Path, source: std::io::Error) -> Error {
 }
 
 pub(crate) fn mismatch(path: &Path, what: &str, expected: impl ToString, found: impl ToString) -> Error {
-    let (expected, found) = (expected.to_string(), found.to_string());
+    let (expected, found) = (one_line(&expected.to_string()), one_line(&found.to_string()));
     Error::Mismatch { path: path.to_owned(), what: what.to_owned(), expected, found }
 }
 

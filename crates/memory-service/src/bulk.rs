@@ -118,13 +118,21 @@ impl Reply {
         bytes
     }
 
-    /// Fails on more text than a reply has.
+    /// Fails on a code that gRPC does not have, on more text than a reply has, and on text of a reply that
+    /// has none: what follows it would be taken for blocks.
     pub(crate) fn decode(bytes: &[u8; REPLY_BYTES]) -> Result<Self, String> {
         let n_text = u32_at(bytes, 4);
         if n_text as usize > MAX_TEXT {
             return Err(format!("bulk reply with {n_text} bytes of text, expected at most {MAX_TEXT}"));
         }
-        let code = Code::from_i32(i32::from(u16_at(bytes, 0)));
+        let found = u16_at(bytes, 0);
+        let code = Code::from_i32(i32::from(found));
+        if code as u16 != found {
+            return Err(format!("bulk reply of code {found}, expected one of gRPC's, 0 to 16"));
+        }
+        if code == Code::Ok && n_text > 0 {
+            return Err(format!("bulk reply of code 0 with {n_text} bytes of text, expected none"));
+        }
         Ok(Self { code, retry_ms: u16_at(bytes, 2), n_text, applied: u64_at(bytes, 8) })
     }
 }
@@ -139,4 +147,26 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever took such a reply for a good one would read its text as the beginning of a block.
+    #[test]
+    fn a_reply_is_refused_that_nobody_sends() {
+        let good = Reply { code: Code::NotFound, retry_ms: 300, n_text: 9, applied: 7 };
+        assert_eq!(Reply::decode(&good.encode()), Ok(good));
+        let refused = |edit: &dyn Fn(&mut [u8; REPLY_BYTES])| {
+            let mut bytes = good.encode();
+            edit(&mut bytes);
+            Reply::decode(&bytes).unwrap_err()
+        };
+        let code = "bulk reply of code 17, expected one of gRPC's, 0 to 16";
+        assert_eq!(refused(&|bytes| bytes[0] = 17), code);
+        let text = "bulk reply of code 0 with 9 bytes of text, expected none";
+        assert_eq!(refused(&|bytes| bytes[0] = 0), text);
+        assert!(refused(&|bytes| bytes[6] = 1).starts_with("bulk reply with 65545 bytes of text"));
+    }
 }

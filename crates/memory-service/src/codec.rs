@@ -94,8 +94,11 @@ pub struct PushPiece {
 
 /// A message that this side sends.
 pub(crate) trait Encode {
+    /// The most bytes that it takes.
+    fn most_bytes(&self) -> usize;
+
     /// Appends the message.
-    fn put(&self, buf: &mut EncodeBuf<'_>);
+    fn put(&self, buf: &mut impl BufMut);
 }
 
 /// A message that this side receives.
@@ -105,9 +108,11 @@ pub(crate) trait Decode: Sized {
 }
 
 impl<M: Message> Encode for M {
-    fn put(&self, buf: &mut EncodeBuf<'_>) {
-        let n_bytes = self.encoded_len();
-        buf.reserve(n_bytes);
+    fn most_bytes(&self) -> usize {
+        self.encoded_len()
+    }
+
+    fn put(&self, buf: &mut impl BufMut) {
         self.encode_raw(buf);
     }
 }
@@ -119,7 +124,11 @@ impl<M: Message + Default> Decode for M {
 }
 
 impl Encode for FetchPiece {
-    fn put(&self, buf: &mut EncodeBuf<'_>) {
+    fn most_bytes(&self) -> usize {
+        self.payload.len() + MAX_KEYS_BYTES
+    }
+
+    fn put(&self, buf: &mut impl BufMut) {
         let id = block_id(self.id);
         Fields { message: Some(&id), numbers: [self.total_bytes, self.offset], payload: &self.payload }
             .put(buf);
@@ -135,7 +144,11 @@ impl Decode for FetchPiece {
 }
 
 impl Encode for PushPiece {
-    fn put(&self, buf: &mut EncodeBuf<'_>) {
+    fn most_bytes(&self) -> usize {
+        self.head.as_ref().map_or(0, Message::encoded_len) + self.payload.len() + MAX_KEYS_BYTES
+    }
+
+    fn put(&self, buf: &mut impl BufMut) {
         let numbers = [u64::from(self.block), self.offset];
         Fields { message: self.head.as_ref(), numbers, payload: &self.payload }.put(buf);
     }
@@ -152,6 +165,9 @@ impl Decode for PushPiece {
 /// Tag of the payload in both messages; the message is 1, the numbers are 2 and 3.
 const PAYLOAD: u32 = 15;
 
+/// More than keys, lengths and numbers take, and the id of a block with them.
+const MAX_KEYS_BYTES: usize = 64;
+
 /// What both messages that carry blocks are made of.
 struct Fields<'a, M> {
     message: Option<&'a M>,
@@ -160,9 +176,7 @@ struct Fields<'a, M> {
 }
 
 impl<M: Message> Fields<'_, M> {
-    fn put(&self, buf: &mut EncodeBuf<'_>) {
-        // Keys and numbers take less than 64 bytes.
-        buf.reserve(self.message.map_or(0, Message::encoded_len) + self.payload.len() + 64);
+    fn put(&self, buf: &mut impl BufMut) {
         if let Some(message) = self.message {
             encoding::message::encode(1, message, buf);
         }
@@ -179,15 +193,21 @@ impl<M: Message> Fields<'_, M> {
     }
 }
 
-/// As prost decodes: the last of a repeated field wins, an unknown one is skipped.
+/// As prost decodes: of a number or a payload that comes again the last one wins, a message that comes
+/// again is added to what is there, and an unknown field is skipped.
 fn get_fields<M: Message + Default>(
     buf: &mut impl Buf,
 ) -> Result<(Option<M>, [u64; 2], Bytes), prost::DecodeError> {
-    let (mut message, mut numbers, mut payload) = (None, [0; 2], Bytes::new());
+    let (mut message, mut numbers, mut payload): (Option<M>, _, _) = (None, [0; 2], Bytes::new());
+    let mut most = MAX_HEAD_BYTES;
     while buf.has_remaining() {
         let (tag, wire_type) = decode_key(buf)?;
         match (tag, wire_type) {
-            (1, WireType::LengthDelimited) => message = Some(M::decode(take(buf, MAX_HEAD_BYTES)?)?),
+            (1, WireType::LengthDelimited) => {
+                let part = take(buf, most)?;
+                most -= part.len();
+                message.get_or_insert_default().merge(part)?;
+            }
             (2 | 3, WireType::Varint) => numbers[tag as usize - 2] = decode_varint(buf)?,
             (PAYLOAD, WireType::LengthDelimited) => payload = take(buf, MAX_MESSAGE_BYTES)?,
             (1..=3 | PAYLOAD, _) => return Err(wrong("a field has the wrong wire type")),
@@ -266,14 +286,14 @@ impl PieceHead {
             fields.len(),
             Self { id: ClusterId { level: 0, index: 0 }, total_bytes: 0, offset: 0, payload: 0 },
         );
+        let mut id = BlockId::default();
         while fields.has_remaining() {
             // What is cut short fails too; then the rest comes next.
             let Ok((tag, wire_type)) = decode_key(&mut fields) else { return Ok(None) };
             match (tag, wire_type) {
                 (1, WireType::LengthDelimited) => {
-                    let Ok(id) = take(&mut fields, Self::MAX_BYTES) else { return Ok(None) };
-                    let id = BlockId::decode(id).map_err(|error| error.to_string())?;
-                    head.id = cluster_id(id).ok_or("a block of a level above 255")?;
+                    let Ok(part) = take(&mut fields, Self::MAX_BYTES) else { return Ok(None) };
+                    id.merge(part).map_err(|error| error.to_string())?;
                 }
                 (2 | 3, WireType::Varint) => {
                     let Ok(number) = decode_varint(&mut fields) else { return Ok(None) };
@@ -285,6 +305,7 @@ impl PieceHead {
                     if rest.map(|rest| rest as u64) != Some(payload) || fields.has_remaining() {
                         return Err("a message of a fetch goes on after its payload".to_owned());
                     }
+                    head.id = cluster_id(id).ok_or("a block of a level above 255")?;
                     head.payload = payload as usize;
                     return Ok(Some(head));
                 }
@@ -337,6 +358,7 @@ impl<T: Encode> Encoder for Wire<T> {
     type Error = Status;
 
     fn encode(&mut self, item: T, buf: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buf.reserve(item.most_bytes());
         item.put(buf);
         Ok(())
     }
@@ -356,5 +378,39 @@ impl<T: Decode> Decoder for Wire<T> {
 
     fn buffer_settings(&self) -> BufferSettings {
         BufferSettings::new(8 << 10, PIECE_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Encoders may divide a message that is in a field, and every decoder adds the parts up.
+    #[test]
+    fn a_message_in_two_parts_is_their_sum() {
+        let bytes = [10, 2, 8, 3, 24, 7, 10, 2, 16, 9];
+        let piece = FetchPiece::get(&mut &bytes[..]).unwrap();
+        assert_eq!((piece.id, piece.offset), (ClusterId { level: 3, index: 9 }, 7));
+        let head = [&[0, 0, 0, 0, 13], &bytes[..], &[122, 1]].concat();
+        let head = PieceHead::decode(&head).unwrap().unwrap();
+        assert_eq!((head.id, head.offset, head.payload), (piece.id, piece.offset, 1));
+    }
+
+    /// As large as one head may be, and not twice as large.
+    #[test]
+    fn a_head_in_parts_is_bounded_as_one() {
+        let part = PushPiece {
+            head: Some(PushHead {
+                blocks: vec![BlockId::default(); MAX_HEAD_BYTES / 4],
+                ..PushHead::default()
+            }),
+            ..PushPiece::default()
+        };
+        let mut bytes = Vec::new();
+        part.put(&mut bytes);
+        let twice = PushPiece::get(&mut &[&bytes[..], &bytes].concat()[..]).unwrap();
+        assert_eq!(twice.head.unwrap().blocks.len(), MAX_HEAD_BYTES / 2);
+        let thrice = PushPiece::get(&mut &[&bytes[..], &bytes, &bytes].concat()[..]).unwrap_err();
+        assert!(thrice.to_string().ends_with("a length is beyond the message"), "{thrice}");
     }
 }

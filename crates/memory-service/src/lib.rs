@@ -3,6 +3,8 @@
 mod bulk;
 mod client;
 mod codec;
+#[doc(hidden)]
+pub mod fuzzing;
 mod identity;
 mod parts;
 pub mod proto;

@@ -55,7 +55,7 @@ impl Tokens {
 
     /// The text of a file of tokens. The messages of the TOML library quote the text, so they are not
     /// passed on.
-    fn parse(text: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str) -> Result<Self> {
         let table: Table = text.parse().map_err(|e: toml::de::Error| {
             let end = e.span().map_or(0, |span| span.start);
             Error::TokensSyntax { line: 1 + text.bytes().take(end).filter(|&byte| byte == b'\n').count() }
