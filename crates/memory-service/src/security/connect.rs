@@ -1,7 +1,11 @@
+use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -24,7 +28,7 @@ impl Acceptor {
     /// client: call it in a task for each connection, and bound the tasks.
     pub async fn accept(&self, tcp: TcpStream) -> Result<Stream> {
         let peer = tcp.peer_addr().map_err(Error::connection("a client that has gone"))?;
-        tcp.set_nodelay(true).map_err(Error::connection(peer))?;
+        tune(&tcp, peer).map_err(Error::connection(peer))?;
         let Some(tls) = &self.tls else { return Ok(Stream::plain(tcp, peer)) };
         let config = tls.current(Instant::now().into_std()).server(self.protocol);
         let handshake = timeout(self.handshake_timeout, TlsAcceptor::from(config).accept(tcp)).await;
@@ -61,7 +65,7 @@ impl Connector {
         let host = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
         let tcp = TcpStream::connect((host, port)).await.map_err(failed())?;
         let peer = tcp.peer_addr().map_err(failed())?;
-        tcp.set_nodelay(true).map_err(failed())?;
+        tune(&tcp, peer).map_err(failed())?;
         let Some(tls) = &self.tls else { return Ok(Stream::plain(tcp, peer)) };
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| Error::Host { found: host.chars().take(300).collect() })?;
@@ -76,6 +80,18 @@ impl Connector {
             _ => Ok(stream),
         }
     }
+}
+
+/// Sends what is written at once. A system whose congestion control is BBR paces what it sends, over
+/// loopback too, where there is no congestion: there, one without pacing is chosen.
+fn tune(tcp: &TcpStream, peer: SocketAddr) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    #[cfg(target_os = "linux")]
+    if peer.ip().to_canonical().is_loopback() {
+        // Every Linux has it; without it, what is sent arrives all the same.
+        let _ = SockRef::from(tcp).set_tcp_congestion(b"reno");
+    }
+    Ok(())
 }
 
 /// A server as messages name it.

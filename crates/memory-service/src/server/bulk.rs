@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use cluster_tree::ClusterId;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -26,10 +26,9 @@ use crate::wire::Dtype;
 /// Serves one connection until its peer closes it, is silent for too long or breaks the protocol.
 pub(crate) async fn serve(host: Arc<Host>, tickets: Arc<Tickets>, connection: Held<Stream>) {
     let peer = connection.stream.peer();
-    match (Connection { idle: Duration::from_secs(host.limits.idle_s), host, stream: connection })
-        .run(&tickets)
-        .await
-    {
+    let idle = Duration::from_secs(host.limits.idle_s);
+    let connection = Connection { host, stream: connection, idle, input: BytesMut::new() };
+    match connection.run(&tickets).await {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
         Err(error) => tracing::warn!(%peer, %error, "bulk stream closed"),
@@ -40,7 +39,12 @@ struct Connection {
     host: Arc<Host>,
     stream: Held<Stream>,
     idle: Duration,
+    /// What has been read of the next request, most often all of it at once.
+    input: BytesMut,
 }
+
+/// Room for a request of so many blocks to be read at once; longer ones take several calls.
+const INPUT_BYTES: usize = HEAD_BYTES + 64 * ENTRY_BYTES;
 
 impl Connection {
     async fn run(mut self, tickets: &Tickets) -> io::Result<()> {
@@ -54,21 +58,8 @@ impl Connection {
                 .reply(&Err(Status::unauthenticated("the ticket of the bulk stream is not valid")))
                 .await;
         };
-        let mut head = [0; HEAD_BYTES];
         loop {
-            // Between requests a connection may be silent for as long as its peer likes.
-            self.stream.read_exact(&mut head).await?;
-            let head = Head::decode(&head).map_err(invalid)?;
-            let limit = self.host.limits.blocks_per_request;
-            if head.n_blocks as usize > limit {
-                return Err(invalid(format!(
-                    "{} blocks in one request, expected at most {limit}",
-                    head.n_blocks
-                )));
-            }
-            let mut entries = vec![0; head.n_blocks as usize * ENTRY_BYTES];
-            within(self.idle, self.stream.read_exact(&mut entries)).await?;
-            let entries = decode_entries(&entries).map_err(invalid)?;
+            let (head, entries) = self.request().await?;
             let (call, start) = (if head.kind == Kind::Fetch { "fetch" } else { "push" }, Instant::now());
             match head.kind {
                 Kind::Fetch => self.fetch(&caller, head, &entries).await?,
@@ -77,6 +68,32 @@ impl Connection {
             let seconds = start.elapsed().as_secs_f64();
             self.host.metrics.latency.get_or_create(&Call { call }).observe(seconds);
         }
+    }
+
+    async fn request(&mut self) -> io::Result<(Head, Vec<(ClusterId, u64)>)> {
+        // Between requests a connection may be silent for as long as its peer likes.
+        self.fill(HEAD_BYTES).await?;
+        let mut head = [0; HEAD_BYTES];
+        self.input.copy_to_slice(&mut head);
+        let head = Head::decode(&head).map_err(invalid)?;
+        let (n_blocks, limit) = (head.n_blocks as usize, self.host.limits.blocks_per_request);
+        if n_blocks > limit {
+            return Err(invalid(format!("{n_blocks} blocks in one request, expected at most {limit}")));
+        }
+        within(self.idle, self.fill(n_blocks * ENTRY_BYTES)).await?;
+        let entries = decode_entries(&self.input.split_to(n_blocks * ENTRY_BYTES)).map_err(invalid)?;
+        Ok((head, entries))
+    }
+
+    /// Reads until `n_bytes` of a request are there.
+    async fn fill(&mut self, n_bytes: usize) -> io::Result<()> {
+        while self.input.len() < n_bytes {
+            self.input.reserve(INPUT_BYTES.max(n_bytes - self.input.len()));
+            if self.stream.read_buf(&mut self.input).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
     }
 
     async fn fetch(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
@@ -109,6 +126,9 @@ impl Connection {
         let pushed = match begun {
             Err(status) => Err(status),
             Ok(mut push) => {
+                if !self.input.is_empty() {
+                    return Err(invalid("a push's blocks before the reply to its head".to_owned()));
+                }
                 self.reply(&Ok(self.host.source.applied())).await?;
                 for place in 0..push.n_blocks() {
                     let mut rest = push.block(place).unwrap_or_default();

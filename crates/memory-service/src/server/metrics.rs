@@ -131,11 +131,11 @@ impl Metrics {
     }
 
     pub(crate) fn fetched(&self, ids: &[ClusterId], blocks: &[Bytes], dtype: Dtype) {
-        for (id, block) in ids.iter().zip(blocks) {
+        for id in ids {
             self.blocks.get_or_create(&Level { level: id.level }).inc();
-            let n_bytes = (block.len() / size_of::<f32>() * dtype.size()) as u64;
-            self.bytes.get_or_create(&Direction { direction: "sent" }).inc_by(n_bytes);
         }
+        let len: usize = blocks.iter().map(|block| block.len() / size_of::<f32>()).sum();
+        self.bytes.get_or_create(&Direction { direction: "sent" }).inc_by((len * dtype.size()) as u64);
     }
 
     pub(crate) fn touched(&self, level: u8, n: usize) {
