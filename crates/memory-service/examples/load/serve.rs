@@ -34,6 +34,8 @@ pub(crate) struct Addresses {
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
+    // As the shard's own program does.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     let source = match &args.mapped {
         Some(folder) => Source::ReadOnly(Arc::new(MappedBank::open_step(&folder.join(NAME), START)?)),
         None => {
