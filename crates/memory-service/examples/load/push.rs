@@ -1,4 +1,5 @@
-//! A step of a shard without a network: gradients as the bytes that come off the wire, to updated blocks.
+//! A step of a shard without a network: from gradients in the arrays that they are received into, in the precision of
+//! the wire, to updated blocks.
 
 use std::time::Instant;
 
@@ -6,7 +7,6 @@ use cluster_tree::ClusterId;
 use half::bf16;
 use memory_bank::{Gradients, Live, Step, Values};
 use memory_service::Dtype;
-use rayon::prelude::*;
 use serde_json::json;
 
 use crate::bank::{Moments, START, Sizes};
@@ -30,14 +30,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let dtype = if args.bf16 { Dtype::Bf16 } else { Dtype::F32 };
     let (spec, ids) = (args.sizes.spec(), args.sizes.ids());
     let len = |id: ClusterId| spec.block_len(usize::from(id.level));
-    let received: Vec<(ClusterId, Vec<u8>)> =
-        ids.iter().map(|&id| (id, bytes(id.index, len(id), dtype))).collect();
+    let received: Vec<(ClusterId, Values)> =
+        ids.iter().map(|&id| (id, gradient(id.index, len(id), dtype))).collect();
     let n_parameters: usize = ids.iter().map(|&id| len(id)).sum();
     let mut step = START;
     answer_lines(|_| {
         step = Step(step.0 + 1);
+        let gradients = received.clone();
         let start = Instant::now();
-        let gradients = received.par_iter().map(|(id, bytes)| (*id, values(bytes, dtype))).collect();
         live.push(step, 0, Gradients::of(&spec, gradients)?)?;
         let seconds = start.elapsed().as_secs_f64();
         let first = live.fetch(&ids[..1])?;
@@ -46,18 +46,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     })
 }
 
-/// Gradients in 256ths from -0.5 to 0.5, which bf16 holds exactly; torch_peer.py makes the same.
-fn bytes(index: u32, len: usize, dtype: Dtype) -> Vec<u8> {
-    let gradient = |place: usize| ((index as usize * 13 + place * 37) & 255) as f32 / 256.0 - 0.5;
+/// Numbers in 256ths from -0.5 to 0.5, which bf16 holds exactly; torch_peer.py makes the same.
+fn gradient(index: u32, len: usize, dtype: Dtype) -> Values {
+    let numbers =
+        (0..len).map(|place| ((index as usize * 13 + place * 37) & 255) as f32 / 256.0 - 0.5);
     match dtype {
-        Dtype::F32 => (0..len).flat_map(|place| gradient(place).to_le_bytes()).collect(),
-        Dtype::Bf16 => (0..len).flat_map(|place| bf16::from_f32(gradient(place)).to_le_bytes()).collect(),
-    }
-}
-
-fn values(bytes: &[u8], dtype: Dtype) -> Values {
-    match dtype {
-        Dtype::F32 => Values::F32(bytemuck::pod_collect_to_vec(bytes)),
-        Dtype::Bf16 => Values::Bf16(bytemuck::pod_collect_to_vec(bytes)),
+        Dtype::F32 => Values::F32(numbers.collect()),
+        Dtype::Bf16 => Values::Bf16(numbers.map(bf16::from_f32).collect()),
     }
 }
