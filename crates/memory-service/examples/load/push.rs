@@ -48,8 +48,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
 
 /// Numbers in 256ths from -0.5 to 0.5, which bf16 holds exactly; torch_peer.py makes the same.
 fn gradient(index: u32, len: usize, dtype: Dtype) -> Values {
-    let numbers =
-        (0..len).map(|place| ((index as usize * 13 + place * 37) & 255) as f32 / 256.0 - 0.5);
+    let numbers = (0..len).map(|place| ((index as usize * 13 + place * 37) & 255) as f32 / 256.0 - 0.5);
     match dtype {
         Dtype::F32 => Values::F32(numbers.collect()),
         Dtype::Bf16 => Values::Bf16(numbers.map(bf16::from_f32).collect()),

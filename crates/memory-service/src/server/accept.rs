@@ -1,7 +1,7 @@
 use std::io::{self, IoSlice};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -37,7 +37,9 @@ pub(crate) fn accept(
                     tokio::spawn(async move {
                         match acceptor.accept(tcp).await {
                             // Nobody takes it once the server stops.
-                            Ok(stream) => drop(accepted.send(Held { stream, _permit: permit }).await),
+                            Ok(stream) => {
+                                drop(accepted.send(Held { stream, sent: 0, _permit: permit }).await)
+                            }
                             Err(error) => tracing::warn!(%peer, %error, "connection refused"),
                         }
                     });
@@ -53,10 +55,31 @@ pub(crate) fn accept(
     connections
 }
 
-/// A connection that counts as open until it is dropped.
+/// A connection that counts as open until it is dropped. It gives way to others after every MiB that it
+/// sends, so that a refusal and an answer about health never wait behind large blocks.
 pub(crate) struct Held<S> {
     pub(crate) stream: S,
+    /// Bytes sent since others had the thread.
+    sent: usize,
     _permit: OwnedSemaphorePermit,
+}
+
+/// Bytes after which others have the thread, and the most that one call hands to the system: it copies
+/// them before it returns.
+const TURN_BYTES: usize = 1 << 20;
+/// As many buffers are handed over at once.
+const TURN_BUFS: usize = 16;
+
+impl<S> Held<S> {
+    /// Pending when this turn is over.
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.sent < TURN_BYTES {
+            return Poll::Ready(());
+        }
+        self.sent = 0;
+        // Woken once the others had their turn and new events were looked for.
+        pin!(tokio::task::yield_now()).poll(cx)
+    }
 }
 
 impl<S: Connected<ConnectInfo = Caller>> Connected for Held<S> {
@@ -73,13 +96,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // While what was sent is on its way, and not before the next answer.
+        ready!(self.poll_turn(cx));
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        ready!(self.poll_turn(cx));
+        let n_bytes = ready!(Pin::new(&mut self.stream).poll_write(cx, &buf[..buf.len().min(TURN_BYTES)]))?;
+        self.sent += n_bytes;
+        Poll::Ready(Ok(n_bytes))
     }
 
     fn poll_write_vectored(
@@ -87,7 +115,16 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        ready!(self.poll_turn(cx));
+        let (mut turn, mut n_bufs, mut left) = ([IoSlice::new(&[]); TURN_BUFS], 0, TURN_BYTES);
+        for (to, buf) in turn.iter_mut().zip(bufs) {
+            *to = IoSlice::new(&buf[..buf.len().min(left)]);
+            left -= to.len();
+            n_bufs += usize::from(to.len() > 0);
+        }
+        let n_bytes = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &turn[..n_bufs]))?;
+        self.sent += n_bytes;
+        Poll::Ready(Ok(n_bytes))
     }
 
     fn is_write_vectored(&self) -> bool {
