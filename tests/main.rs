@@ -7,6 +7,7 @@ mod fixtures;
 mod kill;
 mod pipeline;
 mod route_study;
+mod s3;
 mod same_tree;
 mod shards;
 mod support;

@@ -11,18 +11,20 @@ use serde_json::Value;
 use crate::support::{Workdir, files, metrics};
 
 /// A shard's process, killed when it is dropped.
-struct Shard {
+pub(crate) struct Shard {
     child: Child,
-    address: String,
+    pub(crate) address: String,
 }
 
 impl Shard {
-    /// Starts shard `index` of two and waits until it serves; `listen` may leave the port open.
-    fn start(work: &Workdir, index: usize, listen: &str) -> Self {
+    /// Starts shard `index` of two that saves to `store`, and waits until it serves; `listen` may leave the
+    /// port open.
+    pub(crate) fn start(work: &Workdir, store: &str, index: usize, listen: &str) -> Self {
         let index = index.to_string();
         let args = ["shard", "run.toml", "--shard", &index, "--of", "2", "--listen", listen, "--log", "json"];
-        let store = ["--set", "shard.store.url=store"];
-        let mut child = work.command(&[&args[..], &store].concat()).stdout(Stdio::null()).spawn().unwrap();
+        let store = format!("shard.store.url={store}");
+        let mut child =
+            work.command(&[&args[..], &["--set", &store]].concat()).stdout(Stdio::null()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let serving = lines.by_ref().map(Result::unwrap).find(|line| line.contains("\"serving\""));
         let serving: Value = serde_json::from_str(&serving.expect("the shard ended")).unwrap();
@@ -31,9 +33,8 @@ impl Shard {
         Self { child, address: serving["grpc"].as_str().unwrap().to_owned() }
     }
 
-    fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 }
 
@@ -45,29 +46,34 @@ impl Drop for Shard {
     }
 }
 
-fn two(work: &Workdir) -> [Shard; 2] {
-    [0, 1].map(|index| Shard::start(work, index, "127.0.0.1:0"))
+pub(crate) fn two(work: &Workdir, store: &str) -> [Shard; 2] {
+    [0, 1].map(|index| Shard::start(work, store, index, "127.0.0.1:0"))
+}
+
+pub(crate) fn signal(process: u32, signal: &str) {
+    let status = Command::new("kill").args([signal, &process.to_string()]).status().unwrap();
+    assert!(status.success());
 }
 
 /// Arguments that train the run in `dir` on shards.
-fn train<'a>(dir: &'a str, shards: &'a str) -> [&'a str; 6] {
+pub(crate) fn train<'a>(dir: &'a str, shards: &'a str) -> [&'a str; 6] {
     ["train", "run.toml", "--set", dir, "--set", shards]
 }
 
-fn addresses(shards: &[Shard; 2]) -> String {
+pub(crate) fn addresses(shards: &[Shard; 2]) -> String {
     format!("memory.shards=[{:?}, {:?}]", shards[0].address, shards[1].address)
 }
 
 /// The run in `dir` is that of `run`: metrics and anchor to the byte, and the bank of the store that of
 /// the folder to the bit.
-fn assert_same(work: &Workdir, dir: &str) {
+pub(crate) fn assert_same(work: &Workdir, dir: &str, bank: &str) {
     assert_eq!(metrics(&work.path("run")), metrics(&work.path(dir)));
     let last = |dir: &str| files(&work.path(dir).join("checkpoints/00000012"));
     let (expected, found) = (last("run"), last(dir));
     for name in ["anchor.safetensors", "optimizer.safetensors", "state.json", "DONE"] {
         assert!(expected[Path::new(name)] == found[Path::new(name)], "{name}: other bytes");
     }
-    let (out, _) = work.ok(&["bank", "diff", "run", "store/bank"]);
+    let (out, _) = work.ok(&["bank", "diff", "run", bank]);
     for line in out.lines().skip(2) {
         let columns: Vec<&str> = line.split_whitespace().collect();
         assert_eq!((columns[1], columns[2], columns[4]), ("0", "0", "0"), "{out}");
@@ -86,10 +92,10 @@ fn wait_for_lines(work: &Workdir, dir: &str, n: usize) {
 fn a_run_on_shards_is_that_of_one_process() {
     let work = Workdir::new();
     work.ok(&["train", "run.toml"]);
-    let shards = two(&work);
+    let shards = two(&work, "store");
     let text = addresses(&shards);
     work.ok(&train("run.dir=again", &text));
-    assert_same(&work, "again");
+    assert_same(&work, "again", "store/bank");
     // The bank is at step 12; a run that begins needs one at its beginning.
     work.fails(&train("run.dir=third", &text), &["shard 127.0.0.1", "00000000"]);
     let (verified, _) = work.ok(&["bank", "verify", "store/bank/00000012"]);
@@ -110,39 +116,39 @@ fn a_run_on_shards_is_that_of_one_process() {
 fn a_shard_that_is_killed_costs_the_steps_since_the_last_checkpoint() {
     let work = Workdir::new();
     work.ok(&["train", "run.toml"]);
-    let mut shards = two(&work);
+    let mut shards = two(&work, "store");
     let text = addresses(&shards);
     let args = train("run.dir=again", &text);
     let worker = work.command(&args).spawn().unwrap();
     wait_for_lines(&work, "again", 6);
-    shards[1].signal("-KILL");
+    signal(shards[1].id(), "-KILL");
     let address = shards[1].address.clone();
-    drop(std::mem::replace(&mut shards[1], Shard::start(&work, 0, "127.0.0.1:0")));
-    shards[1] = Shard::start(&work, 1, &address);
+    drop(std::mem::replace(&mut shards[1], Shard::start(&work, "store", 0, "127.0.0.1:0")));
+    shards[1] = Shard::start(&work, "store", 1, &address);
     let output = worker.wait_with_output().unwrap();
     if !output.status.success() {
         // The replacement is at a checkpoint, and the worker is not: it says so and ends.
         crate::support::failure(&output, &["shard"]);
     }
     work.ok(&args);
-    assert_same(&work, "again");
+    assert_same(&work, "again", "store/bank");
 }
 
 #[test]
 fn a_shard_that_stops_for_a_while_is_waited_for() {
     let work = Workdir::new();
     work.ok(&["train", "run.toml"]);
-    let shards = two(&work);
+    let shards = two(&work, "store");
     let text = addresses(&shards);
     let worker = work.command(&train("run.dir=again", &text)).spawn().unwrap();
     wait_for_lines(&work, "again", 2);
-    shards[0].signal("-STOP");
+    signal(shards[0].id(), "-STOP");
     let start = Instant::now();
     while start.elapsed() < Duration::from_millis(500) {
         std::thread::yield_now();
     }
-    shards[0].signal("-CONT");
+    signal(shards[0].id(), "-CONT");
     let output = worker.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_same(&work, "again");
+    assert_same(&work, "again", "store/bank");
 }

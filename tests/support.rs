@@ -64,11 +64,13 @@ max_answer_tokens = 4
 /// A temporary folder that holds `facts/` and `run.toml`; the program runs in it.
 pub(crate) struct Workdir {
     folder: TempDir,
+    /// Variables of every command's environment.
+    pub(crate) environment: Vec<(&'static str, String)>,
 }
 
 impl Workdir {
     pub(crate) fn new() -> Self {
-        let workdir = Self { folder: tempfile::tempdir().unwrap() };
+        let workdir = Self { folder: tempfile::tempdir().unwrap(), environment: vec![] };
         fs::write(workdir.path("run.toml"), CONFIG).unwrap();
         let small = ["--set", "families=16", "--set", "ladder=[1,2,3,4,5]"];
         workdir.ok(&[&["corpus", "facts", "facts"], &small[..]].concat());
@@ -83,6 +85,7 @@ impl Workdir {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_anchorage"));
         command.args(args).current_dir(self.folder.path());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

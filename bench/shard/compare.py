@@ -60,6 +60,7 @@ ROWS = {
     "wire_socket_grpc": (None, ""),
     "memory_share": (1, "<="),
     "save_vs_safetensors": (0.9, ">="),
+    "save_stall_share": (0.05, "<="),
     "first_query_s": (1, "<="),
     "first_query_cached_s": (None, ""),
     **{
@@ -261,6 +262,7 @@ class Bench:
                     mine, theirs = ours.ask(), peer.ask()
                     if i > 0:
                         self.note("save_vs_safetensors", theirs["seconds"] / mine["seconds"])
+                        self.note("save_stall_share", mine["stall"] / mine["seconds"])
                         self.say(f"save: ours {mine['seconds']:.2f} s, safetensors {theirs['seconds']:.2f} s")
         self.told.append(
             f"  save, fsync on both sides: {mine['bytes'] / 1e6:.0f} MB in {mine['seconds']:.2f} s, "

@@ -43,17 +43,17 @@ pub(crate) fn save(args: Save, runtime: &Runtime) -> Result<()> {
         step = Step(step.0 + 1);
         live.push(step, 0, Gradients::of(live.spec(), vec![])?)?;
         runtime.block_on(async {
-            let seconds = write(&store, &args.sizes, &live, step).await?;
+            let (stall, seconds) = write(&store, &args.sizes, &live, step).await?;
             // What was there before is gone once this returns.
             store.keep(1).await?;
-            Ok(json!({"seconds": seconds, "bytes": bytes_below(&args.folder)?}))
+            Ok(json!({"seconds": seconds, "stall": stall, "bytes": bytes_below(&args.folder)?}))
         })
     })
 }
 
 pub(crate) async fn make(args: Make) -> Result<()> {
     let live = Live::new(args.sizes.shard(Moments::Own)?);
-    let seconds = write(&open(&args.folder).await?, &args.sizes, &live, START).await?;
+    let (_, seconds) = write(&open(&args.folder).await?, &args.sizes, &live, START).await?;
     println!("{}", json!({"seconds": seconds, "weight_bytes": args.sizes.weight_bytes()}));
     Ok(())
 }
@@ -77,13 +77,15 @@ async fn open(folder: &Path) -> Result<BankStore> {
     Ok(BankStore::open_url(url, &[], NAME, StoreOptions::default()).await?)
 }
 
-/// Both phases of a save of all blocks; returns the seconds they took.
-async fn write(store: &BankStore, sizes: &Sizes, live: &Live, step: Step) -> Result<f64> {
+/// Both phases of a save of all blocks; returns the seconds for which it kept a push waiting, and those that it took.
+async fn write(store: &BankStore, sizes: &Sizes, live: &Live, step: Step) -> Result<(f64, f64)> {
     let identity = Identity { spec: sizes.spec(), seed: SEED, hashes: BTreeMap::new() };
     let start = Instant::now();
-    let record = store.write(&identity, live.snapshot(step, Step(0))?, None).await?;
+    let snapshot = live.snapshot(step, Step(0))?;
+    let stall = start.elapsed().as_secs_f64();
+    let record = store.write(&identity, snapshot, None).await?;
     store.commit(step, &[record]).await?;
-    Ok(start.elapsed().as_secs_f64())
+    Ok((stall, start.elapsed().as_secs_f64()))
 }
 
 fn bytes_below(folder: &Path) -> Result<u64> {

@@ -56,6 +56,11 @@ pub struct RemoteOptions {
     pub token: Option<String>,
     /// Seconds to wait for a connection.
     pub connect_s: u64,
+    /// Seconds after which a shard whose system no longer answers is taken for gone.
+    pub silent_s: u64,
+    /// Seconds that one try of a request may take, waiting for its step included. A shard's own limit
+    /// should be reached before.
+    pub request_s: u64,
     /// How long to try again.
     pub retry: Retry,
     /// Of the pauses between tries, which no two clients should share.
@@ -77,6 +82,8 @@ impl RemoteOptions {
             tls: None,
             token: None,
             connect_s: 10,
+            silent_s: 30,
+            request_s: 660,
             retry: Retry::default(),
             seed: rand::rng().random(),
         }
@@ -134,7 +141,8 @@ impl RemoteBank {
     /// another place than in the list, or holds blocks of other sizes.
     pub async fn connect(options: RemoteOptions) -> Result<Self> {
         let timeout = Duration::from_secs(options.connect_s);
-        let connector = Connector { tls: options.tls.clone(), protocol: Protocol::Grpc, timeout };
+        let silence = Duration::from_secs(options.silent_s);
+        let connector = Connector { tls: options.tls.clone(), protocol: Protocol::Grpc, timeout, silence };
         let connect = move |uri: Uri| {
             let connector = connector.clone();
             async move {
@@ -287,10 +295,19 @@ impl RemoteBank {
     }
 
     /// Tries a request to a shard, and again while that may help.
-    async fn retry<T, F>(&self, shard: &ShardClient, work: impl FnMut() -> F) -> Result<T>
+    async fn retry<T, F>(&self, shard: &ShardClient, mut work: impl FnMut() -> F) -> Result<T>
     where
         F: Future<Output = std::result::Result<T, Status>>,
     {
+        let limit = Duration::from_secs(self.options.request_s);
+        let work = || {
+            let answered = tokio::time::timeout(limit, work());
+            async move {
+                answered.await.unwrap_or_else(|_| {
+                    Err(Status::unavailable(format!("no answer within {} s", limit.as_secs())))
+                })
+            }
+        };
         let again = |status: &Status| {
             let nth = self.counters.retries.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(shard = shard.address, %status, "trying again");
@@ -399,7 +416,8 @@ fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
         .max_frame_size(FRAME_BYTES)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .http2_keep_alive_interval(Duration::from_secs(30))
+        .http2_keep_alive_interval(Duration::from_secs(options.silent_s).div_f64(2.0))
+        .keep_alive_timeout(Duration::from_secs(options.silent_s).div_f64(2.0))
         .tcp_nodelay(true))
 }
 

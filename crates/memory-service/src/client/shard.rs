@@ -84,6 +84,7 @@ impl ShardClient {
                 tls: options.tls.clone(),
                 protocol: Protocol::Bulk,
                 timeout: Duration::from_secs(options.connect_s),
+                silence: Duration::from_secs(options.silent_s),
             },
             pool: Pool::new(options.streams, options.bulk),
             counters,

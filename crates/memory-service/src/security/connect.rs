@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
-#[cfg(target_os = "linux")]
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -19,8 +18,9 @@ pub struct Acceptor {
     pub tls: Option<Arc<ReloadingTls>>,
     /// What is spoken.
     pub protocol: Protocol,
-    /// The time that a client has for the handshake of TLS.
-    pub handshake_timeout: Duration,
+    /// How long a client may be silent: in the handshake of TLS, and later until its system, asked
+    /// whether the connection is still there, is taken for gone.
+    pub silence: Duration,
 }
 
 impl Acceptor {
@@ -28,12 +28,12 @@ impl Acceptor {
     /// client: call it in a task for each connection, and bound the tasks.
     pub async fn accept(&self, tcp: TcpStream) -> Result<Stream> {
         let peer = tcp.peer_addr().map_err(Error::connection("a client that has gone"))?;
-        tune(&tcp, peer).map_err(Error::connection(peer))?;
+        tune(&tcp, peer, self.silence).map_err(Error::connection(peer))?;
         let Some(tls) = &self.tls else { return Ok(Stream::plain(tcp, peer)) };
         let config = tls.current(Instant::now().into_std()).server(self.protocol);
-        let handshake = timeout(self.handshake_timeout, TlsAcceptor::from(config).accept(tcp)).await;
-        let handshake = handshake
-            .map_err(|_| Error::Timeout { peer: peer.to_string(), limit: self.handshake_timeout })?;
+        let handshake = timeout(self.silence, TlsAcceptor::from(config).accept(tcp)).await;
+        let handshake =
+            handshake.map_err(|_| Error::Timeout { peer: peer.to_string(), limit: self.silence })?;
         Stream::tls(handshake.map_err(Error::connection(peer))?.into(), peer, self.protocol)
     }
 }
@@ -47,6 +47,8 @@ pub struct Connector {
     pub protocol: Protocol,
     /// The time that a connection has, from the name of the host to the end of the handshake of TLS.
     pub timeout: Duration,
+    /// How long the server's system may be silent, asked whether the connection is still there.
+    pub silence: Duration,
 }
 
 impl Connector {
@@ -65,7 +67,7 @@ impl Connector {
         let host = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
         let tcp = TcpStream::connect((host, port)).await.map_err(failed())?;
         let peer = tcp.peer_addr().map_err(failed())?;
-        tune(&tcp, peer).map_err(failed())?;
+        tune(&tcp, peer, self.silence).map_err(failed())?;
         let Some(tls) = &self.tls else { return Ok(Stream::plain(tcp, peer)) };
         let name = ServerName::try_from(host.to_owned())
             .map_err(|_| Error::Host { found: host.chars().take(300).collect() })?;
@@ -82,10 +84,21 @@ impl Connector {
     }
 }
 
-/// Sends what is written at once. A system whose congestion control is BBR paces what it sends, over
-/// loopback too, where there is no congestion: there, one without pacing is chosen.
-fn tune(tcp: &TcpStream, peer: SocketAddr) -> io::Result<()> {
+/// Sends what is written at once, and finds out about a peer that is gone without a word: its system is
+/// asked when a connection is idle, and must acknowledge what is sent.
+///
+/// A system whose congestion control is BBR paces what it sends, over loopback too, where there is no
+/// congestion: there, one without pacing is chosen.
+fn tune(tcp: &TcpStream, peer: SocketAddr, silence: Duration) -> io::Result<()> {
     tcp.set_nodelay(true)?;
+    // The system counts in whole seconds: half of the time idle, then three questions.
+    let pause = |part: u64| Duration::from_secs((silence.as_secs() / part).max(1));
+    let asked = TcpKeepalive::new().with_time(pause(2)).with_interval(pause(6));
+    #[cfg(target_os = "linux")]
+    let asked = asked.with_retries(3);
+    SockRef::from(tcp).set_tcp_keepalive(&asked)?;
+    #[cfg(target_os = "linux")]
+    SockRef::from(tcp).set_tcp_user_timeout(Some(silence))?;
     #[cfg(target_os = "linux")]
     if peer.ip().to_canonical().is_loopback() {
         // Every Linux has it; without it, what is sent arrives all the same.

@@ -120,7 +120,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
         for (to, buf) in turn.iter_mut().zip(bufs) {
             *to = IoSlice::new(&buf[..buf.len().min(left)]);
             left -= to.len();
-            n_bufs += usize::from(to.len() > 0);
+            n_bufs += usize::from(!to.is_empty());
         }
         let n_bytes = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &turn[..n_bufs]))?;
         self.sent += n_bytes;

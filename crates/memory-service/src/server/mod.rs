@@ -125,7 +125,7 @@ pub async fn serve(
     let acceptor = Acceptor {
         tls: options.tls.clone(),
         protocol: Protocol::Grpc,
-        handshake_timeout: Duration::from_secs(options.limits.idle_s),
+        silence: Duration::from_secs(options.limits.idle_s),
     };
     let connections = accept(listener, acceptor, options.limits.connections);
     let incoming = stream::unfold(connections, async |mut connections| {
@@ -153,13 +153,14 @@ where
         None => None,
         Some(listener) => {
             let (port, tickets) = (listener.local_addr()?.port(), Arc::new(Tickets::default()));
-            let handshake_timeout = Duration::from_secs(limits.idle_s);
-            let acceptor = Acceptor { tls, protocol: Protocol::Bulk, handshake_timeout };
+            let silence = Duration::from_secs(limits.idle_s);
+            let acceptor = Acceptor { tls, protocol: Protocol::Bulk, silence };
             let connections = accept(listener, acceptor, limits.connections);
             tokio::spawn(serve_bulk(Arc::clone(&host), Arc::clone(&tickets), connections, stopped.clone()));
             Some((port, tickets))
         }
     };
+    let readiness = host.readiness();
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::Serving).await;
     reporter.set_service_status(READY, ServingStatus::Serving).await;
@@ -169,7 +170,7 @@ where
     let checkpoints = store.map(|StoreOfBank { store, identity, keep, base }| {
         Arc::new(Checkpoints::new(store, identity, keep, base))
     });
-    tokio::spawn(report_ready(Arc::clone(&host), reporter, stopped.clone()));
+    tokio::spawn(report_ready(readiness, reporter, stopped.clone()));
     let rpc = Rpc { host: Arc::clone(&host), checkpoints, tokens, bulk };
     let mut service = MemoryServiceServer::new(rpc.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -234,17 +235,13 @@ async fn serve_bulk(
     }
 }
 
-/// Tells the health service when the shard stops or starts to take requests.
+/// Tells the health service when the shard stops or starts to take requests; it takes them at first.
 async fn report_ready(
-    host: Arc<Host>,
+    mut readiness: watch::Receiver<bool>,
     reporter: tonic_health::server::HealthReporter,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let mut readiness = host.readiness();
     loop {
-        let status =
-            if *readiness.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
-        reporter.set_service_status(READY, status).await;
         tokio::select! {
             changed = readiness.changed() => if changed.is_err() { return },
             _ = stopped.changed() => {
@@ -252,5 +249,8 @@ async fn report_ready(
                 return;
             }
         }
+        let status =
+            if *readiness.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        reporter.set_service_status(READY, status).await;
     }
 }

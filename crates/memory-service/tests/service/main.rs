@@ -1,6 +1,7 @@
 //! Shards served in this process, and banks made of them.
 
 mod checkpoints;
+mod half_open;
 mod operators;
 mod refusals;
 mod remote;

@@ -62,11 +62,11 @@ fn reloading(files: TlsFiles) -> Arc<ReloadingTls> {
 }
 
 fn acceptor(tls: Option<Arc<ReloadingTls>>) -> Acceptor {
-    Acceptor { tls, protocol: Protocol::Bulk, handshake_timeout: LIMIT }
+    Acceptor { tls, protocol: Protocol::Bulk, silence: LIMIT }
 }
 
 fn connector(tls: Option<Arc<ReloadingTls>>) -> Connector {
-    Connector { tls, protocol: Protocol::Bulk, timeout: LIMIT }
+    Connector { tls, protocol: Protocol::Bulk, timeout: LIMIT, silence: LIMIT }
 }
 
 /// One connection over loopback, as both sides see it.
