@@ -57,7 +57,7 @@ fn a_study_tells_agreement_and_what_a_miss_costs() {
     assert_eq!(packed, agreement(&narrow, "beam", "training windows"));
     assert!(router(&narrow, "beam")["loss"].is_null());
     work.fails(&["route-study", "run", "--windows", "0"], &["--windows: expected at least 1, found 0"]);
-    work.fails(&["route-study", "run", "--set", "tree.beam=1"], &["expected a key of [eval] or [retrieve]"]);
+    work.fails(&["route-study", "run", "--set", "tree.beam=1"], &["expected a key of [eval], [retrieve]"]);
 }
 
 #[test]

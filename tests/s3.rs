@@ -1,5 +1,5 @@
-//! A bank in a real object store: moto's S3 server, if there is one, behind a link that can be cut in the middle of
-//! an object.
+//! A bank in a real object store, behind a link that can be cut in the middle of an object: moto's S3 server, if there
+//! is one, or the one at the port `ANCHORAGE_S3_PORT`, whose bucket `bkt` opens with the key `A` and the secret `S`.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,15 +11,18 @@ use std::time::{Duration, Instant};
 use crate::shards::{Shard, addresses, assert_same, signal, train, two};
 use crate::support::{Workdir, failure};
 
-/// The server's process, killed when it is dropped.
+/// The server, with its process if it is our own, which is killed when it is dropped.
 struct Server {
-    child: Child,
+    child: Option<Child>,
     port: u16,
 }
 
 impl Server {
     /// With one bucket, `bkt`. `None` without moto, unless this environment promises it.
     fn start() -> Option<Self> {
+        if let Ok(port) = std::env::var("ANCHORAGE_S3_PORT") {
+            return Some(Self { child: None, port: port.parse().unwrap() });
+        }
         let Some(program) = moto() else {
             assert!(std::env::var_os("ANCHORAGE_NEEDS_MOTO").is_none(), "no moto_server");
             eprintln!("not run: no moto_server (pip install 'moto[s3,server]')");
@@ -29,7 +32,7 @@ impl Server {
         let mut command = Command::new(program);
         command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let server = Self { child, port };
+        let server = Self { child: Some(child), port };
         let start = Instant::now();
         while !server.has_bucket() {
             assert!(start.elapsed() < Duration::from_secs(60), "moto_server does not answer");
@@ -50,8 +53,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

@@ -100,6 +100,18 @@ fn a_run_on_shards_is_that_of_one_process() {
     work.fails(&train("run.dir=third", &text), &["shard 127.0.0.1", "00000000"]);
     let (verified, _) = work.ok(&["bank", "verify", "store/bank/00000012"]);
     assert!(verified.contains("whole at step 12"), "{verified}");
+    // Read from where it is stored, it tells the same.
+    let losses = |args: &[&str]| -> (Value, String) {
+        let (out, err) = work.ok(&[&["eval", "--json"], args].concat());
+        let told: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+        (told["loss"].clone(), err)
+    };
+    let tiers = ["--set", "memory.placement.store=store", "--set", "memory.placement.ram_mib=64"];
+    let (found, err) = losses(&[&["again"], &tiers[..]].concat());
+    assert_eq!(found, losses(&["run"]).0);
+    assert!(err.contains("memory of level 0: ") && err.contains(" % in RAM or on disk\n"), "{err}");
+    let (out, _) = work.ok(&[&["generate", "again", "The"], &tiers[..]].concat());
+    assert_eq!(out, work.ok(&["generate", "run", "The"]).0);
     let (out, _) = work.ok(&["bank", "inspect", "store/bank"]);
     assert!(out.contains("step 12,"), "{out}");
     work.ok(&["bank", "reshard", "store/bank", "--to", "other/bank", "--shards", "5"]);

@@ -128,8 +128,8 @@ enum Command {
         /// End with one line of JSON.
         #[arg(long)]
         json: bool,
-        /// Overrides a key of the run's sections [eval] and [retrieve] for this evaluation; may be given several
-        /// times.
+        /// Overrides a key of the run's sections [eval], [retrieve] and [memory.placement] for this evaluation; may
+        /// be given several times.
         #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
         set: Vec<String>,
     },
@@ -184,13 +184,13 @@ fn one_line(error: &anyhow::Error) -> String {
 
 /// Fails on a setting that decided the training.
 fn only_reported(set: &[String]) -> Result<()> {
-    let is_reported = |setting: &str| {
-        ["eval.", "retrieve."].iter().any(|section| setting.trim_start().starts_with(section))
-    };
+    let keys = ["eval.", "retrieve.", "memory.placement.", "memory.tls.", "memory.token_file"];
+    let is_reported = |setting: &str| keys.iter().any(|key| setting.trim_start().starts_with(key));
     match set.iter().find(|setting| !is_reported(setting)) {
         None => Ok(()),
         Some(setting) => bail!(
-            "--set {setting}: expected a key of [eval] or [retrieve]: the rest was decided when the run was trained"
+            "--set {setting}: expected a key of [eval], [retrieve] or [memory.placement]: the rest was decided when \
+             the run was trained"
         ),
     }
 }
@@ -212,7 +212,10 @@ fn run(command: Command) -> Result<()> {
             training::train(&config, &prepared)?;
         }
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
-        Command::Generate(args) => query::generate(args)?,
+        Command::Generate(args) => {
+            only_reported(&args.set)?;
+            query::generate(args)?;
+        }
         Command::Bank { command } => bank::run(command)?,
         Command::Shard { config, shard } => {
             shards::serve(&Config::load(&config.config, &config.set)?, shard)?;
@@ -231,6 +234,7 @@ fn run(command: Command) -> Result<()> {
             only_reported(&set)?;
             let run = Run::open_with(&run, &set)?;
             let evaluations = [evaluate::evaluate(&run)?];
+            run.tell_tiers();
             print!("{}", summary::table(&evaluations));
             if json {
                 println!("{}", serde_json::to_string(&summary::summarise(&evaluations))?);

@@ -91,10 +91,13 @@ pub(crate) struct GenerateArgs {
     /// A text that ends the completion; may be given several times.
     #[arg(long)]
     stop: Vec<String>,
+    /// Overrides a key of [memory.placement], where the memory is read from; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) set: Vec<String>,
 }
 
 pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
-    let run = Run::open(&args.run)?;
+    let run = Run::open_with(&args.run, &args.set)?;
     let from = &run.config.generate;
     let options = Options {
         max_new_tokens: args.max_new_tokens.unwrap_or(from.max_new_tokens),
@@ -133,7 +136,9 @@ pub(crate) fn generate(args: GenerateArgs) -> Result<()> {
             println!("{text}{}", completion.text);
         }
         Ok(())
-    })
+    })?;
+    run.tell_tiers();
+    Ok(())
 }
 
 /// Sizes that follow from a configuration, before anything is read or trained.

@@ -44,7 +44,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Opens the newest whole checkpoint of the run in `dir`, with what [eval] and [retrieve] of `set` say.
+    /// Opens the newest whole checkpoint of the run in `dir`, with what [eval], [retrieve] and [memory] of
+    /// `set` say.
     pub(crate) fn open_with(dir: &Path, set: &[String]) -> Result<Self> {
         let path = dir.join("config.toml");
         if !path.exists() {
@@ -93,6 +94,12 @@ impl Run {
 
     pub(crate) fn model(&self) -> Model<'_, Bank> {
         Model { anchor: &self.anchor, bank: self.bank.as_ref(), step: Step(self.state.step) }
+    }
+
+    /// Says how often the memory that was asked for was near, where it is read through tiers.
+    pub(crate) fn tell_tiers(&self) {
+        let told = self.bank.iter().flat_map(|bank| bank.store().told());
+        told.for_each(|line| eprintln!("{line}"));
     }
 
     /// What takes a text to its memory, as [retrieve] says.

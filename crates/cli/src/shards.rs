@@ -9,8 +9,8 @@ use clap::Subcommand;
 use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
-    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LocalBank, Step, StoreBank,
-    StoreOptions, TierSource, Tiered,
+    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LevelStats, LocalBank, Step,
+    StoreBank, StoreOptions, TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
@@ -96,6 +96,25 @@ pub(crate) enum Bank {
     Remote(RemoteBank),
     /// Read through tiers.
     Tiered(Tiered),
+}
+
+impl Bank {
+    /// What tiers have answered so far, a line for each level; none of a bank that is read without them.
+    pub(crate) fn told(&self) -> Vec<String> {
+        let Self::Tiered(bank) = self else { return vec![] };
+        let of_level = |level: LevelStats| {
+            let cached = level.hit_rate().unwrap_or_default() * 100.0;
+            let error = match level.max_abs_error {
+                0.0 => String::new(),
+                error => format!(", numbers off by {error:.1e} at most"),
+            };
+            format!(
+                "memory of level {}: {} blocks asked for, {cached:.1} % in RAM or on disk{error}",
+                level.level, level.n_asked
+            )
+        };
+        bank.stats().levels.into_iter().map(of_level).collect()
+    }
 }
 
 impl BlockStore for Bank {

@@ -56,10 +56,13 @@ impl Checkpoints {
         let record = self.store.write(&self.identity, snapshot, saved.base.as_ref()).await.map_err(status)?;
         let json = serde_json::to_string(&record)
             .map_err(|error| Status::internal(format!("the record of step {step}: {error}")))?;
+        let written = record.segments.iter().filter(|segment| segment.step == step);
+        let n_bytes: u64 = written.map(|segment| segment.values.bytes + segment.optimizer.bytes).sum();
+        host.metrics.saved_bytes.inc_by(n_bytes);
         saved.last = Some(record);
         let seconds = start.elapsed().as_secs_f64();
         host.metrics.save_seconds.observe(seconds);
-        tracing::info!(step = step.0, seconds, "saved");
+        tracing::info!(step = step.0, seconds, bytes = n_bytes, "saved");
         Ok(json)
     }
 

@@ -11,7 +11,7 @@ use crate::support::{
     Served, all_ids, bits, gradients, identity, options, reference, remote, serve_options, spec,
 };
 
-async fn store(objects: &Arc<InMemory>) -> StoreOfBank {
+pub(crate) async fn store(objects: &Arc<InMemory>) -> StoreOfBank {
     let objects = Arc::clone(objects);
     let store =
         BankStore::open(objects, &Path::from("banks"), "bank", StoreOptions::default()).await.unwrap();

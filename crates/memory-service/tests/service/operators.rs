@@ -1,5 +1,8 @@
 //! What operators see: health, metrics, reflection.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use memory_bank::{BlockStore, Placement, Step};
 use memory_service::{READY, RemoteBank, ServeOptions};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,6 +12,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
+use crate::checkpoints::store;
 use crate::support::{Served, gradients, id, listener, options, remote, serve_options, spec};
 
 async fn get(address: std::net::SocketAddr, path: &str) -> String {
@@ -26,7 +30,8 @@ async fn get(address: std::net::SocketAddr, path: &str) -> String {
 async fn metrics_tell_what_was_done() {
     let (http, bulk) = (listener().await, listener().await);
     let address = http.local_addr().unwrap();
-    let serving = ServeOptions { http: Some(http), bulk: Some(bulk), ..serve_options() };
+    let store = Some(store(&Arc::default()).await);
+    let serving = ServeOptions { http: Some(http), bulk: Some(bulk), store, ..serve_options() };
     let served = [Served::start(options(2, Placement::WHOLE), serving).await];
     for bulk in [true, false] {
         let mut options = remote(&served);
@@ -40,9 +45,20 @@ async fn metrics_tell_what_was_done() {
     assert!(text.contains("anchorage_shard_fence_lag_steps 1\n"), "{text}");
     bank.push(Step(1), 0, gradients(1, 0)).await.unwrap();
     assert!(bank.push(Step(7), 0, vec![]).await.is_err());
+    bank.save(Step(1)).await.unwrap();
 
     let text = get(address, "/metrics").await;
     let sent = 2 * 4 * (spec().block_len(0) + 2 * spec().block_len(2));
+    let saved: u64 = text
+        .lines()
+        .find_map(|line| line.strip_prefix("anchorage_shard_saved_bytes_total "))
+        .map(|n_bytes| n_bytes.parse().unwrap())
+        .unwrap();
+    // Weights and moments of what was pushed, and little beside.
+    let pushed = [0, 1].map(|rank| gradients(1, rank)).concat();
+    let ids: BTreeMap<_, _> = pushed.iter().map(|block| (block.id, block.values.len())).collect();
+    let expected = 3 * 4 * ids.values().sum::<usize>() as u64;
+    assert!((expected..expected + 4096).contains(&saved), "{saved} bytes, expected {expected}");
     for line in [
         "anchorage_shard_applied_step 1".to_owned(),
         "anchorage_shard_fence_lag_steps 0".to_owned(),
