@@ -164,3 +164,32 @@ fn a_shard_that_stops_for_a_while_is_waited_for() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_same(&work, "again", "store/bank");
 }
+
+#[test]
+fn certificates_say_who_serves_and_who_trains() {
+    let work = Workdir::new();
+    work.ok(&["train", "run.toml"]);
+    work.ok(&["certs", "ca", "certs"]);
+    work.ok(&["certs", "issue", "certs", "--role", "shard", "--name", "s0", "--host", "127.0.0.1"]);
+    work.ok(&["certs", "issue", "certs", "--role", "worker", "--name", "w0"]);
+    work.ok(&["certs", "issue", "certs", "--role", "reader", "--name", "r0"]);
+    let files = |name: &str| {
+        format!("cert = \"certs/{name}.pem\"\nkey = \"certs/{name}.key\"\nca = \"certs/ca.pem\"\n")
+    };
+    let config = fs::read_to_string(work.path("run.toml")).unwrap();
+    let with = |shard: &str, memory: &str| {
+        let tls = format!("[shard.serve.tls]\n{}[memory.tls]\n{}", files(shard), files(memory));
+        fs::write(work.path("run.toml"), format!("{config}\n{tls}")).unwrap();
+    };
+
+    with("w0", "w0");
+    let start = ["shard", "run.toml", "--listen", "127.0.0.1:0"];
+    work.fails(&start, &["certs/w0.pem: the server is ", "w0, expected a shard"]);
+    with("s0", "r0");
+    let shards = two(&work, "store");
+    let text = addresses(&shards);
+    work.fails(&train("run.dir=again", &text), &["PermissionDenied"]);
+    with("s0", "w0");
+    work.ok(&train("run.dir=again", &text));
+    assert_same(&work, "again", "store/bank");
+}

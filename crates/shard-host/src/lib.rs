@@ -8,9 +8,10 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use memory_bank::{BankStore, Live, MappedBank, Placement, Shard, ShardOptions, Step, StoreOptions};
-use memory_service::security::{self, BankName, Tls, TlsFiles, Tokens};
+use memory_service::security::{self, BankName, Role, Tls, TlsFiles, Tokens};
 use memory_service::{Identity, ServeOptions, Source, StoreOfBank, serve};
 use tokio::net::TcpListener;
 
@@ -97,7 +98,15 @@ pub async fn run(
         security::check_bind(http, false, ports.insecure || ports.tls.is_some())?;
     }
     let tls = match ports.tls {
-        Some(TlsSection { cert, key, ca }) => Some(Arc::new(Tls::reloading(TlsFiles { cert, key, ca })?)),
+        Some(TlsSection { cert, key, ca }) => {
+            let peer = cert.display().to_string();
+            let tls = Tls::reloading(TlsFiles { cert, key, ca })?;
+            // No client would take it for a server.
+            match tls.current(Instant::now()).identity() {
+                own if own.role() == Role::Shard => Some(Arc::new(tls)),
+                own => return Err(security::Error::NotAShard { peer, found: own.clone() }.into()),
+            }
+        }
         None => None,
     };
     let tokens = match &ports.tokens {
