@@ -91,8 +91,8 @@ impl Connector {
 /// congestion: there, one without pacing is chosen.
 fn tune(tcp: &TcpStream, peer: SocketAddr, silence: Duration) -> io::Result<()> {
     tcp.set_nodelay(true)?;
-    // The system counts in whole seconds: half of the time idle, then three questions.
-    let pause = |part: u64| Duration::from_secs((silence.as_secs() / part).max(1));
+    // The system counts in whole seconds, up to 32,767: half of the time idle, then three questions.
+    let pause = |part: u64| Duration::from_secs((silence.as_secs() / part).clamp(1, 32_767));
     let asked = TcpKeepalive::new().with_time(pause(2)).with_interval(pause(6));
     #[cfg(target_os = "linux")]
     let asked = asked.with_retries(3);
