@@ -23,13 +23,8 @@ impl Shard {
         let index = index.to_string();
         let args = ["shard", "run.toml", "--shard", &index, "--of", "2", "--listen", listen, "--log", "json"];
         let store = format!("shard.store.url={store}");
-        // A fetch under way when its shard dies waits at the next one for a step that was lost with it.
-        let limit = "shard.serve.limits.request_s=5";
-        let mut child = work
-            .command(&[&args[..], &["--set", &store, "--set", limit]].concat())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut child =
+            work.command(&[&args[..], &["--set", &store]].concat()).stdout(Stdio::null()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let serving = lines.by_ref().map(Result::unwrap).find(|line| line.contains("\"serving\""));
         let serving: Value = serde_json::from_str(&serving.expect("the shard ended")).unwrap();

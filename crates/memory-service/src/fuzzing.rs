@@ -290,6 +290,7 @@ fn push_pieces() -> Vec<Vec<u8>> {
         hashes: hashes.iter().map(|(key, hash)| ((*key).to_owned(), (*hash).to_owned())).collect(),
         shard: 1,
         n_shards: 4,
+        life: hashes.len() as u64,
     };
     let head = |hashes: &[(&str, &str)]| PushPiece {
         head: Some(proto::PushHead {

@@ -21,7 +21,7 @@ impl Identity {
         Self { bank: bank.to_owned(), spec: spec.hash(), hashes }
     }
 
-    /// As a request to one of its shards carries it.
+    /// As a request to one of its shards carries it, in whatever life the shard is.
     pub(crate) fn message(&self, placement: Placement) -> proto::BankIdentity {
         proto::BankIdentity {
             bank: self.bank.clone(),
@@ -29,6 +29,7 @@ impl Identity {
             hashes: self.hashes.clone().into_iter().collect(),
             shard: placement.shard as u32,
             n_shards: placement.n_shards as u32,
+            life: 0,
         }
     }
 

@@ -184,8 +184,8 @@ impl Connection {
         if reply.retry_ms > 0 {
             status.metadata_mut().insert(RETRY_METADATA, u64::from(reply.retry_ms).into());
         }
-        // A refusal is a whole answer.
-        self.is_broken = false;
+        // A refusal is a whole answer; but the stream of a life that has ended is of no more use.
+        self.is_broken = status.code() == Code::Aborted;
         Err(status)
     }
 }

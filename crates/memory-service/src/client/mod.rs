@@ -20,7 +20,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 pub use retry::Retry;
 
@@ -303,9 +303,15 @@ impl RemoteBank {
         let work = || {
             let answered = tokio::time::timeout(limit, work());
             async move {
-                answered.await.unwrap_or_else(|_| {
-                    Err(Status::unavailable(format!("no answer within {} s", limit.as_secs())))
-                })
+                match answered.await {
+                    // The shard is in another life.
+                    Ok(Err(status)) if status.code() == Code::Aborted => {
+                        shard.meet().await?;
+                        Err(status)
+                    }
+                    Ok(answered) => answered,
+                    Err(_) => Err(Status::unavailable(format!("no answer within {} s", limit.as_secs()))),
+                }
             }
         };
         let again = |status: &Status| {
@@ -319,7 +325,7 @@ impl RemoteBank {
     /// Fails when a shard is not the one that it should be.
     async fn check(&self, shard: usize) -> Result<()> {
         let client = &self.shards[shard];
-        let stat = self.retry(client, || client.stat()).await?;
+        let stat = self.retry(client, || client.meet()).await?;
         let placement = Placement { shard, n_shards: self.shards.len() };
         let found = stat.identity.unwrap_or_default();
         match self.options.identity.difference(placement, &found) {

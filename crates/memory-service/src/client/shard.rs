@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,8 +19,8 @@ use super::{Counters, RemoteOptions};
 use crate::codec::{MAX_MESSAGE_BYTES, PIECE_BYTES, Payload, PushPiece, block_id};
 use crate::proto::memory_service_client::MemoryServiceClient;
 use crate::proto::{
-    BankIdentity, CommitRequest, FetchRequest, OpenBulkRequest, PushHead, RestoreRequest, SaveRequest,
-    SaveResponse, StatRequest, StatResponse,
+    BankIdentity, CommitRequest, FetchRequest, OpenBulkRequest, PushHead, RestoreRequest, RestoreResponse,
+    SaveRequest, SaveResponse, StatRequest, StatResponse,
 };
 use crate::security::{Connector, Protocol};
 use crate::server::Compression;
@@ -31,7 +31,13 @@ pub(crate) struct ShardClient {
     /// `host:port`.
     pub(crate) address: String,
     host: String,
+    /// In any life.
     identity: BankIdentity,
+    /// Of the shard's blocks, when it was last asked.
+    life: AtomicU64,
+    /// The last step that this client has pushed or has seen applied. A shard that comes back from before
+    /// it has lost something that the client takes it to have.
+    relied_on: AtomicU64,
     channels: Vec<Channel>,
     clients: Vec<MemoryServiceClient<Channel>>,
     is_compressed: bool,
@@ -74,6 +80,8 @@ impl ShardClient {
             address: address.to_owned(),
             host: host.to_owned(),
             identity: options.identity.message(placement),
+            life: AtomicU64::new(0),
+            relied_on: AtomicU64::new(0),
             clients: channels.iter().cloned().map(client).collect(),
             channels,
             is_compressed: options.compression != Compression::None,
@@ -95,6 +103,23 @@ impl ShardClient {
         Ok(self.client().stat(self.request(StatRequest {})).await?.into_inner())
     }
 
+    /// Learns in which life the shard is; returns where it stands. Fails when it has lost steps that this
+    /// client relies on.
+    pub(crate) async fn meet(&self) -> Result<StatResponse, Status> {
+        let stat = self.stat().await?;
+        let relied_on = self.relied_on.load(Ordering::Relaxed);
+        if stat.applied < relied_on {
+            return Err(Status::data_loss(format!(
+                "the shard came back at step {}: what it was given since, up to step {relied_on}, is lost; \
+                 go on from a checkpoint",
+                stat.applied
+            )));
+        }
+        let life = stat.identity.as_ref().map_or(0, |identity| identity.life);
+        self.life.store(life, Ordering::Relaxed);
+        Ok(stat)
+    }
+
     /// Fills the values of blocks; they have their length already.
     pub(crate) async fn fetch(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
         match self.bulk_stream().await? {
@@ -107,6 +132,7 @@ impl ShardClient {
         }
         let n_bytes: usize = blocks.iter().map(|block| block.values.len() * dtype.size()).sum();
         self.counters.received(n_bytes);
+        self.relied_on.fetch_max(after.0, Ordering::Relaxed);
         Ok(())
     }
 
@@ -123,7 +149,7 @@ impl ShardClient {
             pushed?
         } else {
             let head = PushHead {
-                identity: Some(self.identity.clone()),
+                identity: Some(self.identity()),
                 step: step.0,
                 rank: rank as u32,
                 dtype: dtype.message() as i32,
@@ -133,12 +159,13 @@ impl ShardClient {
             Step(self.client().push(self.request(pieces)).await?.into_inner().applied)
         };
         self.counters.sent(gradients.iter().map(|(_, values)| values.len()).sum());
+        self.relied_on.fetch_max(step.0, Ordering::Relaxed);
         Ok(applied)
     }
 
     /// Begins a save: when this returns, the blocks are held as they are after the step.
     pub(crate) async fn begin_save(&self, step: Step) -> Result<Streaming<SaveResponse>, Status> {
-        let request = SaveRequest { identity: Some(self.identity.clone()), step: step.0 };
+        let request = SaveRequest { identity: Some(self.identity()), step: step.0 };
         let mut answers = self.client().save(self.request(request)).await?.into_inner();
         match answers.message().await? {
             Some(_) => Ok(answers),
@@ -153,12 +180,15 @@ impl ShardClient {
 
     pub(crate) async fn restore(&self, step: Option<Step>) -> Result<Step, Status> {
         let request = RestoreRequest { identity: Some(self.identity.clone()), step: step.map(|step| step.0) };
-        Ok(Step(self.client().restore(self.request(request)).await?.into_inner().step))
+        let RestoreResponse { step, life } = self.client().restore(self.request(request)).await?.into_inner();
+        self.life.store(life, Ordering::Relaxed);
+        self.relied_on.store(step, Ordering::Relaxed);
+        Ok(Step(step))
     }
 
     async fn fetch_pieces(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
         let request = FetchRequest {
-            identity: Some(self.identity.clone()),
+            identity: Some(self.identity()),
             after: after.0,
             dtype: dtype.message() as i32,
             blocks: blocks.iter().map(|block| block_id(block.id)).collect(),
@@ -210,7 +240,7 @@ impl ShardClient {
         if let Some(connection) = turn.connection.take() {
             return Ok(Some((connection, turn)));
         }
-        let request = OpenBulkRequest { identity: Some(self.identity.clone()) };
+        let request = OpenBulkRequest { identity: Some(self.identity()) };
         let offer = self.client().open_bulk(self.request(request)).await?.into_inner();
         let port = u16::try_from(offer.port).unwrap_or_default();
         if port == 0 {
@@ -229,6 +259,11 @@ impl ShardClient {
                 Ok(None)
             }
         }
+    }
+
+    /// What the shard must be, in the life that it was last met in.
+    fn identity(&self) -> BankIdentity {
+        BankIdentity { life: self.life.load(Ordering::Relaxed), ..self.identity.clone() }
     }
 
     /// The clients in turn: each has a connection of its own.

@@ -52,8 +52,8 @@ impl Connection {
         within(self.idle, self.stream.read_exact(&mut ticket)).await?;
         let caller = tickets
             .redeem(&ticket)
-            .filter(|caller| caller.identity.as_ref() == self.stream.stream.peer_identity());
-        let Some(caller) = caller else {
+            .filter(|(caller, _)| caller.identity.as_ref() == self.stream.stream.peer_identity());
+        let Some((caller, life)) = caller else {
             return self
                 .reply(&Err(Status::unauthenticated("the ticket of the bulk stream is not valid")))
                 .await;
@@ -62,8 +62,8 @@ impl Connection {
             let (head, entries) = self.request().await?;
             let (call, start) = (if head.kind == Kind::Fetch { "fetch" } else { "push" }, Instant::now());
             match head.kind {
-                Kind::Fetch => self.fetch(&caller, head, &entries).await?,
-                Kind::Push => self.push(&caller, head, &entries).await?,
+                Kind::Fetch => self.fetch((&caller, life), head, &entries).await?,
+                Kind::Push => self.push((&caller, life), head, &entries).await?,
             }
             let seconds = start.elapsed().as_secs_f64();
             self.host.metrics.latency.get_or_create(&Call { call }).observe(seconds);
@@ -96,10 +96,15 @@ impl Connection {
         Ok(())
     }
 
-    async fn fetch(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
+    async fn fetch(
+        &mut self,
+        (caller, life): (&Caller, u64),
+        head: Head,
+        entries: &[(ClusterId, u64)],
+    ) -> io::Result<()> {
         let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
         let fetched = match self.check(caller, Permission::Read, head.dtype, entries) {
-            Ok(()) => self.host.fetch(Step(head.step), &ids, head.dtype).await,
+            Ok(()) => self.host.fetch(life, Step(head.step), &ids, head.dtype).await,
             Err(status) => Err(status),
         };
         self.host.metrics.ended("fetch", fetched.as_ref().err().map_or(Code::Ok, Status::code));
@@ -118,11 +123,16 @@ impl Connection {
         within(self.idle, self.stream.flush()).await
     }
 
-    async fn push(&mut self, caller: &Caller, head: Head, entries: &[(ClusterId, u64)]) -> io::Result<()> {
+    async fn push(
+        &mut self,
+        (caller, life): (&Caller, u64),
+        head: Head,
+        entries: &[(ClusterId, u64)],
+    ) -> io::Result<()> {
         let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
-        let begun = self
-            .check(caller, Permission::Write, head.dtype, entries)
-            .and_then(|()| self.host.begin_push((Step(head.step), head.rank as usize), &ids, head.dtype));
+        let begun = self.check(caller, Permission::Write, head.dtype, entries).and_then(|()| {
+            self.host.begin_push(life, (Step(head.step), head.rank as usize), &ids, head.dtype)
+        });
         let pushed = match begun {
             Err(status) => Err(status),
             Ok(mut push) => {

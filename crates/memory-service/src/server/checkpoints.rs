@@ -1,4 +1,3 @@
-use std::sync::Arc;
 use std::time::Instant;
 
 use memory_bank::{BankStore, ShardRecord, Snapshot, Step};
@@ -82,8 +81,8 @@ impl Checkpoints {
     }
 
     /// Replaces the shard's blocks by those of a checkpoint, the newest unless told; the run goes on from
-    /// there, so later checkpoints are given up.
-    pub(crate) async fn restore(&self, host: &Arc<Host>, step: Option<Step>) -> Result<Step, Status> {
+    /// there, so later checkpoints are given up. Returns its step, and the life of the blocks that begins.
+    pub(crate) async fn restore(&self, host: &Host, step: Option<Step>) -> Result<(Step, u64), Status> {
         let live = host.live()?;
         let mut saved = self.saved.lock().await;
         let checkpoint = match step {
@@ -100,14 +99,14 @@ impl Checkpoints {
         let restored = async {
             let shard = checkpoint.load(&self.identity, options).await?;
             self.store.discard_after(step).await?;
-            live.replace(shard)
+            Ok(shard)
         };
         // After a failure the blocks are those from before.
-        restored.await.map_err(status)?;
+        let life = host.replace(restored.await.map_err(status)?)?;
         *saved = Saved { base: checkpoint.record(host.placement), last: None };
         host.metrics.applied.set(step.0 as i64);
         tracing::info!(step = step.0, "restored");
-        Ok(step)
+        Ok((step, life))
     }
 }
 

@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Placement, Step, Values};
+use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Placement, Shard, Step, Values};
+use rand::RngExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
 
@@ -47,6 +48,9 @@ pub(crate) struct Host {
     pub(crate) placement: Placement,
     pub(crate) limits: Limits,
     pub(crate) metrics: Metrics,
+    /// Of the blocks: a number that no other process and no restore has. Held while it is asked about,
+    /// so that it does not end in the middle of an answer.
+    life: watch::Sender<u64>,
     /// False while blocks are replaced, and once the server stops.
     ready: watch::Sender<bool>,
     fetches: Bound,
@@ -62,6 +66,7 @@ pub(crate) struct Outgoing {
 
 /// A push that is being received.
 pub(crate) struct Incoming {
+    life: u64,
     step: Step,
     rank: usize,
     gradients: Vec<(ClusterId, Values)>,
@@ -79,6 +84,7 @@ impl Host {
             source,
             identity,
             placement,
+            life: watch::Sender::new(new_life()),
             ready: watch::Sender::new(true),
             fetches: Bound::new("fetches", limits.fetches),
             waiting: Bound::new("waiting requests", limits.waiting),
@@ -87,15 +93,42 @@ impl Host {
         }
     }
 
-    /// Fails when the caller means another bank or another shard.
-    pub(crate) fn check(&self, identity: Option<&proto::BankIdentity>) -> Result<(), Status> {
+    /// Fails when the caller means another bank, another shard or a life of it that has ended; returns the
+    /// life that the request is for.
+    pub(crate) fn check(&self, identity: Option<&proto::BankIdentity>) -> Result<u64, Status> {
         let Some(identity) = identity else {
             return Err(Status::invalid_argument("the request has no identity of its bank"));
         };
         match self.identity.difference(self.placement, identity) {
-            None => Ok(()),
-            Some(difference) => Err(Status::failed_precondition(difference)),
+            None => {}
+            Some(difference) => return Err(Status::failed_precondition(difference)),
         }
+        let life = *self.life.borrow();
+        match identity.life {
+            0 => Ok(life),
+            meant => self.in_life(meant).map(|_| meant),
+        }
+    }
+
+    /// Keeps a life from ending while what this returns is held. Fails when it has ended.
+    fn in_life(&self, life: u64) -> Result<watch::Ref<'_, u64>, Status> {
+        let now = self.life.borrow();
+        if *now == life {
+            return Ok(now);
+        }
+        let applied = self.source.applied();
+        Err(Status::aborted(format!("the shard was started or restored since, at step {applied}")))
+    }
+
+    /// Puts blocks in the place of the shard's; returns the life that begins with them.
+    pub(crate) fn replace(&self, shard: Shard) -> Result<u64, Status> {
+        let (live, life) = (self.live()?, new_life());
+        let mut replaced = Ok(());
+        self.life.send_modify(|now| {
+            *now = life;
+            replaced = live.replace(shard).map_err(status);
+        });
+        replaced.map(|()| life)
     }
 
     pub(crate) fn is_ready(&self) -> bool {
@@ -127,6 +160,7 @@ impl Host {
 
     /// What the shard is, and where it stands.
     pub(crate) fn stat(&self) -> Result<proto::StatResponse, Status> {
+        let life = *self.life.borrow();
         let spec = self.source.spec();
         let spec_json = serde_json::to_string(spec)
             .map_err(|error| Status::internal(format!("the bank's spec: {error}")))?;
@@ -148,7 +182,7 @@ impl Host {
             },
         };
         Ok(proto::StatResponse {
-            identity: Some(self.identity.message(self.placement)),
+            identity: Some(proto::BankIdentity { life, ..self.identity.message(self.placement) }),
             applied: self.source.applied().0,
             spec_json,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -160,13 +194,14 @@ impl Host {
     /// on their way, and one whose step is not reached in time fail.
     pub(crate) async fn fetch(
         &self,
+        life: u64,
         after: Step,
         ids: &[ClusterId],
         dtype: Dtype,
     ) -> Result<Outgoing, Status> {
         self.check_request(ids, dtype)?;
         let start = Instant::now();
-        self.reached(after).await?;
+        self.reached(life, after).await?;
         self.metrics.fence_wait.observe(start.elapsed().as_secs_f64());
         let _permit = self.fetches.take(1).inspect_err(|_| self.metrics.refused())?;
         let blocks: Vec<Bytes> = match &self.source {
@@ -174,7 +209,7 @@ impl Host {
                 Some(values) => values,
                 None => {
                     let (live, ids) = (Arc::clone(live), ids.to_vec());
-                    blocking(move || live.fetch(&ids)).await?
+                    blocking(move || live.fetch(&ids).map_err(status)).await?
                 }
             }
             .into_iter()
@@ -182,9 +217,12 @@ impl Host {
             .collect(),
             Source::ReadOnly(bank) => {
                 let (bank, ids) = (bank.clone(), ids.to_vec());
-                blocking(move || ids.iter().map(|&id| bank.block_bytes(id)).collect()).await?
+                let read = move |&id: &ClusterId| bank.block_bytes(id).map_err(status);
+                blocking(move || ids.iter().map(read).collect()).await?
             }
         };
+        // They were replaced after this at the earliest.
+        self.in_life(life)?;
         self.metrics.fetched(ids, &blocks, dtype);
         Ok(Outgoing { blocks, _permit })
     }
@@ -192,6 +230,7 @@ impl Host {
     /// Makes room for a push. `None` when it has been taken already.
     pub(crate) fn begin_push(
         &self,
+        life: u64,
         (step, rank): (Step, usize),
         ids: &[ClusterId],
         dtype: Dtype,
@@ -201,26 +240,28 @@ impl Host {
         let permit = self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
         let spec = self.source.spec();
         let empty = |&id: &ClusterId| (id, dtype.zeros(spec.block_len(usize::from(id.level))));
-        Ok(Incoming { step, rank, gradients: ids.iter().map(empty).collect(), _permit: permit })
+        Ok(Incoming { life, step, rank, gradients: ids.iter().map(empty).collect(), _permit: permit })
     }
 
     /// Applies a push that is complete; returns the last step applied.
     pub(crate) async fn push(self: &Arc<Self>, push: Incoming) -> Result<Step, Status> {
-        let (host, live) = (Arc::clone(self), Arc::clone(self.live()?));
-        let Incoming { step, rank, gradients, _permit } = push;
-        let pushed = blocking(move || {
-            let gradients = Gradients::of(live.spec(), gradients)?;
-            let pushed = live.push(step, rank, gradients)?;
-            drop(_permit);
+        let host = Arc::clone(self);
+        let push = move || {
+            let Incoming { life, step, rank, gradients, _permit } = push;
+            let live = host.live()?;
+            let gradients = Gradients::of(live.spec(), gradients).map_err(status)?;
+            let same_life = host.in_life(life)?;
+            let pushed = live.push(step, rank, gradients).map_err(status)?;
+            drop(same_life);
             host.metrics.pushed(&pushed);
-            Ok(pushed)
-        })
-        .await?;
-        Ok(pushed.applied)
+            Ok(pushed.applied)
+        };
+        blocking(push).await
     }
 
-    /// Waits until a step has been applied. Fails when too many wait, and when it takes too long.
-    pub(crate) async fn reached(&self, after: Step) -> Result<(), Status> {
+    /// Waits until a step has been applied. Fails when too many wait, when it takes too long, and when the
+    /// life ends in which it was to be applied.
+    pub(crate) async fn reached(&self, life: u64, after: Step) -> Result<(), Status> {
         if self.source.applied() >= after {
             return Ok(());
         }
@@ -235,8 +276,15 @@ impl Host {
         };
         let _waiting = self.waiting.take(1).inspect_err(|_| self.metrics.refused())?;
         let limit = Duration::from_secs(self.limits.request_s);
-        match tokio::time::timeout(limit, live.reached(after)).await {
-            Ok(reached) => reached.map_err(status),
+        let mut lives = self.life.subscribe();
+        let reached = async {
+            tokio::select! {
+                reached = live.reached(after) => reached.map_err(status),
+                _ = lives.wait_for(|&now| now != life) => self.in_life(life).map(drop),
+            }
+        };
+        match tokio::time::timeout(limit, reached).await {
+            Ok(reached) => reached,
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "step {after} was not applied within {} s: the bank is at step {}",
                 limit.as_secs(),
@@ -303,12 +351,17 @@ impl AsRef<[u8]> for Shared {
 
 /// Runs work that computes much or waits for a lock on the runtime's threads for that.
 pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> memory_bank::Result<T> + Send + 'static,
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
 ) -> Result<T, Status> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(status),
+        Ok(done) => done,
         Err(error) => Err(Status::internal(format!("a task of the shard failed: {error}"))),
     }
+}
+
+/// A life that no other is taken for, and not 0.
+fn new_life() -> u64 {
+    rand::rng().random_range(1..=u64::MAX)
 }
 
 /// What a caller is told of an error of the bank.

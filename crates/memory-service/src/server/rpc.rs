@@ -66,10 +66,10 @@ impl MemoryService for Rpc {
         let caller = self.caller(&request, Permission::Write)?;
         let request = request.into_inner();
         let held = async {
-            self.host.check(request.identity.as_ref())?;
+            let life = self.host.check(request.identity.as_ref())?;
             let checkpoints = self.checkpoints()?;
             let step = Step(request.step);
-            self.host.reached(step).await?;
+            self.host.reached(life, step).await?;
             let snapshot = checkpoints.snapshot(&self.host, step)?;
             Ok((checkpoints, snapshot))
         };
@@ -109,7 +109,7 @@ impl MemoryService for Rpc {
         };
         let restored = restored.await;
         audit(&caller, "restore", &self.host.identity.bank, outcome(&restored));
-        restored.map(|step| Response::new(RestoreResponse { step: step.0 }))
+        restored.map(|(step, life)| Response::new(RestoreResponse { step: step.0, life }))
     }
 
     async fn open_bulk(
@@ -117,11 +117,11 @@ impl MemoryService for Rpc {
         request: Request<OpenBulkRequest>,
     ) -> Result<Response<OpenBulkResponse>, Status> {
         let caller = self.caller(&request, Permission::Read)?;
-        self.host.check(request.get_ref().identity.as_ref())?;
+        let life = self.host.check(request.get_ref().identity.as_ref())?;
         Ok(Response::new(match &self.bulk {
             None => OpenBulkResponse::default(),
             Some((port, tickets)) => {
-                OpenBulkResponse { port: u32::from(*port), ticket: tickets.issue(caller)?.to_vec() }
+                OpenBulkResponse { port: u32::from(*port), ticket: tickets.issue(caller, life)?.to_vec() }
             }
         }))
     }
@@ -134,10 +134,10 @@ impl Rpc {
         let outgoing = async {
             self.caller(&request, Permission::Read)?;
             let request = request.into_inner();
-            self.host.check(request.identity.as_ref())?;
+            let life = self.host.check(request.identity.as_ref())?;
             let dtype = dtype(request.dtype)?;
             let ids = cluster_ids(&request.blocks)?;
-            let outgoing = self.host.fetch(Step(request.after), &ids, dtype).await?;
+            let outgoing = self.host.fetch(life, Step(request.after), &ids, dtype).await?;
             Ok((ids, dtype, outgoing))
         };
         let (ids, dtype, outgoing) = watch.see(outgoing.await)?;
@@ -222,10 +222,10 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
         Some(PushPiece { head: Some(head), .. }) => head,
         _ => return Err(Status::invalid_argument("a push begins with a head")),
     };
-    host.check(head.identity.as_ref())?;
+    let life = host.check(head.identity.as_ref())?;
     let PushHead { step, rank, blocks, .. } = &head;
     let (ids, dtype) = (cluster_ids(blocks)?, dtype(head.dtype)?);
-    let mut push = host.begin_push((Step(*step), *rank as usize), &ids, dtype)?;
+    let mut push = host.begin_push(life, (Step(*step), *rank as usize), &ids, dtype)?;
     let mut offset = 0;
     for (place, id) in ids.iter().enumerate() {
         while let Some(rest) =

@@ -16,30 +16,36 @@ const LIFETIME: Duration = Duration::from_secs(30);
 /// Most tickets that are out at once.
 const MAX: usize = 4096;
 
+struct Issued {
+    caller: Caller,
+    life: u64,
+    at: Instant,
+}
+
 /// The tickets that are out. They are kept as hashes, so that looking one up tells nothing about it by
 /// the time it takes.
 #[derive(Default)]
-pub(crate) struct Tickets(Mutex<HashMap<[u8; 32], (Caller, Instant)>>);
+pub(crate) struct Tickets(Mutex<HashMap<[u8; 32], Issued>>);
 
 impl Tickets {
-    /// A ticket for a caller. Fails when too many are out.
-    pub(crate) fn issue(&self, caller: Caller) -> Result<Ticket, Status> {
+    /// A ticket for a caller, good for one life of the shard's blocks. Fails when too many are out.
+    pub(crate) fn issue(&self, caller: Caller, life: u64) -> Result<Ticket, Status> {
         let mut ticket = Ticket::default();
         rand::rng().fill_bytes(&mut ticket);
-        let now = Instant::now();
+        let at = Instant::now();
         let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        out.retain(|_, (_, issued)| now.duration_since(*issued) < LIFETIME);
+        out.retain(|_, issued| at.duration_since(issued.at) < LIFETIME);
         if out.len() >= MAX {
             return Err(Status::resource_exhausted(format!("{MAX} bulk streams are being opened")));
         }
-        out.insert(Sha256::digest(ticket).into(), (caller, now));
+        out.insert(Sha256::digest(ticket).into(), Issued { caller, life, at });
         Ok(ticket)
     }
 
-    /// Whose ticket it is: the first time, and not too late.
-    pub(crate) fn redeem(&self, ticket: &Ticket) -> Option<Caller> {
+    /// Whose ticket it is, and for which life: the first time, and not too late.
+    pub(crate) fn redeem(&self, ticket: &Ticket) -> Option<(Caller, u64)> {
         let hash: [u8; 32] = Sha256::digest(ticket).into();
-        let (caller, issued) = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash)?;
-        (issued.elapsed() < LIFETIME).then_some(caller)
+        let issued = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash)?;
+        (issued.at.elapsed() < LIFETIME).then_some((issued.caller, issued.life))
     }
 }

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod half_open;
+mod lives;
 mod operators;
 mod refusals;
 mod remote;

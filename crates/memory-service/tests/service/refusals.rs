@@ -30,6 +30,7 @@ fn wire_identity(shard: u32, n_shards: u32) -> BankIdentity {
         hashes: identity.hashes.into_iter().collect(),
         shard,
         n_shards,
+        life: 0,
     }
 }
 

@@ -62,8 +62,11 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) async fn start(options: ShardOptions, serving: ServeOptions) -> Self {
-        let live = Arc::new(Live::new(Shard::new(spec(), options).unwrap()));
-        let listener = listener().await;
+        Self::start_at(listener().await, Shard::new(spec(), options).unwrap(), serving)
+    }
+
+    pub(crate) fn start_at(listener: TcpListener, shard: Shard, serving: ServeOptions) -> Self {
+        let live = Arc::new(Live::new(shard));
         let address = listener.local_addr().unwrap().to_string();
         let (stop, stopped) = oneshot::channel::<()>();
         let source = Source::Live(Arc::clone(&live));

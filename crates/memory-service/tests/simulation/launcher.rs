@@ -15,8 +15,10 @@ use crate::reference::Reference;
 use crate::setting::Setting;
 use crate::store::SlowStore;
 
+/// In what a worker is told whose shard has lost steps that it relies on.
+pub(crate) const LOST: &str = "what it was given since";
 /// In the text of a refusal of a push whose step is not the shard's next.
-pub(crate) const OUT_OF_TURN: &str = "but steps up to";
+const OUT_OF_TURN: &str = "but steps up to";
 
 /// A turn of the simulation.
 pub(crate) const TICK: Duration = Duration::from_millis(10);
@@ -63,8 +65,8 @@ pub(crate) enum What {
     /// Pushes, and those repeated for no reason.
     Push,
     Repeat,
-    /// Pushes refused because their step was not the shard's next.
-    OutOfTurn,
+    /// Workers told that a shard has lost steps.
+    Lost,
     /// Requests whose step did not come in time.
     TooLate,
     SaveBegun,
@@ -151,12 +153,12 @@ impl World {
         job.lost_a_shard |= a_shard_is_lost;
     }
 
-    /// Ends a life, if it is not over yet. A life that nothing was wrong with has no reason to end, and no
-    /// shard refuses a push of its step unless it lost those before.
+    /// Ends a life, if it is not over yet. A life that nothing was wrong with has no reason to end, no worker
+    /// is told of a loss unless a shard crashed, and with that told no push is of another step than the next.
     pub(crate) fn fail(&self, life: u64, why: &str) {
         if self.life() == life {
             let (disturbed, lost) = (self.job.borrow().disturbed, self.job.borrow().lost_a_shard);
-            if !disturbed || why.contains(OUT_OF_TURN) && !lost {
+            if !disturbed || why.contains(LOST) && !lost || why.contains(OUT_OF_TURN) {
                 self.check(why, Err("for no reason".to_owned()));
             }
             self.log(format_args!("life {life} ends: {why}"));

@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use turmoil::net::TcpListener;
 
-use crate::launcher::{OUT_OF_TURN, TICK, What, World};
+use crate::launcher::{LOST, TICK, What, World};
 use crate::network::{Accepted, channel};
 use crate::setting::{BANK, dice, mix};
 
@@ -88,8 +88,8 @@ pub(crate) async fn worker(world: Rc<World>, rank: usize) -> turmoil::Result {
             Ok(()) => world.finish(rank),
             Err(error) => {
                 let text = error.to_string();
-                if text.contains(OUT_OF_TURN) {
-                    world.count(What::OutOfTurn, 1);
+                if text.contains(LOST) {
+                    world.count(What::Lost, 1);
                 } else if text.contains("was not applied within") {
                     world.count(What::TooLate, 1);
                 }

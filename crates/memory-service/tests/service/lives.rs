@@ -1,0 +1,123 @@
+//! What a client is told when the blocks of a shard are not those that it knew.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memory_bank::{BlockStore, Placement, Step};
+use memory_service::{RemoteBank, ServeOptions};
+use object_store::memory::InMemory;
+use tokio::net::TcpListener;
+
+use crate::checkpoints::store;
+use crate::support::{Served, all_ids, bits, gradients, listener, options, reference, remote, serve_options};
+
+async fn serving(objects: &Arc<InMemory>, bulk: bool) -> ServeOptions {
+    let bulk = if bulk { Some(listener().await) } else { None };
+    ServeOptions { store: Some(store(objects).await), bulk, ..serve_options() }
+}
+
+async fn start(objects: &Arc<InMemory>, world_size: usize, bulk: bool) -> Served {
+    Served::start(options(world_size, Placement::WHOLE), serving(objects, bulk).await).await
+}
+
+/// A shard at the same address, with the blocks of the newest checkpoint.
+async fn start_again(served: Served, objects: &Arc<InMemory>, bulk: bool) -> Served {
+    let address = served.address.clone();
+    served.kill();
+    let store = store(objects).await;
+    let latest = store.store.latest().await.unwrap().unwrap();
+    let shard = latest.load(&store.identity, options(1, Placement::WHOLE)).await.unwrap();
+    let listener = loop {
+        // The task that is aborted has yet to let go of the port.
+        match TcpListener::bind(&address).await {
+            Ok(listener) => break listener,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    Served::start_at(listener, shard, serving(objects, bulk).await)
+}
+
+/// A wait for what never comes fails a test.
+async fn soon<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), work).await.expect("an answer")
+}
+
+async fn push(bank: &RemoteBank, steps: std::ops::RangeInclusive<u64>, world_size: usize) {
+    for step in steps {
+        for rank in 0..world_size {
+            soon(bank.push(Step(step), rank, gradients(step, rank))).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_comes_back_with_less_than_it_was_given_says_so_at_once() {
+    for bulk in [false, true] {
+        let objects = Arc::new(InMemory::new());
+        let served = start(&objects, 1, bulk).await;
+        let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
+        push(&bank, 1..=2, 1).await;
+        bank.save(Step(2)).await.unwrap();
+        let reader = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
+        soon(reader.fetch(Step(0), &all_ids())).await.unwrap();
+        push(&bank, 3..=3, 1).await;
+
+        let served = start_again(served, &objects, bulk).await;
+        let lost = "came back at step 2: what it was given since, up to step 3, is lost";
+        let error = soon(bank.fetch(Step(3), &all_ids())).await.unwrap_err().to_string();
+        assert!(error.contains(lost) && error.contains(&served.address), "{error}");
+        let error = soon(bank.push(Step(4), 0, gradients(4, 0))).await.unwrap_err().to_string();
+        assert!(error.contains(lost), "{error}");
+        let error = soon(bank.save(Step(3))).await.unwrap_err().to_string();
+        assert!(error.contains(lost), "{error}");
+        // Who relies on no step reads what is there.
+        let found = soon(reader.fetch(Step(0), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(2, 1)), "bulk {bulk}");
+
+        assert_eq!(bank.restore(None).await.unwrap(), Step(2));
+        push(&bank, 3..=4, 1).await;
+        let found = soon(bank.fetch(Step(4), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(4, 1)), "bulk {bulk}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_comes_back_with_all_that_it_was_given_is_gone_on_with() {
+    for bulk in [false, true] {
+        let objects = Arc::new(InMemory::new());
+        let served = start(&objects, 1, bulk).await;
+        let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
+        push(&bank, 1..=2, 1).await;
+        bank.save(Step(2)).await.unwrap();
+        let _served = start_again(served, &objects, bulk).await;
+        push(&bank, 3..=3, 1).await;
+        let found = soon(bank.fetch(Step(3), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(3, 1)), "bulk {bulk}");
+        assert!(bank.stats().retries > 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_ends_what_others_wait_for_and_takes_nothing_from_before() {
+    for bulk in [false, true] {
+        let objects = Arc::new(InMemory::new());
+        let served = start(&objects, 2, bulk).await;
+        let connect = || RemoteBank::connect(remote(std::slice::from_ref(&served)));
+        let (first, second) = (connect().await.unwrap(), connect().await.unwrap());
+        push(&first, 1..=2, 2).await;
+        first.save(Step(2)).await.unwrap();
+        // Of the second rank's push nothing is known, so this waits.
+        first.push(Step(3), 0, gradients(3, 0)).await.unwrap();
+        let waiting = first.prefetch(Step(3), &all_ids());
+        assert_eq!(second.restore(None).await.unwrap(), Step(2));
+        let lost = "came back at step 2: what it was given since, up to step 3, is lost";
+        let error = soon(waiting).await.unwrap().unwrap_err().to_string();
+        assert!(error.contains(lost), "{error}");
+        // A push of before, late: with those of now it would make a step.
+        let error = soon(first.push(Step(3), 0, gradients(9, 0))).await.unwrap_err().to_string();
+        assert!(error.contains(lost), "{error}");
+        push(&second, 3..=5, 2).await;
+        let found = soon(second.fetch(Step(5), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(5, 2)), "bulk {bulk}");
+    }
+}
