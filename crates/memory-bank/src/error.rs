@@ -57,14 +57,10 @@ pub enum Error {
         limit: f32,
     },
     /// Two gradients of one block in one push.
-    #[error("push holds two gradients of block {id}, at {first} and {second}, expected one")]
+    #[error("push holds two gradients of block {id}, expected one")]
     RepeatedGradient {
         /// The block.
         id: ClusterId,
-        /// Place of the first in the push.
-        first: usize,
-        /// Place of the second in the push.
-        second: usize,
     },
     /// A rank that the bank does not wait for.
     #[error("push from rank {rank}, expected a rank below the world size {world_size}")]

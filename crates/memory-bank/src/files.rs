@@ -24,6 +24,8 @@ use crate::{Error, FileRecord, Result};
 
 /// Pieces of a file that may wait for the thread that hashes them.
 const HASH_QUEUE: usize = 64;
+/// Parts of a local file after which the disk is told to begin with them.
+const WRITE_BACK_PARTS: usize = 4;
 /// Pieces shorter than this are copied together: a part of many tiny ones would be slow to write.
 const SMALL_BYTES: usize = 64 << 10;
 
@@ -34,6 +36,8 @@ pub(crate) struct Files {
     prefix: StorePath,
     /// What messages call the folder.
     shown: PathBuf,
+    /// Whether it is one of this machine's disks.
+    is_local: bool,
 }
 
 /// What a store made of an update.
@@ -55,7 +59,7 @@ pub(crate) struct Parts {
 
 impl Files {
     pub(crate) fn new(store: Arc<dyn ObjectStore>, prefix: StorePath, shown: PathBuf) -> Self {
-        Self { store, prefix, shown }
+        Self { store, prefix, shown, is_local: false }
     }
 
     /// A local folder that is there. What is written is on the disk before it has its name.
@@ -66,7 +70,8 @@ impl Files {
         }
         let store = LocalFileSystem::new_with_prefix(folder)
             .map_err(|source| Error::Store { place: folder.to_owned(), source: Box::new(source) })?;
-        Ok(Self::new(Arc::new(store.with_fsync(true)), StorePath::default(), folder.to_owned()))
+        let files = Self::new(Arc::new(store.with_fsync(true)), StorePath::default(), folder.to_owned());
+        Ok(Self { is_local: true, ..files })
     }
 
     /// What messages call a file.
@@ -204,7 +209,8 @@ impl Files {
             }
             hex(&hasher.finalize())
         });
-        let mut upload = Upload { files: self, path, sent: None, in_flight: JoinSet::new(), parts };
+        let mut upload =
+            Upload { files: self, path, sent: None, in_flight: JoinSet::new(), n_sent: 0, parts };
         let index_bytes = start.len() as u64;
         let index_sha256 = hex(&Sha256::digest(&start));
         let written = upload.write(start, rest, &hash).await;
@@ -234,6 +240,7 @@ struct Upload<'a> {
     /// Begun with the first part that is not the last.
     sent: Option<Box<dyn object_store::MultipartUpload>>,
     in_flight: JoinSet<object_store::Result<()>>,
+    n_sent: usize,
     parts: Parts,
 }
 
@@ -282,6 +289,16 @@ impl Upload<'_> {
         if let Some(sent) = &mut self.sent {
             self.in_flight.spawn(sent.put_part(part.into_payload()));
         }
+        self.n_sent += 1;
+        if self.files.is_local && self.n_sent.is_multiple_of(WRITE_BACK_PARTS) {
+            // The name that the store gives a file until it is whole.
+            let mut staged = self.files.place(self.path).into_os_string();
+            staged.push("#1");
+            self.in_flight.spawn_blocking(move || {
+                write_back(Path::new(&staged));
+                Ok(())
+            });
+        }
         Ok(())
     }
 
@@ -302,6 +319,18 @@ impl Upload<'_> {
             let _ = sent.abort().await;
         }
     }
+}
+
+/// Has the system begin to write to the disk what it holds of a file, and let go of what it has written:
+/// the disk would else wait for the last byte, and nobody reads a checkpoint soon. A file that is not
+/// there, or a system that does not know this, only takes longer.
+fn write_back(path: &Path) {
+    #[cfg(target_os = "linux")]
+    if let Ok(file) = std::fs::File::open(path) {
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = path;
 }
 
 /// The pieces of a part, those that are long shared and not copied.

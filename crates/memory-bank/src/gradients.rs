@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cluster_tree::ClusterId;
 use half::bf16;
@@ -33,6 +33,14 @@ impl Values {
         self.len() == 0
     }
 
+    /// The bytes in memory, for what arrives in little-endian.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::F32(values) => bytemuck::cast_slice_mut(values),
+            Self::Bf16(values) => bytemuck::cast_slice_mut(values),
+        }
+    }
+
     /// The first number whose magnitude is not a gradient's, with its position.
     fn first_wrong(&self) -> Option<(usize, f32)> {
         let limit = bf16_limit();
@@ -56,7 +64,7 @@ impl Default for Values {
 }
 
 /// One push: gradients that fit their blocks, at most one a block.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Gradients(BTreeMap<ClusterId, Values>);
 
 impl Gradients {
@@ -64,26 +72,33 @@ impl Gradients {
     /// length, on a value that is not finite or above [`MAX_GRADIENT`], and on two gradients of one
     /// block.
     pub fn new(spec: &BlockSpec, blocks: Vec<Block>) -> Result<Self> {
-        Self::of(spec, blocks.into_iter().map(|block| (block.id, Values::F32(block.values))).collect())
+        Self::check(spec, &blocks)?;
+        Ok(Self(blocks.into_iter().map(|block| (block.id, Values::F32(block.values))).collect()))
     }
 
-    /// As [`Gradients::new`], of gradients in either precision.
-    pub fn of(spec: &BlockSpec, gradients: Vec<(ClusterId, Values)>) -> Result<Self> {
-        check_sizes(spec, gradients.iter().map(|(id, values)| (*id, values.len())))?;
-        let wrong = gradients.par_iter().find_map_first(|(id, values)| {
-            let (position, value) = values.first_wrong()?;
-            Some(Error::GradientValue { id: *id, position, value, limit: MAX_GRADIENT })
-        });
-        match wrong {
-            Some(error) => Err(error),
-            None => Ok(Self(gradients.into_iter().collect())),
+    /// Adds a gradient, in either precision. Fails where [`Gradients::new`] does: what arrives block by
+    /// block is best checked at once, while the block is still in the cache.
+    pub fn insert(&mut self, spec: &BlockSpec, id: ClusterId, values: Values) -> Result<()> {
+        check_size(spec, id, values.len())?;
+        if let Some((position, value)) = values.first_wrong() {
+            return Err(Error::GradientValue { id, position, value, limit: MAX_GRADIENT });
+        }
+        match self.0.insert(id, values) {
+            None => Ok(()),
+            Some(_) => Err(Error::RepeatedGradient { id }),
         }
     }
 
     /// Fails where [`Gradients::new`] does, and leaves the blocks with the caller: who sends them to
     /// several shards finds out before one of them has applied its part.
     pub fn check(spec: &BlockSpec, blocks: &[Block]) -> Result<()> {
-        check_sizes(spec, blocks.iter().map(|block| (block.id, block.values.len())))?;
+        let mut ids = BTreeSet::new();
+        for block in blocks {
+            check_size(spec, block.id, block.values.len())?;
+            if !ids.insert(block.id) {
+                return Err(Error::RepeatedGradient { id: block.id });
+            }
+        }
         let wrong = blocks.par_iter().find_map_first(|block| {
             let (position, value) = first_wrong(&block.values)?;
             Some(Error::GradientValue { id: block.id, position, value, limit: MAX_GRADIENT })
@@ -102,20 +117,13 @@ impl Gradients {
     }
 }
 
-/// Fails on blocks that the spec does not have, gradients of a wrong length and two of one block.
-fn check_sizes(spec: &BlockSpec, gradients: impl Iterator<Item = (ClusterId, usize)>) -> Result<()> {
-    let mut places = BTreeMap::new();
-    for (second, (id, found)) in gradients.enumerate() {
-        spec.check(id)?;
-        let expected = spec.block_len(usize::from(id.level));
-        if found != expected {
-            return Err(Error::GradientLength { id, expected, found });
-        }
-        if let Some(first) = places.insert(id, second) {
-            return Err(Error::RepeatedGradient { id, first, second });
-        }
+/// Fails on a block that the spec does not have, and on a gradient of another length than the block's.
+fn check_size(spec: &BlockSpec, id: ClusterId, found: usize) -> Result<()> {
+    spec.check(id)?;
+    match spec.block_len(usize::from(id.level)) {
+        expected if expected == found => Ok(()),
+        expected => Err(Error::GradientLength { id, expected, found }),
     }
-    Ok(())
 }
 
 /// The first number whose magnitude is not a gradient's, with its position.

@@ -1,5 +1,6 @@
 //! Blocks into the files of a segment.
 
+use std::future::Future;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -7,7 +8,7 @@ use cluster_tree::ClusterId;
 use futures::future::join;
 use futures::stream::{self, Stream};
 use rayon::prelude::*;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::files::{Files, Parts};
 use crate::segment::{Index, Layout, LevelIndex, Part};
@@ -29,30 +30,36 @@ pub(crate) struct Content<S> {
     pub(crate) blocks: S,
 }
 
-/// Writes a segment's two files beside each other.
+/// Writes a segment's two files beside each other, each once its content is there.
 pub(crate) async fn write_segment<V, O>(
     spec: &BlockSpec,
     target: Target<'_>,
-    values: Content<V>,
-    optimizer: Content<O>,
+    values: impl Future<Output = Result<Content<V>>>,
+    optimizer: impl Future<Output = Result<Content<O>>>,
 ) -> Result<Segment>
 where
     V: Stream<Item = Result<Bytes>>,
     O: Stream<Item = Result<Bytes>>,
 {
     let Target { files, stem, shard, step, parts } = target;
-    let rows: Vec<u64> = values.index.iter().map(|level| level.rows.len() as u64).collect();
-    let start = |part, index: &Index| Bytes::from(Layout::new(spec, part, &rows).write(index));
-    let (values_start, optimizer_start) =
-        (start(Part::Values, &values.index), start(Part::Optimizer, &optimizer.index));
-    let (values_path, optimizer_path) =
-        (format!("{stem}values.safetensors"), format!("{stem}optimizer.safetensors"));
-    let (values, optimizer) = join(
-        files.write(&values_path, values_start, values.blocks, parts),
-        files.write(&optimizer_path, optimizer_start, optimizer.blocks, parts),
-    )
-    .await;
-    Ok(Segment { shard, step, rows, values: values?, optimizer: optimizer? })
+    let start = |part, index: &Index| {
+        let rows: Vec<u64> = index.iter().map(|level| level.rows.len() as u64).collect();
+        (Bytes::from(Layout::new(spec, part, &rows).write(index)), rows)
+    };
+    let values = async {
+        let Content { index, blocks } = values.await?;
+        let (start, rows) = start(Part::Values, &index);
+        let path = format!("{stem}values.safetensors");
+        Ok((files.write(&path, start, blocks, parts).await?, rows))
+    };
+    let optimizer = async {
+        let Content { index, blocks } = optimizer.await?;
+        let (start, _) = start(Part::Optimizer, &index);
+        files.write(&format!("{stem}optimizer.safetensors"), start, blocks, parts).await
+    };
+    let (values, optimizer) = join(values, optimizer).await;
+    let (values, rows) = values?;
+    Ok(Segment { shard, step, rows, values, optimizer: optimizer? })
 }
 
 /// Writes blocks in memory, in the order of ids, as one segment. They are shared until they are
@@ -62,26 +69,24 @@ pub(crate) async fn write_rows(
     target: Target<'_>,
     rows: Vec<(ClusterId, Row)>,
 ) -> Result<Segment> {
-    let with_spec = spec.clone();
-    let contents = spawn_blocking(move || contents(&with_spec, rows)).await;
-    let (values, optimizer) = contents.map_err(|source| Error::Task { source })??;
-    write_segment(spec, target, values, optimizer).await
+    let mut by_level: Vec<Vec<(u32, Row)>> = vec![Vec::new(); spec.n_levels()];
+    for (id, row) in rows {
+        by_level[usize::from(id.level)].push((spec.row(id)? as u32, row));
+    }
+    let by_level = Arc::new(by_level);
+    let levels = Arc::clone(&by_level);
+    let steps = |rows: &[(u32, Row)]| rows.iter().map(|(_, row)| row.steps).collect();
+    let values = spawn_blocking(move || content(&levels, &[|row| &row.values], |_| Vec::new()));
+    let optimizer = spawn_blocking(move || content(&by_level, &[|row| &row.m, |row| &row.v], steps));
+    let done =
+        |content: JoinHandle<InMemory>| async { content.await.map_err(|source| Error::Task { source }) };
+    write_segment(spec, target, done(values), done(optimizer)).await
 }
 
 /// The weights or moments of a row.
 type Tensor = fn(&Row) -> &Arc<Vec<f32>>;
 /// A content whose blocks are at hand.
 type InMemory = Content<stream::Iter<std::vec::IntoIter<Result<Bytes>>>>;
-
-fn contents(spec: &BlockSpec, rows: Vec<(ClusterId, Row)>) -> Result<(InMemory, InMemory)> {
-    let mut by_level: Vec<Vec<(u32, Row)>> = vec![Vec::new(); spec.n_levels()];
-    for (id, row) in rows {
-        by_level[usize::from(id.level)].push((spec.row(id)? as u32, row));
-    }
-    let steps = |rows: &[(u32, Row)]| rows.iter().map(|(_, row)| row.steps).collect();
-    let optimizer = content(&by_level, &[|row| &row.m, |row| &row.v], steps);
-    Ok((content(&by_level, &[|row| &row.values], |_| Vec::new()), optimizer))
-}
 
 fn content(
     by_level: &[Vec<(u32, Row)>],

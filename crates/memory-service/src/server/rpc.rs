@@ -226,11 +226,11 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
     let PushHead { step, rank, blocks, .. } = &head;
     let (ids, dtype) = (cluster_ids(blocks)?, dtype(head.dtype)?);
     let mut push = host.begin_push(life, (Step(*step), *rank as usize), &ids, dtype)?;
-    let mut offset = 0;
-    for (place, id) in ids.iter().enumerate() {
-        while let Some(rest) =
-            push.block(place).map(|block| &mut block[offset..]).filter(|rest| !rest.is_empty())
-        {
+    for (place, &id) in ids.iter().enumerate() {
+        let mut values = host.room(&push, id);
+        let (block, mut offset) = (values.as_bytes_mut(), 0);
+        while offset < block.len() {
+            let rest = &mut block[offset..];
             let Some(piece) = pieces.message().await? else {
                 let message = format!("the push ends at byte {offset} of block {id}, place {place}");
                 return Err(Status::invalid_argument(message));
@@ -253,7 +253,7 @@ async fn receive(host: &Arc<Host>, pieces: &mut Streaming<PushPiece>) -> Result<
             host.metrics.received(payload.len());
             offset += payload.len();
         }
-        offset = 0;
+        host.arrived(&mut push, id, values);
     }
     match pieces.message().await? {
         None => Ok(push),
