@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// Crates by layer; each uses crates of lower layers only.
 const LAYERS: [&[&str]; 8] = [
-    &["atomic-file", "nearest"],
+    &["atomic-file", "collective", "nearest"],
     &["cluster-tree", "embed", "ops"],
     &["bert", "corpus", "kmeans", "memory-bank"],
     &["anchor", "memory-service", "retrieve"],
@@ -20,7 +20,7 @@ const LAYERS: [&[&str]; 8] = [
 ];
 
 /// Every edge between our crates, tests aside. A new one is a decision, and it is written here.
-const EDGES: [(&str, &[&str]); 17] = [
+const EDGES: [(&str, &[&str]); 18] = [
     ("anchor", &["atomic-file", "cluster-tree", "memory-bank", "ops"]),
     (
         "cli",
@@ -46,6 +46,7 @@ const EDGES: [(&str, &[&str]); 17] = [
     ("atomic-file", &[]),
     ("bert", &["embed", "ops"]),
     ("cluster-tree", &["atomic-file", "nearest"]),
+    ("collective", &[]),
     ("corpus", &["atomic-file", "cluster-tree"]),
     ("embed", &["atomic-file"]),
     ("eval", &["anchor", "cluster-tree", "corpus", "generate", "memory-bank"]),
@@ -61,9 +62,10 @@ const EDGES: [(&str, &[&str]); 17] = [
 ];
 
 /// Crates that build without a tensor library, so that hosts of data and memory need no GPU software.
-const WITHOUT_TENSORS: [&str; 9] = [
+const WITHOUT_TENSORS: [&str; 10] = [
     "atomic-file",
     "cluster-tree",
+    "collective",
     "corpus",
     "embed",
     "kmeans",

@@ -1,0 +1,82 @@
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use crate::{Call, Error, Leaves, Mesh, Result, TreeSum};
+
+/// Sums arrays over all leaves of all workers: `parts` are this one's, as a [`TreeSum`] over its leaves of
+/// one array each has left them, and `sum` takes the whole. The bits are the same on every worker, and
+/// those of one worker alone.
+///
+/// # Errors
+/// When another rank fails, or has arrays of another length.
+pub fn all_reduce(
+    mesh: &mut Mesh,
+    call: &Call,
+    leaves: Leaves,
+    parts: &[&[f32]],
+    sum: &mut [f32],
+) -> Result<()> {
+    let (rank, world_size, len) = (mesh.rank(), mesh.world_size(), sum.len());
+    let slice = |rank: usize| rank * len / world_size..(rank + 1) * len / world_size;
+    let slice_of_all = |rank: usize| -> Bytes {
+        let values: Vec<f32> = parts.iter().flat_map(|part| &part[slice(rank)]).copied().collect();
+        to_bytes(values)
+    };
+    let own = slice(rank);
+    let received = mesh.exchange(call, (0..world_size).map(slice_of_all).collect())?;
+    let mut total = TreeSum::new(leaves.n, 0..leaves.n);
+    for (from, bytes) in received.iter().enumerate() {
+        let ranges = part_ranges(leaves, from);
+        check(call, from, bytes, ranges.len() * own.len())?;
+        let mut values = bytes.chunks_exact(size_of::<f32>());
+        for range in ranges {
+            total.push(range, values.by_ref().take(own.len()).map(number).collect(), add);
+        }
+    }
+    // One part, unless there is not a single leaf.
+    let (_, mine) = total.finish(add).pop().unwrap_or((0..0, vec![0.0; own.len()]));
+    let gathered = mesh.all_gather(call, to_bytes(mine))?;
+    for (from, bytes) in gathered.iter().enumerate() {
+        let range = slice(from);
+        check(call, from, bytes, range.len())?;
+        sum[range].iter_mut().zip(bytes.chunks_exact(size_of::<f32>())).for_each(|(x, b)| *x = number(b));
+    }
+    Ok(())
+}
+
+/// The leaves of each part that a worker has, which none of them has to be told.
+fn part_ranges(leaves: Leaves, rank: usize) -> Vec<Range<usize>> {
+    let mut sum = TreeSum::new(leaves.n, leaves.of(rank));
+    leaves.of(rank).for_each(|leaf| sum.push(leaf..leaf + 1, (), |(), ()| ()));
+    sum.finish(|(), ()| ()).into_iter().map(|(range, ())| range).collect()
+}
+
+fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
+    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
+fn check(call: &Call, rank: usize, bytes: &Bytes, n_values: usize) -> Result<()> {
+    let (expected, found) = (n_values * size_of::<f32>(), bytes.len());
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::Length { rank, call: call.clone(), expected, found })
+}
+
+fn number(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes(std::array::from_fn(|i| bytes[i]))
+}
+
+/// Numbers as they are in memory, in little-endian.
+fn to_bytes(values: Vec<f32>) -> Bytes {
+    Bytes::from_owner(Numbers(values))
+}
+
+struct Numbers(Vec<f32>);
+
+impl AsRef<[u8]> for Numbers {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}

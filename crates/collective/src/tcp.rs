@@ -1,0 +1,319 @@
+//! Workers that are processes, here or elsewhere. They find each other through rank 0: each tells it where
+//! it listens, and is told where all others do. Then everyone connects to the ranks below its own.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::mesh::{Frame, Link};
+use crate::{Call, Error, Mesh, Result};
+
+/// How a worker finds the others.
+#[derive(Clone, Debug)]
+pub struct TcpOptions {
+    /// This worker, from 0.
+    pub rank: usize,
+    /// Workers.
+    pub world_size: usize,
+    /// `host:port` where rank 0 listens.
+    pub master: String,
+    /// What the job is, and which attempt: a worker of another one, perhaps left over, is refused.
+    pub job: String,
+    /// How long to wait for the others to come.
+    pub join: Duration,
+    /// After how long without a byte a worker that is waited for is late.
+    pub patience: Duration,
+}
+
+/// Between two tries to connect, or two looks for who does.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Longest greeting.
+const MAX_GREETING: usize = 1 << 20;
+/// Frames that may wait to be sent.
+const QUEUE: usize = 8;
+/// A message may be as long as this; sums are made in pieces that are far shorter.
+const MAX_MESSAGE: u64 = 1 << 32;
+
+/// What a worker says first, to rank 0 and to every other.
+#[derive(Serialize, Deserialize)]
+struct Hello {
+    job: String,
+    rank: usize,
+    world_size: usize,
+    /// Where it listens.
+    port: u16,
+}
+
+/// What it is answered.
+#[derive(Serialize, Deserialize)]
+enum Answer {
+    /// Where ranks 1 and up listen, in order, once all are here.
+    Peers(Vec<SocketAddr>),
+    /// What is wrong with it.
+    No(String),
+}
+
+/// Joins a job: returns once all its workers are connected.
+///
+/// # Errors
+/// When the others do not come in time, or say that this worker is none of theirs.
+pub fn join(options: &TcpOptions) -> Result<Mesh> {
+    let TcpOptions { rank, world_size, .. } = *options;
+    if world_size == 0 || rank >= world_size {
+        let expected = format!("a rank below the world size {world_size}");
+        return Err(Error::Setting { field: "rank", expected, found: rank.to_string() });
+    }
+    if world_size == 1 {
+        return Ok(Mesh::alone());
+    }
+    let failed = |reason: String| Error::Join { rank, address: options.master.clone(), reason };
+    let joining = Joining { options, deadline: Instant::now() + options.join };
+    let streams = if rank == 0 { joining.lead() } else { joining.follow() }.map_err(failed)?;
+    let link = |stream: TcpStream| TcpLink::start(stream, options.patience);
+    let mut links: Vec<Option<Box<dyn Link>>> = Vec::new();
+    for stream in streams {
+        links.push(match stream {
+            Some(stream) => Some(Box::new(link(stream).map_err(|error| failed(error.to_string()))?)),
+            None => None,
+        });
+    }
+    Ok(Mesh::new(rank, links, options.patience))
+}
+
+/// Connections by rank; `None` for one's own.
+type Streams = Vec<Option<TcpStream>>;
+
+struct Joining<'a> {
+    options: &'a TcpOptions,
+    deadline: Instant,
+}
+
+impl Joining<'_> {
+    /// Rank 0 waits for all others, and tells each where the rest are.
+    fn lead(&self) -> std::result::Result<Streams, String> {
+        let listener = TcpListener::bind(&self.options.master).map_err(|error| error.to_string())?;
+        let mut streams: Streams = (0..self.options.world_size).map(|_| None).collect();
+        let mut addresses = vec![None; self.options.world_size];
+        self.accept(&listener, &mut streams, 1.., |rank, address| addresses[rank] = Some(address))?;
+        let peers: Vec<SocketAddr> = addresses.into_iter().flatten().collect();
+        for stream in streams.iter_mut().flatten() {
+            write_greeting(stream, &Answer::Peers(peers.clone()))?;
+        }
+        Ok(streams)
+    }
+
+    fn follow(&self) -> std::result::Result<Streams, String> {
+        let TcpOptions { rank, world_size, master, .. } = self.options;
+        let mut first = self.connect(master)?;
+        let ip: IpAddr = first.local_addr().map_err(|error| error.to_string())?.ip();
+        let listener = TcpListener::bind((ip, 0)).map_err(|error| error.to_string())?;
+        let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+        write_greeting(&mut first, &self.hello(port))?;
+        first.set_read_timeout(Some(self.left()?)).map_err(|error| error.to_string())?;
+        let peers = match read_greeting::<Answer>(&mut first) {
+            Ok(Answer::Peers(peers)) => peers,
+            Ok(Answer::No(reason)) => return Err(reason),
+            Err(error) => return Err(format!("no answer from rank 0: {error}")),
+        };
+        let mut streams: Streams = (0..*world_size).map(|_| None).collect();
+        streams[0] = Some(first);
+        for (low, peer) in (1..*rank).zip(&peers) {
+            let mut stream = self.connect(peer)?;
+            write_greeting(&mut stream, &self.hello(0))?;
+            streams[low] = Some(stream);
+        }
+        self.accept(&listener, &mut streams, rank + 1.., |_, _| ())?;
+        Ok(streams)
+    }
+
+    fn hello(&self, port: u16) -> Hello {
+        let TcpOptions { rank, world_size, ref job, .. } = *self.options;
+        Hello { job: job.clone(), rank, world_size, port }
+    }
+
+    fn left(&self) -> std::result::Result<Duration, String> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(format!("waited {} s", self.options.join.as_secs())),
+            false => Ok(left),
+        }
+    }
+
+    fn connect(&self, to: &(impl ToSocketAddrs + ToString)) -> std::result::Result<TcpStream, String> {
+        loop {
+            // A name may not be known yet.
+            let error = match to.to_socket_addrs().map(|mut found| found.next()) {
+                Ok(Some(address)) => match TcpStream::connect_timeout(&address, self.left()?) {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => error.to_string(),
+                },
+                Ok(None) => format!("{}: no address", to.to_string()),
+                Err(error) => format!("{}: {error}", to.to_string()),
+            };
+            self.left().map_err(|waited| format!("{waited}: {error}"))?;
+            std::thread::park_timeout(PAUSE);
+        }
+    }
+
+    /// Takes in the workers of `ranks`, in whatever order they come.
+    fn accept(
+        &self,
+        listener: &TcpListener,
+        streams: &mut Streams,
+        ranks: std::ops::RangeFrom<usize>,
+        mut came: impl FnMut(usize, SocketAddr),
+    ) -> std::result::Result<(), String> {
+        let text = |error: io::Error| error.to_string();
+        listener.set_nonblocking(true).map_err(text)?;
+        loop {
+            let missing: Vec<usize> =
+                (ranks.start..streams.len()).filter(|&rank| streams[rank].is_none()).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            match listener.accept() {
+                Ok((mut stream, from)) => {
+                    stream.set_nonblocking(false).map_err(text)?;
+                    stream.set_read_timeout(Some(self.left()?)).map_err(text)?;
+                    // What is no greeting is no worker: a scan of ports, say.
+                    let Ok(hello) = read_greeting::<Hello>(&mut stream) else { continue };
+                    match self.check(&hello, &missing) {
+                        Ok(()) => {
+                            came(hello.rank, SocketAddr::new(from.ip(), hello.port));
+                            streams[hello.rank] = Some(stream);
+                        }
+                        Err(reason) => drop(write_greeting(&mut stream, &Answer::No(reason))),
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.left().map_err(|waited| format!("{waited} for ranks {missing:?}"))?;
+                    std::thread::park_timeout(PAUSE);
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    fn check(&self, hello: &Hello, missing: &[usize]) -> std::result::Result<(), String> {
+        let TcpOptions { world_size, ref job, .. } = *self.options;
+        if hello.job != *job {
+            return Err(format!("the job here is {job}, and that of rank {} is {}", hello.rank, hello.job));
+        }
+        if hello.world_size != world_size {
+            let found = hello.world_size;
+            return Err(format!(
+                "{world_size} workers are expected here, and {found} by rank {}",
+                hello.rank
+            ));
+        }
+        if !missing.contains(&hello.rank) {
+            return Err(format!("rank {} is here already, or is none; missing are {missing:?}", hello.rank));
+        }
+        Ok(())
+    }
+}
+
+fn write_greeting(stream: &mut TcpStream, greeting: &impl Serialize) -> std::result::Result<(), String> {
+    let text = serde_json::to_vec(greeting).map_err(|error| error.to_string())?;
+    let bytes = [&(text.len() as u32).to_le_bytes(), text.as_slice()].concat();
+    stream.write_all(&bytes).map_err(|error| error.to_string())
+}
+
+fn read_greeting<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
+    let mut n_bytes = [0; 4];
+    stream.read_exact(&mut n_bytes)?;
+    let n_bytes = u32::from_le_bytes(n_bytes) as usize;
+    if n_bytes > MAX_GREETING {
+        return Err(invalid(format!("a greeting of {n_bytes} bytes, expected at most {MAX_GREETING}")));
+    }
+    let mut text = vec![0; n_bytes];
+    stream.read_exact(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// A connection, and the thread that sends on it while its owner receives.
+struct TcpLink {
+    stream: TcpStream,
+    queue: Option<SyncSender<Frame>>,
+    sending: Option<JoinHandle<()>>,
+}
+
+/// Length of the call's name u16 (0: the payload is why the sender gave up), step u64, bytes u64.
+const HEAD_BYTES: usize = 18;
+
+impl TcpLink {
+    fn start(stream: TcpStream, patience: Duration) -> io::Result<Self> {
+        stream.set_nodelay(true)?;
+        // Of every single read or write: a long message may take longer, as long as it goes on.
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        let (queue, frames) = sync_channel(QUEUE);
+        let out = stream.try_clone()?;
+        let sending = std::thread::Builder::new().name("send".into()).spawn(move || send_all(out, frames))?;
+        Ok(Self { stream, queue: Some(queue), sending: Some(sending) })
+    }
+}
+
+fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
+    let mut send = |frame: Frame| {
+        let (what, step, payload) = match frame {
+            Frame::Message(Call { what, step }, payload) => (what, step, payload),
+            Frame::GiveUp(reason) => (String::new(), 0, reason.into()),
+        };
+        let mut head = Vec::with_capacity(HEAD_BYTES + what.len());
+        head.extend((what.len() as u16).to_le_bytes());
+        head.extend(step.to_le_bytes());
+        head.extend((payload.len() as u64).to_le_bytes());
+        head.extend(what.as_bytes());
+        stream.write_all(&head)?;
+        stream.write_all(&payload)
+    };
+    // Who receives sees that the connection is broken.
+    let _ = frames.into_iter().try_for_each(|frame| send(frame));
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+}
+
+impl Link for TcpLink {
+    fn send(&mut self, frame: Frame) {
+        if let Some(queue) = &self.queue {
+            let _ = queue.send(frame);
+        }
+    }
+
+    fn receive(&mut self) -> io::Result<Frame> {
+        let mut head = [0; HEAD_BYTES];
+        self.stream.read_exact(&mut head)?;
+        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
+        let (n_what, step, n_bytes) = (u16::from_le_bytes([head[0], head[1]]), u64_at(2), u64_at(10));
+        if n_bytes > MAX_MESSAGE {
+            return Err(invalid(format!("a message of {n_bytes} bytes, expected at most {MAX_MESSAGE}")));
+        }
+        let mut what = vec![0; usize::from(n_what)];
+        self.stream.read_exact(&mut what)?;
+        let what = String::from_utf8(what).map_err(|error| invalid(error.to_string()))?;
+        let mut payload = vec![0; n_bytes as usize];
+        self.stream.read_exact(&mut payload)?;
+        Ok(match what.is_empty() {
+            true => Frame::GiveUp(String::from_utf8_lossy(&payload).into_owned()),
+            false => Frame::Message(Call { what, step }, payload.into()),
+        })
+    }
+}
+
+impl Drop for TcpLink {
+    /// What is queued is still sent: the others may wait for it.
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(sending) = self.sending.take() {
+            let _ = sending.join();
+        }
+    }
+}
+
+fn invalid(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
+}

@@ -1,0 +1,236 @@
+//! Sums and messages between workers that are threads, over channels and over sockets.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use bytes::Bytes;
+use collective::{Call, Error, Leaves, Mesh, TcpOptions, TreeSum, all_reduce, join, local};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn tcp(world_size: usize, patience: Duration) -> Vec<TcpOptions> {
+    // Rank 0 takes the port over.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let options = |rank| TcpOptions {
+        rank,
+        world_size,
+        master: format!("127.0.0.1:{port}"),
+        job: "test/1".into(),
+        join: PATIENCE,
+        patience,
+    };
+    (0..world_size).map(options).collect()
+}
+
+/// Runs `work` on every worker of a job, over channels or sockets, and returns what each made.
+fn on_all<T: Send>(world_size: usize, sockets: bool, work: impl Fn(&mut Mesh) -> T + Sync) -> Vec<T> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = match sockets {
+            true => tcp(world_size, PATIENCE)
+                .into_iter()
+                .map(|options| scope.spawn(move || work(&mut join(&options).unwrap())))
+                .collect(),
+            false => local(world_size, PATIENCE)
+                .into_iter()
+                .map(|mut mesh| scope.spawn(move || work(&mut mesh)))
+                .collect(),
+        };
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// The array of one leaf: magnitudes so far apart that another order of additions gives other bits.
+fn leaf(leaf: usize, len: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(leaf as u64);
+    (0..len).map(|_| rng.random_range(-1.0f32..1.0) * 10f32.powi(rng.random_range(-6..6))).collect()
+}
+
+fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
+    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
+fn parts(leaves: Leaves, rank: usize, len: usize) -> Vec<Vec<f32>> {
+    let mut sum = TreeSum::new(leaves.n, leaves.of(rank));
+    leaves.of(rank).for_each(|i| sum.push(i..i + 1, leaf(i, len), add));
+    sum.finish(add).into_iter().map(|(_, values)| values).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn a_sum_has_the_same_bits_on_any_number_of_workers() {
+    let len = 1003;
+    for n in [1, 2, 3, 6, 7, 12, 16] {
+        let one = parts(Leaves { n, world_size: 1 }, 0, len);
+        assert_eq!(one.len(), 1);
+        for world_size in 1..=n.min(5) {
+            let leaves = Leaves { n, world_size };
+            for sockets in [false, true] {
+                let sums = on_all(world_size, sockets, |mesh| {
+                    let parts = parts(leaves, mesh.rank(), len);
+                    let parts: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
+                    let mut sum = vec![f32::NAN; len];
+                    all_reduce(mesh, &Call::new("gradients", 1), leaves, &parts, &mut sum).unwrap();
+                    sum
+                });
+                for sum in sums {
+                    assert!(bits(&sum) == bits(&one[0]), "{n} leaves, {world_size} workers, {sockets}");
+                }
+            }
+        }
+    }
+    // The additions of one after the other give other bits: the test would see an order that is not kept.
+    let in_turn = (1..16).fold(leaf(0, len), |mut sum, i| {
+        add(&mut sum, leaf(i, len));
+        sum
+    });
+    assert!(bits(&in_turn) != bits(&parts(Leaves { n: 16, world_size: 1 }, 0, len)[0]));
+}
+
+/// As of blocks, which few micro-batches touch.
+#[test]
+fn a_sum_with_leaves_missing_has_the_same_bits_on_any_number_of_workers() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for _ in 0..2000 {
+        let n = rng.random_range(1..40);
+        let touched: Vec<usize> = (0..n).filter(|_| rng.random_bool(0.3)).collect();
+        let of = |own: std::ops::Range<usize>| {
+            let mut sum = TreeSum::new(n, own.clone());
+            let mine = touched.iter().filter(|&leaf| own.contains(leaf));
+            mine.for_each(|&i| sum.push(i..i + 1, leaf(i, 3), add));
+            sum.finish(add)
+        };
+        let whole = of(0..n);
+        assert_eq!(whole.len(), usize::from(!touched.is_empty()));
+        let world_size = rng.random_range(1..=n);
+        let leaves = Leaves { n, world_size };
+        let mut sum = TreeSum::new(n, 0..n);
+        for rank in 0..world_size {
+            of(leaves.of(rank)).into_iter().for_each(|(range, values)| sum.push(range, values, add));
+        }
+        let together = sum.finish(add);
+        let values = |parts: &[(_, Vec<f32>)]| parts.iter().map(|(_, v)| bits(v)).collect::<Vec<_>>();
+        assert!(values(&together) == values(&whole), "{n} leaves {touched:?} of {world_size} workers");
+    }
+}
+
+#[test]
+fn everyone_gets_what_it_was_sent() {
+    for sockets in [false, true] {
+        let received = on_all(4, sockets, |mesh| {
+            let mut all = vec![];
+            for step in 0..20 {
+                let rank = mesh.rank();
+                let message =
+                    |to: usize| Bytes::from(vec![(16 * rank + to) as u8; 1000 * (step * to) % 7001]);
+                all.push(
+                    mesh.exchange(&Call::new("paths", step as u64), (0..4).map(message).collect()).unwrap(),
+                );
+            }
+            mesh.barrier(&Call::new("end", 20)).unwrap();
+            all
+        });
+        for (rank, all) in received.iter().enumerate() {
+            for (step, messages) in all.iter().enumerate() {
+                for (from, message) in messages.iter().enumerate() {
+                    assert!(message.iter().all(|&byte| byte == (16 * from + rank) as u8));
+                    assert_eq!(message.len(), 1000 * (step * rank) % 7001);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_late_worker_is_named_on_all_others() {
+    let patience = Duration::from_millis(300);
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Mutex::new(wait);
+    let errors = std::thread::scope(|scope| {
+        let threads: Vec<_> = tcp(3, patience)
+            .into_iter()
+            .map(|options| {
+                let wait = &wait;
+                scope.spawn(move || {
+                    let mut mesh = join(&options).unwrap();
+                    mesh.barrier(&Call::new("begin", 1)).unwrap();
+                    if mesh.rank() == 2 {
+                        // Computes for ever, as far as the others can see.
+                        let _ = wait.lock().unwrap().recv();
+                        return None;
+                    }
+                    mesh.barrier(&Call::new("gradients", 12)).err()
+                })
+            })
+            .collect();
+        let mut threads = threads.into_iter();
+        let errors: Vec<_> = threads.by_ref().take(2).map(|thread| thread.join().unwrap()).collect();
+        drop(done);
+        assert!(threads.next().unwrap().join().unwrap().is_none());
+        errors
+    });
+    for error in errors {
+        let text = error.unwrap().to_string();
+        assert!(text.contains("rank 2 is late") && text.contains("gradients of step 12"), "{text}");
+    }
+}
+
+#[test]
+fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
+    for sockets in [false, true] {
+        let errors = on_all(3, sockets, |mesh| match mesh.rank() {
+            1 => {
+                mesh.give_up("the disk is full");
+                None
+            }
+            _ => mesh.barrier(&Call::new("save", 5)).err(),
+        });
+        assert_eq!(errors.len(), 3);
+        for error in [&errors[0], &errors[2]] {
+            let text = error.as_ref().unwrap().to_string();
+            assert!(text.contains("rank 1 gave up: the disk is full"), "{text}");
+        }
+        let errors = on_all(3, sockets, |mesh| match mesh.rank() {
+            1 => None,
+            _ => mesh.barrier(&Call::new("save", 5)).err(),
+        });
+        assert!(matches!(errors[0].as_ref().unwrap(), Error::Gone { rank: 1, waiting: 0, .. }), "{errors:?}");
+        let text = errors[2].as_ref().unwrap().to_string();
+        assert!(text.contains("rank 1 is gone"), "{text}");
+    }
+}
+
+#[test]
+fn workers_in_different_calls_say_so() {
+    let errors = on_all(2, false, |mesh| {
+        let call = if mesh.rank() == 0 { Call::new("save", 4) } else { Call::new("gradients", 5) };
+        mesh.barrier(&call).unwrap_err().to_string()
+    });
+    assert_eq!(errors[0], "rank 1 is in gradients of step 5, and rank 0 in save of step 4");
+}
+
+#[test]
+fn a_worker_of_another_job_is_refused_and_does_not_disturb() {
+    let ours = tcp(2, PATIENCE);
+    let stray = TcpOptions { job: "test/0".into(), rank: 1, ..ours[1].clone() };
+    let larger = TcpOptions { world_size: 3, rank: 1, ..ours[1].clone() };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| join(&ours[0]).unwrap().barrier(&Call::new("begin", 1)));
+        let error = join(&stray).err().unwrap().to_string();
+        assert!(error.contains("the job here is test/1, and that of rank 1 is test/0"), "{error}");
+        let error = join(&larger).err().unwrap().to_string();
+        assert!(error.contains("2 workers are expected here, and 3 by rank 1"), "{error}");
+        join(&ours[1]).unwrap().barrier(&Call::new("begin", 1)).unwrap();
+        first.join().unwrap().unwrap();
+    });
+    let short = TcpOptions { join: Duration::from_millis(100), ..tcp(3, PATIENCE)[0].clone() };
+    let error = join(&short).err().unwrap().to_string();
+    assert!(error.contains("for ranks [1, 2]"), "{error}");
+    let error = join(&TcpOptions { rank: 3, ..short }).err().unwrap().to_string();
+    assert_eq!(error, "rank is 3, expected a rank below the world size 3");
+}
