@@ -58,7 +58,20 @@ const EDGES: [(&str, &[&str]); 18] = [
     ("ops", &[]),
     ("retrieve", &["cluster-tree", "embed", "nearest"]),
     ("shard-host", &["memory-bank", "memory-service"]),
-    ("train", &["anchor", "atomic-file", "cluster-tree", "corpus", "eval", "generate", "memory-bank", "ops"]),
+    (
+        "train",
+        &[
+            "anchor",
+            "atomic-file",
+            "cluster-tree",
+            "collective",
+            "corpus",
+            "eval",
+            "generate",
+            "memory-bank",
+            "ops",
+        ],
+    ),
 ];
 
 /// Crates that build without a tensor library, so that hosts of data and memory need no GPU software.

@@ -13,7 +13,7 @@ use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
 use memory_service::Identity;
-use train::{Checkpoints, Parts, StepMetrics, Trainer};
+use train::{Checkpoints, Parts, StepMetrics, Trainer, Workers};
 
 use crate::config::Config;
 use crate::prepare::Prepared;
@@ -75,7 +75,14 @@ pub(crate) fn train(config: &Config, prepared: &Prepared) -> Result<()> {
         }
         false => None,
     };
-    let parts = Parts { run_dir: dir.clone(), config: config.train.clone(), corpus, anchor, memory };
+    let parts = Parts {
+        run_dir: dir.clone(),
+        config: config.train.clone(),
+        corpus,
+        anchor,
+        memory,
+        workers: Workers::alone(),
+    };
     let trainer = match resumed {
         Some(step) => Trainer::resume(parts, step)?,
         None => Trainer::new(parts, tokens_before)?,

@@ -16,4 +16,29 @@ impl Leaves {
         let begin = |rank: usize| rank * self.n / self.world_size;
         begin(rank)..begin(rank + 1)
     }
+
+    /// Whose a leaf is.
+    pub fn rank_of(&self, leaf: usize) -> usize {
+        ((leaf + 1) * self.world_size - 1) / self.n
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_leaf_is_one_ranks() {
+        for n in 1..30 {
+            for world_size in 1..=n {
+                let leaves = Leaves { n, world_size };
+                let all: Vec<usize> = (0..world_size).flat_map(|rank| leaves.of(rank)).collect();
+                assert_eq!(all, (0..n).collect::<Vec<_>>());
+                for rank in 0..world_size {
+                    assert!(leaves.of(rank).all(|leaf| leaves.rank_of(leaf) == rank));
+                    assert!((n / world_size..=n.div_ceil(world_size)).contains(&leaves.of(rank).len()));
+                }
+            }
+        }
+    }
 }

@@ -1,5 +1,3 @@
-use std::ops::Range;
-
 use bytes::Bytes;
 
 use crate::{Call, Error, Leaves, Mesh, Result, TreeSum};
@@ -27,7 +25,8 @@ pub fn all_reduce(
     let received = mesh.exchange(call, (0..world_size).map(slice_of_all).collect())?;
     let mut total = TreeSum::new(leaves.n, 0..leaves.n);
     for (from, bytes) in received.iter().enumerate() {
-        let ranges = part_ranges(leaves, from);
+        // Which none of them has to be told.
+        let ranges = TreeSum::ranges(leaves.n, leaves.of(from), leaves.of(from));
         check(call, from, bytes, ranges.len() * own.len())?;
         let mut values = bytes.chunks_exact(size_of::<f32>());
         for range in ranges {
@@ -43,13 +42,6 @@ pub fn all_reduce(
         sum[range].iter_mut().zip(bytes.chunks_exact(size_of::<f32>())).for_each(|(x, b)| *x = number(b));
     }
     Ok(())
-}
-
-/// The leaves of each part that a worker has, which none of them has to be told.
-fn part_ranges(leaves: Leaves, rank: usize) -> Vec<Range<usize>> {
-    let mut sum = TreeSum::new(leaves.n, leaves.of(rank));
-    leaves.of(rank).for_each(|leaf| sum.push(leaf..leaf + 1, (), |(), ()| ()));
-    sum.finish(|(), ()| ()).into_iter().map(|(range, ())| range).collect()
 }
 
 fn add(sum: &mut Vec<f32>, values: Vec<f32>) {

@@ -15,6 +15,19 @@ pub struct TreeSum<T> {
     parts: Vec<(Range<usize>, T)>,
 }
 
+impl TreeSum<()> {
+    /// The leaves of each part that remains of a sum over some leaves of `own`, ascending.
+    pub fn ranges(
+        n_leaves: usize,
+        own: Range<usize>,
+        leaves: impl Iterator<Item = usize>,
+    ) -> Vec<Range<usize>> {
+        let mut sum = Self::new(n_leaves, own);
+        leaves.for_each(|leaf| sum.push(leaf..leaf + 1, (), |(), ()| ()));
+        sum.finish(|(), ()| ()).into_iter().map(|(range, ())| range).collect()
+    }
+}
+
 impl<T> TreeSum<T> {
     /// Of the leaves in `own`, of `n_leaves` in all.
     pub fn new(n_leaves: usize, own: Range<usize>) -> Self {

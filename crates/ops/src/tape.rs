@@ -156,6 +156,27 @@ impl Gradients {
         self.slots.get(slot)?.as_ref()
     }
 
+    /// Puts another gradient in its place.
+    pub fn set(&mut self, slot: usize, gradient: Tensor) {
+        *self.slot(slot) = Some(gradient);
+    }
+
+    /// Adds those of another pass.
+    ///
+    /// # Errors
+    /// When a slot's tensors are of different shapes.
+    pub fn add(&mut self, other: Gradients) -> Result<()> {
+        for (index, gradient) in other.slots.into_iter().enumerate() {
+            let Some(gradient) = gradient else { continue };
+            let slot = self.slot(index);
+            *slot = Some(match slot.take() {
+                Some(sum) => added(sum, gradient)?,
+                None => gradient,
+            });
+        }
+        Ok(())
+    }
+
     /// Takes the gradient out of its slot.
     pub fn take(&mut self, slot: usize) -> Option<Tensor> {
         self.slots.get_mut(slot)?.take()
@@ -181,16 +202,10 @@ impl Gradients {
             candle_core::bail!("a gradient of {:?} for a tensor of {:?}", gradient.dims(), to.shape().dims());
         }
         let slot = self.slot(index);
-        let sum = match slot.take() {
-            Some(sum) if crate::fused(&sum) => {
-                let gradient = read(&gradient)?;
-                with_mut(&sum, |sum| add(sum, &gradient))?;
-                sum
-            }
-            Some(sum) => (sum + gradient)?,
+        *slot = Some(match slot.take() {
+            Some(sum) => added(sum, gradient)?,
             None => gradient,
-        };
-        *slot = Some(sum);
+        });
         Ok(())
     }
 
@@ -252,6 +267,18 @@ pub(crate) fn repeat_a_slot<'a>(inputs: impl IntoIterator<Item = &'a Traced>) ->
 
 fn mismatch<T>(found: &Tensor, to: &impl Receiver) -> Result<T> {
     candle_core::bail!("a gradient {found:?} is there already for a tensor of {:?}", to.shape())
+}
+
+/// The sum of two gradients, in the place of the first where that can be.
+fn added(sum: Tensor, gradient: Tensor) -> Result<Tensor> {
+    if sum.shape() != gradient.shape() || !crate::fused(&sum) {
+        return sum + gradient;
+    }
+    {
+        let gradient = read(&gradient)?;
+        with_mut(&sum, |sum| add(sum, &gradient))?;
+    }
+    Ok(sum)
 }
 
 /// sum += x

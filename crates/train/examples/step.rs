@@ -18,7 +18,7 @@ use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, To
 use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
 use ops::{AdamW, Tape, Traced};
 use serde::{Deserialize, Serialize};
-use train::{Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer};
+use train::{Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -256,6 +256,7 @@ fn run(options: &Options) -> Result<Line> {
         corpus: Arc::new(corpus(scratch.path(), len)?),
         anchor: Anchor::load(&folder.join("anchor.safetensors"), CPU)?,
         memory: bank,
+        workers: Workers::alone(),
     };
     let mut trainer = Trainer::new(parts, 0)?;
     let (mut times, mut losses, mut seconds) = (vec![], vec![], vec![]);

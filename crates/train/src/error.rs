@@ -47,6 +47,9 @@ pub enum Error {
     /// From the memory bank.
     #[error(transparent)]
     Bank(#[from] memory_bank::Error),
+    /// From the other workers.
+    #[error(transparent)]
+    Workers(#[from] collective::Error),
     /// From the anchor.
     #[error(transparent)]
     Anchor(#[from] anchor::Error),

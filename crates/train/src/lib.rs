@@ -9,6 +9,7 @@ mod error;
 mod loader;
 mod metrics;
 mod optimizer;
+mod share;
 mod tensorboard;
 mod trainer;
 
@@ -17,4 +18,4 @@ pub use config::{Assign, Phase, TrainConfig};
 pub use error::{Error, Result};
 pub use metrics::{Metrics, StepMetrics, StepTime, read_metrics};
 pub use optimizer::Optimizer;
-pub use trainer::{Parts, Trainer};
+pub use trainer::{Parts, Trainer, Workers};

@@ -49,6 +49,9 @@ pub struct StepTime {
     pub fetch_ms: f64,
     /// Forward and backward.
     pub compute_ms: f64,
+    /// Sums over all workers, and waiting for the others.
+    #[serde(default)]
+    pub reduce_ms: f64,
     /// Gradient norms, and pushing the gradients of blocks.
     pub push_ms: f64,
     /// Updating the anchor.

@@ -1,16 +1,19 @@
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anchor::{Anchor, Compute, Gradients, Targets};
+use collective::Mesh;
 use corpus::{Batch, Corpus};
 use generate::Model;
-use memory_bank::{Block, BlockStore, Blocking, Step, squared_norm};
-use rayon::prelude::*;
+use memory_bank::{Block, BlockStore, Blocking, Step};
 
 use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
 use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
+use crate::share::{self, Share, Sums};
 use crate::{Error, Result, TrainConfig};
 
 /// What a trainer is made of.
@@ -25,12 +28,58 @@ pub struct Parts<S> {
     pub anchor: Anchor,
     /// The bank, in phases with memory.
     pub memory: Option<Blocking<S>>,
+    /// The workers that share every step, this one among them.
+    pub workers: Workers,
+}
+
+/// A worker's place among those that train together.
+pub struct Workers {
+    /// Its connections to the others.
+    pub mesh: Mesh,
+    /// Levels of the bank of which every worker has a copy of its own: all gradients reach it. Gradients of
+    /// other levels are handed to the bank by one worker each.
+    pub replicated: Vec<bool>,
+}
+
+impl Workers {
+    /// One worker, who does all.
+    pub fn alone() -> Self {
+        Self { mesh: Mesh::alone(), replicated: vec![] }
+    }
+
+    /// As which rank it pushes: a bank of its own knows one.
+    fn rank_at_bank(&self) -> usize {
+        match self.replicated.contains(&false) || self.replicated.is_empty() {
+            true => self.mesh.rank(),
+            false => 0,
+        }
+    }
 }
 
 impl<S> Parts<S> {
     /// Fails on a configuration that cannot be trained with, and on a bank too many or too few.
     fn check(&self) -> Result<()> {
         self.config.check()?;
+        let (n, world_size) =
+            (self.config.batch_size.div_ceil(self.config.micro_batch), self.workers.mesh.world_size());
+        if n < world_size {
+            let most = self.config.batch_size / world_size;
+            let expected = match most {
+                0 => {
+                    return Err(Error::Config {
+                        key: "batch_size",
+                        expected: format!("at least the number of workers ({world_size})"),
+                        found: self.config.batch_size.to_string(),
+                    });
+                }
+                most => format!("at most {most}, so that each of {world_size} workers has one"),
+            };
+            return Err(Error::Config {
+                key: "micro_batch",
+                expected,
+                found: self.config.micro_batch.to_string(),
+            });
+        }
         let (phase, has_bank) = (self.config.phase, self.memory.is_some());
         if phase.has_memory() == has_bank {
             return Ok(());
@@ -51,6 +100,7 @@ pub struct Trainer<S> {
     corpus: Arc<Corpus>,
     anchor: Anchor,
     memory: Option<Blocking<S>>,
+    workers: Workers,
     /// None when the anchor is frozen.
     optimizer: Option<Optimizer>,
     /// Of the anchor, in the last step.
@@ -94,7 +144,7 @@ impl<S: BlockStore> Trainer<S> {
     }
 
     fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {
-        let Parts { run_dir, config, corpus, anchor, memory } = parts;
+        let Parts { run_dir, config, corpus, anchor, memory, workers } = parts;
         let checkpoints = Checkpoints::of(&run_dir);
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
         Self {
@@ -103,6 +153,7 @@ impl<S: BlockStore> Trainer<S> {
             corpus,
             anchor,
             memory,
+            workers,
             optimizer,
             gradients: Gradients::default(),
             checkpoints,
@@ -121,12 +172,25 @@ impl<S: BlockStore> Trainer<S> {
         &self.anchor
     }
 
-    /// Trains to the last step, saving on the way; `progress` sees every step.
+    /// Trains to the last step, saving on the way; `progress` sees every step. Of several workers the first
+    /// writes the run's files.
     ///
     /// # Errors
-    /// When the loss diverges, or data, bank or files fail; the last whole checkpoint stays.
+    /// When the loss diverges, when data, bank or files fail, and when another worker does; the last whole
+    /// checkpoint stays.
     pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<()> {
-        let mut metrics = Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?;
+        let done = self.run_steps(progress);
+        if let Err(error) = &done {
+            self.workers.mesh.give_up(&error.to_string());
+        }
+        done
+    }
+
+    fn run_steps(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<()> {
+        let mut metrics = match self.workers.mesh.rank() {
+            0 => Some(Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?),
+            _ => None,
+        };
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
         while self.state.step < self.config.steps {
             let step = self.state.step + 1;
@@ -136,45 +200,56 @@ impl<S: BlockStore> Trainer<S> {
             let mut line = self.step(&batch)?;
             line.time.data_ms = data_ms;
             let last = step == self.config.steps;
-            let saves = last || due(step, self.config.save_every);
-            if saves {
-                self.check_update(&batch)?;
-            }
-            if last || due(step, self.config.validate_every) {
-                line.validation_loss = self.validation_loss()?;
-            }
-            if last || line.validation_loss.is_some() || due(step, self.config.log_every) {
-                line = metrics.write(line)?;
-            }
-            progress(&line);
-            if saves {
-                self.save()?;
+            if let Some(metrics) = &mut metrics {
+                let saves = last || due(step, self.config.save_every);
+                if saves {
+                    self.check_update(&batch)?;
+                }
+                if last || due(step, self.config.validate_every) {
+                    line.validation_loss = self.validation_loss()?;
+                }
+                if last || line.validation_loss.is_some() || due(step, self.config.log_every) {
+                    line = metrics.write(line)?;
+                }
+                progress(&line);
+                if saves {
+                    self.save()?;
+                }
+            } else {
+                progress(&line);
             }
         }
         Ok(())
     }
 
-    /// One optimizer step on `batch`.
+    /// One optimizer step on `batch`, which all workers share.
     ///
     /// # Errors
-    /// When the loss or the gradient is not finite; then nothing was applied.
+    /// When the loss or the gradient is not finite, and then nothing was applied; and when another worker
+    /// fails.
     pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
         let step = self.state.step + 1;
         let (mut laps, mut time) = (Laps::start(), StepTime::default());
-        let blocks = self.model().fetch(&batch.paths)?;
+        let spec = self.memory.as_ref().map(|memory| memory.store().spec());
+        let share = Share::new(batch, self.config.micro_batch, spec, &self.workers.mesh);
+        let blocks = self.model().fetch(&batch.paths[share.sequences(batch)])?;
         time.fetch_ms = laps.lap_ms();
-        let (loss, block_gradients) = self.backward(batch, &blocks)?;
+        let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, &share, &blocks)?;
         time.compute_ms = laps.lap_ms();
+        let Workers { mesh, replicated } = &mut self.workers;
+        let loss = share.reduce_loss(mesh, step, &losses)?;
+        self.gradients = share.reduce_anchor(mesh, step, anchor, self.anchor.parameters().len())?;
+        let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
+        time.reduce_ms = laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
         let norm = match self.optimizer {
             Some(_) => ops::on_pool(|| gradient_norm(&self.anchor, &self.gradients))?,
             None => 0.0,
         };
         self.check_finite(step, "gradient norm", norm)?;
-        let memory_norm = block_norm(&block_gradients);
         self.check_finite(step, "memory gradient norm", memory_norm)?;
         if let Some(memory) = &self.memory {
-            memory.push(Step(step), 0, block_gradients)?;
+            memory.push(Step(step), self.workers.rank_at_bank(), block_gradients)?;
         }
         time.push_ms = laps.lap_ms();
         if let Some(optimizer) = &mut self.optimizer {
@@ -195,31 +270,47 @@ impl<S: BlockStore> Trainer<S> {
             gradient_norm: norm,
             memory_learning_rate: if has_memory { self.config.memory_adamw().schedule.at(step) } else { 0.0 },
             memory_gradient_norm: memory_norm,
-            n_blocks: blocks.len(),
+            n_blocks: share.n_blocks(),
             tokens_seen: self.state.tokens_seen,
             time,
             ..StepMetrics::default()
         })
     }
 
-    /// Loss of a batch and the gradients of its blocks, in micro-batches whose gradients are summed; those of
-    /// the anchor are left in `self.gradients`.
-    fn backward(&mut self, batch: &Batch, blocks: &[Block]) -> Result<(f64, Vec<Block>)> {
+    /// Losses and gradients of this worker's micro-batches, each computed by itself and added up as all
+    /// workers' are.
+    fn backward(&mut self, batch: &Batch, share: &Share, blocks: &[Block]) -> Result<Sums> {
         let scale = 1.0 / batch.n_scored() as f64;
-        let (mut loss, mut block_gradients) = (0.0, vec![]);
         let compute =
             Compute { precision: self.config.precision, checkpoint: self.config.checkpoint_activations };
+        // The last step's, whose memory the forward pass needs.
         self.gradients.clear();
-        for part in batch.split(self.config.micro_batch) {
+        let (mut losses, mut failed) = (vec![], Ok(()));
+        let (mut anchor, mut block_sums) = (share.sum(), BTreeMap::new());
+        let parts = batch.split(self.config.micro_batch).enumerate();
+        for (leaf, part) in parts.skip(share.leaves().start).take(share.leaves().len()) {
             let memory = self.model().place(blocks, &part.paths)?;
             let targets = Targets { targets: &part.targets, scale, z_loss: self.config.z_loss };
             let work = (eval::input(&part), targets);
-            let (part_loss, part_gradients) =
-                self.anchor.loss_and_gradients(work, &memory, compute, &mut self.gradients)?;
-            loss += part_loss;
-            add_blocks(&mut block_gradients, part_gradients);
+            let mut gradients = Gradients::default();
+            let (loss, part_gradients) =
+                self.anchor.loss_and_gradients(work, &memory, compute, &mut gradients)?;
+            losses.push(loss);
+            anchor.push(leaf..leaf + 1, gradients, |sum, gradients| add_to(sum, gradients, &mut failed));
+            for Block { id, values } in part_gradients {
+                let sum = block_sums.entry(id).or_insert_with(|| share.sum());
+                sum.push(leaf..leaf + 1, values, share::add);
+            }
         }
-        Ok((loss, block_gradients))
+        let anchor = anchor.finish(|sum, gradients| add_to(sum, gradients, &mut failed));
+        failed?;
+        let values =
+            |parts: Vec<(Range<usize>, Vec<f32>)>| parts.into_iter().map(|(_, values)| values).collect();
+        Ok(Sums {
+            losses,
+            anchor: anchor.into_iter().map(|(_, gradients)| gradients).collect(),
+            blocks: block_sums.into_iter().map(|(id, sum)| (id, values(sum.finish(share::add)))).collect(),
+        })
     }
 
     fn check_finite(&self, step: u64, what: &'static str, found: f64) -> Result<()> {
@@ -292,18 +383,9 @@ fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-/// Sums the gradients of blocks that several micro-batches share.
-fn add_blocks(total: &mut Vec<Block>, part: Vec<Block>) {
-    for block in part {
-        match total.iter_mut().find(|sum| sum.id == block.id) {
-            Some(sum) => sum.values.iter_mut().zip(block.values).for_each(|(sum, x)| *sum += x),
-            None => total.push(block),
-        }
+/// Adds the gradients of a micro-batch; what goes wrong is kept in `failed`.
+fn add_to(sum: &mut Gradients, gradients: Gradients, failed: &mut candle_core::Result<()>) {
+    if let Err(error) = ops::on_pool(|| sum.add(gradients)) {
+        *failed = Err(error);
     }
-}
-
-fn block_norm(blocks: &[Block]) -> f64 {
-    // Summed in order, whatever the threads; `sum` of nothing is -0.
-    let squares: Vec<f64> = blocks.par_iter().map(|block| squared_norm(&block.values)).collect();
-    squares.into_iter().fold(0.0, |sum, x| sum + x).sqrt()
 }

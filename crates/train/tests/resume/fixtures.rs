@@ -10,9 +10,9 @@ use std::sync::Arc;
 use anchor::{Anchor, AnchorConfig};
 use candle_core::{DType, Device};
 use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, MemoryKind};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind};
 use tempfile::TempDir;
-use train::{Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer};
+use train::{Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
 
 pub(crate) use crate::files::files;
 
@@ -101,7 +101,7 @@ impl World {
         }
     }
 
-    fn parts_with(
+    pub(crate) fn parts_with(
         &self,
         name: &str,
         config: &TrainConfig,
@@ -110,7 +110,7 @@ impl World {
         let memory = bank.map(|bank| Blocking::new(Arc::new(bank)).unwrap());
         let (run_dir, corpus) = (self.run_dir(name), self.corpus.clone());
         fs::create_dir_all(&run_dir).unwrap();
-        Parts { run_dir, config: config.clone(), corpus, anchor, memory }
+        Parts { run_dir, config: config.clone(), corpus, anchor, memory, workers: Workers::alone() }
     }
 }
 
@@ -156,7 +156,7 @@ pub(crate) fn config(phase: Phase) -> TrainConfig {
 }
 
 /// Trains to the end and returns every step's metrics.
-pub(crate) fn train(mut trainer: Trainer<LocalBank>) -> Vec<StepMetrics> {
+pub(crate) fn train<S: BlockStore>(mut trainer: Trainer<S>) -> Vec<StepMetrics> {
     let mut all = vec![];
     trainer.run(&mut |metrics| all.push(metrics.clone())).unwrap();
     all

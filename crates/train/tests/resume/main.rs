@@ -6,3 +6,4 @@ mod files;
 mod fixtures;
 mod phases;
 mod resuming;
+mod workers;

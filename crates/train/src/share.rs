@@ -1,0 +1,288 @@
+//! A step shared among workers, and its gradients summed over all of them.
+//!
+//! Every worker knows the whole batch, so it knows which micro-batches each worker has, which blocks these
+//! touch, and what each worker sends to whom: nothing but numbers is sent. The gradient of a block is added
+//! up by one of the workers that have a part of it, who pushes it, once.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use anchor::{Gradients, unique_ids};
+use bytes::Bytes;
+use candle_core::Tensor;
+use cluster_tree::ClusterId;
+use collective::{Call, Leaves, Mesh, TreeSum, all_reduce};
+use corpus::Batch;
+use memory_bank::{Block, BlockSpec, squared_norm};
+use rayon::prelude::*;
+
+use crate::Result;
+
+/// Numbers that are summed at once: what is sent of them meanwhile is bounded, and long enough to be sent fast.
+const BUCKET: usize = 1 << 22;
+
+/// Sums of a worker's micro-batches, as [`TreeSum`] leaves them.
+pub(crate) struct Sums {
+    /// Of each micro-batch.
+    pub(crate) losses: Vec<f64>,
+    /// Of the anchor's parameters.
+    pub(crate) anchor: Vec<Gradients>,
+    /// Of each block, in the order of ids.
+    pub(crate) blocks: BTreeMap<ClusterId, Vec<Vec<f32>>>,
+}
+
+/// Who computes what of a step.
+pub(crate) struct Share {
+    leaves: Leaves,
+    rank: usize,
+    micro_batch: usize,
+    spec: Option<BlockSpec>,
+    /// The micro-batches that touch a block, in order.
+    touched: BTreeMap<ClusterId, Vec<usize>>,
+}
+
+impl Share {
+    /// Of `batch`, in the micro-batches that all workers together make of it.
+    pub(crate) fn new(batch: &Batch, micro_batch: usize, spec: Option<&BlockSpec>, mesh: &Mesh) -> Self {
+        let n = batch.n_sequences().div_ceil(micro_batch);
+        let mut touched: BTreeMap<ClusterId, Vec<usize>> = BTreeMap::new();
+        if let Some(spec) = spec {
+            for (leaf, paths) in batch.paths.chunks(micro_batch).enumerate() {
+                unique_ids(paths, spec).into_iter().for_each(|id| touched.entry(id).or_default().push(leaf));
+            }
+        }
+        Self {
+            leaves: Leaves { n, world_size: mesh.world_size() },
+            rank: mesh.rank(),
+            micro_batch,
+            spec: spec.cloned(),
+            touched,
+        }
+    }
+
+    /// This worker's micro-batches.
+    pub(crate) fn leaves(&self) -> Range<usize> {
+        self.leaves.of(self.rank)
+    }
+
+    /// This worker's sequences.
+    pub(crate) fn sequences(&self, batch: &Batch) -> Range<usize> {
+        let leaves = self.leaves();
+        let n = batch.n_sequences();
+        (leaves.start * self.micro_batch).min(n)..(leaves.end * self.micro_batch).min(n)
+    }
+
+    /// Blocks that the step touches, on all workers.
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.touched.len()
+    }
+
+    /// A sum over micro-batches, to be fed with this worker's.
+    pub(crate) fn sum<T>(&self) -> TreeSum<T> {
+        TreeSum::new(self.leaves.n, self.leaves())
+    }
+
+    /// The loss of the step.
+    pub(crate) fn reduce_loss(&self, mesh: &mut Mesh, step: u64, losses: &[f64]) -> Result<f64> {
+        let gathered = mesh.all_gather(&Call::new("losses", step), bytes_of(losses))?;
+        // In the order of micro-batches, which is that of ranks.
+        Ok(gathered.iter().flat_map(|bytes| f64s(bytes)).fold(0.0, |sum, loss| sum + loss))
+    }
+
+    /// The gradients of the anchor's parameters over all workers, of the sums that this one has.
+    pub(crate) fn reduce_anchor(
+        &self,
+        mesh: &mut Mesh,
+        step: u64,
+        mut parts: Vec<Gradients>,
+        n_parameters: usize,
+    ) -> Result<Gradients> {
+        let Some(mut total) = parts.pop() else { return Ok(Gradients::default()) };
+        if mesh.world_size() == 1 {
+            return Ok(total);
+        }
+        let call = Call::new("anchor gradients", step);
+        let shapes: Vec<Option<Tensor>> = (0..n_parameters).map(|slot| total.get(slot).cloned()).collect();
+        let mut begin = 0;
+        while begin < n_parameters {
+            let mut end = begin;
+            let mut len = 0;
+            while end < n_parameters && (len < BUCKET || end == begin) {
+                len += shapes[end].as_ref().map_or(0, Tensor::elem_count);
+                end += 1;
+            }
+            let flat = |part: &Gradients| -> Result<Vec<f32>> {
+                let mut values = Vec::with_capacity(len);
+                for tensor in (begin..end).filter_map(|slot| part.get(slot)) {
+                    values.extend(tensor.flatten_all()?.to_vec1::<f32>()?);
+                }
+                Ok(values)
+            };
+            let own = parts.iter().chain([&total]).map(flat).collect::<Result<Vec<_>>>()?;
+            let own: Vec<&[f32]> = own.iter().map(Vec::as_slice).collect();
+            let mut sum = vec![0.0; len];
+            all_reduce(mesh, &call, self.leaves, &own, &mut sum)?;
+            let mut rest = sum.as_slice();
+            for (slot, like) in (begin..end).zip(&shapes[begin..end]) {
+                if let Some(like) = like {
+                    let (values, after) = rest.split_at(like.elem_count());
+                    total.set(slot, Tensor::from_slice(values, like.shape(), like.device())?);
+                    rest = after;
+                }
+            }
+            begin = end;
+        }
+        Ok(total)
+    }
+
+    /// The gradients of the step's blocks that this worker hands to the bank: those that it adds up, and all
+    /// of those whose level is `replicated`, which every worker keeps itself. And the L2 norm of all of them.
+    pub(crate) fn reduce_blocks(
+        &self,
+        mesh: &mut Mesh,
+        step: u64,
+        parts: BTreeMap<ClusterId, Vec<Vec<f32>>>,
+        replicated: &[bool],
+    ) -> Result<(Vec<Block>, f64)> {
+        let own = self.add_up_blocks(mesh, step, parts)?;
+        let norm = self.norm(mesh, step, &own)?;
+        Ok((self.share_replicated(mesh, step, own, replicated)?, norm))
+    }
+
+    /// The blocks that this worker adds up, of its own parts and those that others send it.
+    fn add_up_blocks(
+        &self,
+        mesh: &mut Mesh,
+        step: u64,
+        mut parts: BTreeMap<ClusterId, Vec<Vec<f32>>>,
+    ) -> Result<Vec<Block>> {
+        let mut messages: Vec<Vec<f32>> = vec![vec![]; mesh.world_size()];
+        for (&id, values) in parts.iter().filter(|&(&id, _)| self.owner(id) != self.rank) {
+            messages[self.owner(id)].extend(values.iter().flatten());
+        }
+        let call = Call::new("block gradients", step);
+        let messages = messages.iter().map(|values| bytes_of(values)).collect();
+        let received = mesh.exchange(&call, messages)?;
+        let mut received = Numbers::of(&call, &received);
+        let mut own = vec![];
+        for (&id, leaves) in self.touched.iter().filter(|&(&id, _)| self.owner(id) == self.rank) {
+            let mut mine = parts.remove(&id).unwrap_or_default().into_iter();
+            let mut sum = TreeSum::new(self.leaves.n, 0..self.leaves.n);
+            for rank in self.ranks(leaves) {
+                for range in self.part_ranges(rank, leaves) {
+                    let values = match rank == self.rank {
+                        true => mine.next().unwrap_or_default(),
+                        false => received[rank].take(self.len(id))?,
+                    };
+                    sum.push(range, values, add);
+                }
+            }
+            own.extend(sum.finish(add).into_iter().map(|(_, values)| Block { id, values }));
+        }
+        Ok(own)
+    }
+
+    /// √Σ g² over all blocks, added up in the order of ids.
+    fn norm(&self, mesh: &mut Mesh, step: u64, own: &[Block]) -> Result<f64> {
+        let squares: Vec<f64> = own.par_iter().map(|block| squared_norm(&block.values)).collect();
+        let gathered = mesh.all_gather(&Call::new("block norms", step), bytes_of(&squares))?;
+        let mut by_rank: Vec<_> = gathered.iter().map(|bytes| f64s(bytes)).collect();
+        let in_order = self.touched.keys().filter_map(|&id| by_rank[self.owner(id)].next());
+        // `sum` of nothing is -0.
+        Ok(in_order.fold(0.0, |sum, x| sum + x).sqrt())
+    }
+
+    /// Adds to a worker's blocks those of replicated levels that others have added up.
+    fn share_replicated(
+        &self,
+        mesh: &mut Mesh,
+        step: u64,
+        own: Vec<Block>,
+        replicated: &[bool],
+    ) -> Result<Vec<Block>> {
+        let is_replicated = |id: ClusterId| replicated.get(usize::from(id.level)) == Some(&true);
+        if mesh.world_size() == 1 || !self.touched.keys().any(|&id| is_replicated(id)) {
+            return Ok(own);
+        }
+        let mine = own.iter().filter(|block| is_replicated(block.id));
+        let mine: Vec<f32> = mine.flat_map(|block| &block.values).copied().collect();
+        let call = Call::new("replicated blocks", step);
+        let gathered = mesh.all_gather(&call, bytes_of(&mine))?;
+        let mut gathered = Numbers::of(&call, &gathered);
+        let mut all = own;
+        for &id in self.touched.keys().filter(|&&id| is_replicated(id) && self.owner(id) != self.rank) {
+            all.push(Block { id, values: gathered[self.owner(id)].take(self.len(id))? });
+        }
+        all.sort_unstable_by_key(|block| block.id);
+        Ok(all)
+    }
+
+    /// Numbers of a block.
+    fn len(&self, id: ClusterId) -> usize {
+        self.spec.as_ref().map_or(0, |spec| spec.block_len(usize::from(id.level)))
+    }
+
+    /// The workers that have a part of a block's gradient, ascending.
+    fn ranks(&self, leaves: &[usize]) -> Vec<usize> {
+        let mut ranks: Vec<usize> = leaves.iter().map(|&leaf| self.leaves.rank_of(leaf)).collect();
+        ranks.dedup();
+        ranks
+    }
+
+    /// The worker that adds up a block's gradient: one that has a part of it, and not always the first.
+    fn owner(&self, id: ClusterId) -> usize {
+        let ranks = self.touched.get(&id).map(|leaves| self.ranks(leaves)).unwrap_or_default();
+        match ranks.len() {
+            0 => self.rank,
+            n => ranks[(id.index as usize + usize::from(id.level)) % n],
+        }
+    }
+
+    /// The leaves of each part that a worker has of a block's gradient.
+    fn part_ranges(&self, rank: usize, touched: &[usize]) -> Vec<Range<usize>> {
+        let own = self.leaves.of(rank);
+        let leaves = touched.iter().copied().filter(|leaf| own.contains(leaf));
+        TreeSum::<()>::ranges(self.leaves.n, own.clone(), leaves)
+    }
+}
+
+/// What a worker sent, to be taken apart.
+struct Numbers<'a> {
+    rank: usize,
+    call: &'a Call,
+    whole: &'a [u8],
+    rest: &'a [u8],
+}
+
+impl<'a> Numbers<'a> {
+    /// Of each rank.
+    fn of(call: &'a Call, messages: &'a [Bytes]) -> Vec<Self> {
+        let numbers = |(rank, bytes): (usize, &'a Bytes)| Self { rank, call, whole: bytes, rest: bytes };
+        messages.iter().enumerate().map(numbers).collect()
+    }
+
+    fn take(&mut self, n: usize) -> collective::Result<Vec<f32>> {
+        let n_bytes = n * size_of::<f32>();
+        let Some((values, rest)) = self.rest.split_at_checked(n_bytes) else {
+            let expected = self.whole.len() - self.rest.len() + n_bytes;
+            let (rank, call, found) = (self.rank, self.call.clone(), self.whole.len());
+            return Err(collective::Error::Length { rank, call, expected, found });
+        };
+        self.rest = rest;
+        Ok(values.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
+    }
+}
+
+/// Adds the gradient of a block.
+pub(crate) fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
+    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
+fn f64s(bytes: &[u8]) -> impl Iterator<Item = f64> {
+    bytes.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes))
+}
+
+/// Numbers as they are in memory, in little-endian.
+fn bytes_of(values: &[impl bytemuck::NoUninit]) -> Bytes {
+    Bytes::copy_from_slice(bytemuck::cast_slice(values))
+}

@@ -1,0 +1,213 @@
+//! Several workers, as threads: the bits of one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cluster_tree::ClusterId;
+use collective::{Mesh, local};
+use memory_bank::{
+    Block, BlockSpec, BlockStore, Blocking, Gradients, Live, Placement, Shard, ShardOptions, Step, owner,
+};
+use train::{Checkpoints, Error, Parts, Phase, StepMetrics, TrainConfig, Trainer, Workers};
+
+use crate::fixtures::*;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs `work` as every worker of a job; returns what each made, by rank.
+fn on_all<T: Send>(world_size: usize, work: impl Fn(Mesh) -> T + Sync) -> Vec<T> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let meshes = local(world_size, PATIENCE);
+        let threads: Vec<_> = meshes.into_iter().map(|mesh| scope.spawn(move || work(mesh))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// A worker that keeps the whole bank itself. The first one's folder is the run's.
+fn replicated(mesh: Mesh) -> Workers {
+    Workers { mesh, replicated: vec![true; 2] }
+}
+
+fn small(phase: Phase) -> TrainConfig {
+    TrainConfig { micro_batch: 2, batch_size: 12, ..config(phase) }
+}
+
+/// What a run has shown and left behind.
+fn left(world: &World, name: &str) -> Vec<std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>> {
+    let checkpoints = Checkpoints::of(&world.run_dir(name));
+    let steps = checkpoints.steps().unwrap();
+    assert_eq!(steps, [5, 10, 12]);
+    steps.into_iter().map(|step| files(&checkpoints.dir(step))).collect()
+}
+
+fn assert_same(world: &World, expected: &str, found: &str) {
+    for (expected, found) in left(world, expected).into_iter().zip(left(world, found)) {
+        assert!(expected.keys().eq(found.keys()), "{:?} {:?}", expected.keys(), found.keys());
+        for (path, bytes) in expected {
+            assert!(found[&path] == bytes, "{} differs", path.display());
+        }
+    }
+}
+
+#[test]
+fn any_number_of_workers_gives_the_bits_of_one() {
+    for phase in [Phase::Anchor, Phase::Frozen, Phase::Cotrain] {
+        let (world, config) = (World::new(), small(phase));
+        let one = timeless(train(world.begin("one", &config)));
+        for world_size in 2..=5 {
+            let name = |rank| format!("workers{world_size}-{rank}");
+            let all = on_all(world_size, |mesh| {
+                let name = name(mesh.rank());
+                let parts = Parts { workers: replicated(mesh), ..world.parts(&name, &config) };
+                timeless(train(Trainer::new(parts, 700).unwrap()))
+            });
+            // Only the first validates.
+            let plain = |line: &StepMetrics| StepMetrics { validation_loss: None, ..line.clone() };
+            assert_eq!(all[0], one, "{phase:?}, {world_size} workers");
+            for other in &all[1..] {
+                assert!(other.iter().eq(one.iter().map(plain).collect::<Vec<_>>().iter()));
+            }
+            assert_same(&world, "one", &name(0));
+            assert!(files(&world.run_dir(&name(1))).is_empty(), "the first alone writes files");
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_workers() {
+    let (world, config) = (World::new(), small(Phase::Cotrain));
+    train(world.begin("one", &config));
+    // Two workers to a failure of one after step 7, then three.
+    let ended = on_all(2, |mesh| {
+        let rank = mesh.rank();
+        let parts = Parts {
+            workers: replicated(mesh),
+            ..world.parts(if rank == 0 { "run" } else { "other" }, &config)
+        };
+        let mut trainer = Trainer::new(parts, 700).unwrap();
+        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            trainer.run(&mut |line| {
+                if (line.step, rank) == (8, 1) {
+                    std::panic::resume_unwind(Box::new("killed"));
+                }
+            })
+        }));
+        drop(trainer);
+        killed.ok().map(|ran| ran.unwrap_err().to_string())
+    });
+    assert!(ended[1].is_none());
+    let text = ended[0].as_ref().unwrap();
+    assert!(text.contains("rank 1 is gone") && text.contains("of step 9"), "{text}");
+    let (step, _) = world.resume("run", &config);
+    assert_eq!(step, 5);
+    on_all(3, |mesh| {
+        let dir = Checkpoints::of(&world.run_dir("run")).dir(5);
+        let anchor = anchor::Anchor::load(&dir.join("anchor.safetensors"), CPU).unwrap();
+        let bank =
+            memory_bank::LocalBank::resume(&dir.join("memory"), spec(), world.bank_options("run", &config));
+        let parts = world.parts_with("run", &config, (anchor, Some(bank.unwrap())));
+        train(Trainer::resume(Parts { workers: replicated(mesh), ..parts }, 5).unwrap());
+    });
+    assert_same(&world, "one", "run");
+}
+
+/// A bank of several shards, which all workers share.
+struct Sharded {
+    spec: BlockSpec,
+    shards: Vec<Live>,
+}
+
+impl Sharded {
+    fn new(n_shards: usize, world_size: usize, config: &TrainConfig) -> Self {
+        let shard = |shard| {
+            let placement = Placement { shard, n_shards };
+            let options =
+                ShardOptions { seed: 4, adamw: config.memory_adamw(), world_size, staleness: 0, placement };
+            Live::new(Shard::new(spec(), options).unwrap())
+        };
+        Self { spec: spec(), shards: (0..n_shards).map(shard).collect() }
+    }
+}
+
+impl BlockStore for Sharded {
+    fn spec(&self) -> &BlockSpec {
+        &self.spec
+    }
+
+    async fn fetch(&self, after: Step, ids: &[ClusterId]) -> memory_bank::Result<Vec<Block>> {
+        let mut blocks = vec![];
+        for shard in &self.shards {
+            shard.reached(after).await?;
+        }
+        for &id in ids {
+            let values = self.shards[owner(id, self.shards.len())].fetch(&[id])?;
+            blocks.push(Block { id, values: values[0].to_vec() });
+        }
+        Ok(blocks)
+    }
+
+    async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> memory_bank::Result<()> {
+        for (i, shard) in self.shards.iter().enumerate() {
+            let own = grads.iter().filter(|block| owner(block.id, self.shards.len()) == i).cloned().collect();
+            shard.push(step, rank, Gradients::new(&self.spec, own)?)?;
+        }
+        Ok(())
+    }
+
+    async fn save(&self, _: Step) -> memory_bank::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn any_number_of_workers_and_shards_gives_the_bits_of_one() {
+    let (world, config) = (World::new(), small(Phase::Cotrain));
+    let ids: Vec<ClusterId> = [(0, 2), (1, 4)]
+        .into_iter()
+        .flat_map(|(level, n)| {
+            (0..n).chain([ClusterId::GENERIC]).map(move |index| ClusterId { level, index })
+        })
+        .collect();
+    let mut expected = None;
+    for (world_size, n_shards) in [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 3)] {
+        let bank = Arc::new(Sharded::new(n_shards, world_size, &config));
+        let all = on_all(world_size, |mesh| {
+            let name = format!("{world_size}-{n_shards}-{}", mesh.rank());
+            let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
+            let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
+            let workers = Workers { mesh, replicated: vec![false; 2] };
+            let parts = Parts { run_dir, config, corpus, anchor, memory, workers };
+            let mut trainer = Trainer::new(parts, 0).unwrap();
+            let mut all = vec![];
+            trainer.run(&mut |line| all.push(line.clone())).unwrap();
+            (timeless(all), weights(trainer.anchor()))
+        });
+        let blocks = Blocking::new(bank).unwrap().fetch(Step(config.steps), &ids).unwrap();
+        let blocks: Vec<Vec<u32>> =
+            blocks.iter().map(|block| block.values.iter().map(|x| x.to_bits()).collect()).collect();
+        for (_, anchor) in &all {
+            assert!(*anchor == all[0].1);
+        }
+        let found = (all.into_iter().next().unwrap(), blocks);
+        let expected = expected.get_or_insert_with(|| found.clone());
+        assert!(*expected == found, "{world_size} workers, {n_shards} shards");
+    }
+}
+
+#[test]
+fn more_workers_than_micro_batches_are_refused() {
+    let world = World::new();
+    let refused = |batch_size, micro_batch| {
+        let config = TrainConfig { batch_size, micro_batch, ..config(Phase::Anchor) };
+        let mesh = local(3, PATIENCE).remove(0);
+        let parts = Parts { workers: replicated(mesh), ..world.parts("run", &config) };
+        match Trainer::new(parts, 0) {
+            Err(error @ Error::Config { .. }) => error.to_string(),
+            _ => panic!("taken"),
+        }
+    };
+    let text = "train.micro_batch: expected at most 2, so that each of 3 workers has one, found 4";
+    assert_eq!(refused(8, 4), text);
+    assert_eq!(refused(2, 1), "train.batch_size: expected at least the number of workers (3), found 2");
+}
