@@ -4,6 +4,7 @@ mod bad_input;
 mod comparison;
 #[path = "fixtures/files.rs"]
 mod fixtures;
+mod jobs;
 mod kill;
 mod pipeline;
 mod route_study;

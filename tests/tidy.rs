@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// Crates by layer; each uses crates of lower layers only.
 const LAYERS: [&[&str]; 8] = [
-    &["atomic-file", "collective", "nearest"],
+    &["atomic-file", "collective", "launch", "nearest"],
     &["cluster-tree", "embed", "ops"],
     &["bert", "corpus", "kmeans", "memory-bank"],
     &["anchor", "memory-service", "retrieve"],
@@ -20,7 +20,7 @@ const LAYERS: [&[&str]; 8] = [
 ];
 
 /// Every edge between our crates, tests aside. A new one is a decision, and it is written here.
-const EDGES: [(&str, &[&str]); 18] = [
+const EDGES: [(&str, &[&str]); 19] = [
     ("anchor", &["atomic-file", "cluster-tree", "memory-bank", "ops"]),
     (
         "cli",
@@ -29,11 +29,13 @@ const EDGES: [(&str, &[&str]); 18] = [
             "atomic-file",
             "bert",
             "cluster-tree",
+            "collective",
             "corpus",
             "embed",
             "eval",
             "generate",
             "kmeans",
+            "launch",
             "memory-bank",
             "memory-service",
             "nearest",
@@ -52,6 +54,7 @@ const EDGES: [(&str, &[&str]); 18] = [
     ("eval", &["anchor", "cluster-tree", "corpus", "generate", "memory-bank"]),
     ("generate", &["anchor", "cluster-tree", "corpus", "memory-bank"]),
     ("kmeans", &["cluster-tree", "nearest"]),
+    ("launch", &[]),
     ("memory-bank", &["atomic-file", "cluster-tree"]),
     ("memory-service", &["atomic-file", "cluster-tree", "memory-bank"]),
     ("nearest", &[]),
@@ -75,13 +78,14 @@ const EDGES: [(&str, &[&str]); 18] = [
 ];
 
 /// Crates that build without a tensor library, so that hosts of data and memory need no GPU software.
-const WITHOUT_TENSORS: [&str; 10] = [
+const WITHOUT_TENSORS: [&str; 11] = [
     "atomic-file",
     "cluster-tree",
     "collective",
     "corpus",
     "embed",
     "kmeans",
+    "launch",
     "memory-bank",
     "memory-service",
     "nearest",

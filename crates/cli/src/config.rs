@@ -10,7 +10,9 @@ use serde::{Deserialize, Serialize};
 use train::{Phase, TrainConfig};
 
 use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, ShardSection, TreeSection};
-pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
+pub(crate) use sections::{
+    CollectiveSection, EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment,
+};
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -23,6 +25,7 @@ pub(crate) struct Config {
     pub(crate) anchor: AnchorSection,
     pub(crate) memory: MemorySection,
     pub(crate) shard: ShardSection,
+    pub(crate) collective: CollectiveSection,
     pub(crate) train: TrainConfig,
     pub(crate) retrieve: RetrieveSection,
     pub(crate) eval: EvalSection,
@@ -89,6 +92,11 @@ impl Config {
             bail!(
                 "embed.path: expected the folder or the hub id of an embedder (embed.kind = \"{kind}\"), found nothing"
             );
+        }
+        for (key, found) in [("join_s", self.collective.join_s), ("patience_s", self.collective.patience_s)] {
+            if found == 0 {
+                bail!("collective.{key}: expected at least 1, found 0");
+            }
         }
         if self.tree.beam == 0 {
             bail!("tree.beam: expected at least 1, found 0");

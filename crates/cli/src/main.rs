@@ -16,12 +16,16 @@ mod study;
 mod summary;
 mod training;
 mod tree;
+mod up;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
+
+use launch::{REQUEUE, Ranks};
+use train::Ended;
 
 use crate::config::Config;
 use crate::run::Run;
@@ -74,8 +78,12 @@ enum Command {
     },
     /// Tokenise, embed, cluster and pack the corpus of a run; unchanged stages are skipped.
     Prepare(ConfigArgs),
-    /// Prepare the corpus if need be and train, from the newest checkpoint if there is one.
+    /// Prepare the corpus if need be and train, from the newest checkpoint if there is one. Started by
+    /// torchrun, srun or mpirun it is one of the job's workers.
     Train(ConfigArgs),
+    /// Train with several workers and memory shards, processes of this machine that are started, watched and
+    /// started again when they are killed.
+    Up(up::UpArgs),
     /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
     /// standard input.
     Route {
@@ -159,13 +167,30 @@ enum CorpusKind {
 
 fn main() -> ExitCode {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    ops::init_process(threads);
+    // Those who share a machine share its cores.
+    let n_here = variable("LOCAL_WORLD_SIZE").and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
+    ops::init_process(threads.div_ceil(n_here));
+    if variable(launch::CHILD).is_some() {
+        launch::end_with_parent();
+    }
     match run(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(ended) => ended,
         Err(error) => {
             eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// What a launcher learns of how a run ended.
+fn exit_code(ended: Ended) -> ExitCode {
+    match ended {
+        Ended::Done => ExitCode::SUCCESS,
+        Ended::Stopped => ExitCode::from(REQUEUE),
     }
 }
 
@@ -195,7 +220,7 @@ fn only_reported(set: &[String]) -> Result<()> {
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Quickstart { dir, seed, seeds, json, set } => {
             let options =
@@ -208,9 +233,9 @@ fn run(command: Command) -> Result<()> {
         }
         Command::Train(args) => {
             let config = Config::load(&args.config, &args.set)?;
-            let prepared = prepare::prepare(&config)?;
-            training::train(&config, &prepared)?;
+            return Ok(exit_code(training::train(&config, &Ranks::of(variable)?)?));
         }
+        Command::Up(args) => return Ok(exit_code(up::up(&args)?)),
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => {
             only_reported(&args.set)?;
@@ -243,5 +268,5 @@ fn run(command: Command) -> Result<()> {
             eprintln!("report: {}", page.display());
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }

@@ -47,6 +47,14 @@ impl Progress {
         }
     }
 
+    /// Says something that stays.
+    pub(crate) fn tell(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
     /// Replaces the bar by one last line.
     pub(crate) fn finish(self, message: impl AsRef<str>) {
         if let Some(bar) = &self.bar {

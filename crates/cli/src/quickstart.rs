@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use launch::Ranks;
+use train::Ended;
 
 use crate::config::Config;
 use crate::evaluate::{Evaluation, evaluate};
 use crate::run::Run;
-use crate::{facts, prepare, report, summary, training};
+use crate::{facts, report, summary, training};
 
 /// The runs, in the order in which they are trained; the last one is compared with the others.
 const RUNS: [(&str, &str); 4] = [
@@ -79,8 +81,9 @@ fn one_seed(dir: &Path, seed: u64, overrides: &[String]) -> Result<Evaluation> {
     let memory = dir.join("memory");
     for (name, text) in RUNS {
         let config = config(dir, (name, text), seed, overrides)?;
-        let prepared = prepare::prepare(&config)?;
-        training::train(&config, &prepared)?;
+        if training::train(&config, &Ranks::alone())? == Ended::Stopped {
+            bail!("stopped; the same command goes on");
+        }
     }
     let run = Run::open(&memory)?;
     let evaluation = evaluate(&run)?;

@@ -23,9 +23,15 @@ use crate::training::block_spec;
 
 /// Where models run: the first GPU of a build with the feature `cuda`, else the CPU.
 pub(crate) fn device() -> Result<Device> {
+    device_of(0)
+}
+
+/// Where a machine's worker of a rank runs: each has a GPU of its own.
+pub(crate) fn device_of(local_rank: usize) -> Result<Device> {
     match cfg!(feature = "cuda") {
         // With a stream of its own: the default one is another for every thread.
-        true => Device::new_cuda_with_stream(0).context("GPU 0, which a build with the feature cuda runs on"),
+        true => Device::new_cuda_with_stream(local_rank)
+            .with_context(|| format!("GPU {local_rank}, which a build with the feature cuda runs on")),
         false => Ok(Device::Cpu),
     }
 }

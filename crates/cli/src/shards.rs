@@ -151,22 +151,33 @@ impl BlockStore for Bank {
     }
 }
 
-/// The bank of a run that trains on shards, at `step`: they go back to their checkpoint of it when they are
-/// elsewhere.
+/// The shards of a run as its workers train on them.
 pub(crate) fn train_on_shards(
     config: &Config,
     identity: (BlockSpec, Identity),
-    step: Step,
+    world_size: usize,
 ) -> Result<Blocking<Bank>> {
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
-    let bank = Blocking::open(async {
-        let bank = RemoteBank::connect(options).await?;
-        if bank.applied().await?.iter().any(|&applied| applied != step) {
-            bank.restore(Some(step)).await?;
+    let options = RemoteOptions { world_size: Some(world_size), ..options };
+    Blocking::open(async { Ok(Bank::Remote(RemoteBank::connect(options).await?)) })
+}
+
+/// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
+/// back to their checkpoint of it. Shards of a run that begins are there already, or not its own.
+pub(crate) fn bring_to(bank: &Blocking<Bank>, step: Step, begins: bool) -> Result<()> {
+    let Bank::Remote(remote) = &**bank.store() else { return Ok(()) };
+    bank.wait(async {
+        let applied = remote.applied().await?;
+        if !begins {
+            remote.restore(Some(step)).await?;
+        } else if let Some((shard, found)) = applied.iter().enumerate().find(|&(_, &applied)| applied != step) {
+            bail!("shard {shard} of memory.shards: expected step {step} for a run that begins, found step {found}");
+        } else {
+            // What the run goes back to when a shard is lost before the first checkpoint.
+            remote.save(step).await?;
         }
-        Ok::<_, anyhow::Error>(Bank::Remote(bank))
-    })?;
-    Ok(bank)
+        Ok(())
+    })
 }
 
 /// The bank of a run that is read, through the tiers of memory.placement: behind its caches the run's own

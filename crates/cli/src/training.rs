@@ -5,20 +5,26 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anchor::Anchor;
 use anyhow::{Context, Result, bail};
-use candle_core::DType;
+use bytes::Bytes;
+use candle_core::{DType, Device};
 use cluster_tree::ClusterTree;
+use collective::{Call, Mesh, TcpOptions};
 use corpus::{Corpus, Fingerprint, Tokenizer};
+use launch::Ranks;
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
 use memory_service::Identity;
-use train::{Checkpoints, Parts, StepMetrics, Trainer, Workers};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use train::{Checkpoints, Ended, Parts, StepMetrics, Trainer, Workers};
 
-use crate::config::Config;
-use crate::prepare::Prepared;
+use crate::config::{CollectiveSection, Config};
+use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
-use crate::run::{device, hashes, write_whole};
+use crate::run::{device_of, hashes, write_whole};
 use crate::shards::{self, Bank};
 
 /// Files that a run copies from its prepared corpus, so that it routes and generates on its own.
@@ -27,84 +33,217 @@ const COPIED: [&str; 4] = ["tokenizer.json", "tree.safetensors", "fingerprint.js
 /// Only the hashed embedder is a file of the prepared corpus.
 const EMBEDDER: &str = "embedder.safetensors";
 
-/// Trains the run of `config` on its prepared corpus, from its newest checkpoint if it has one.
-pub(crate) fn train(config: &Config, prepared: &Prepared) -> Result<()> {
+/// Trains the run of `config`, as one of its workers, from its newest checkpoint if it has one. When another
+/// worker or a shard fails it goes back to that, as all others do, and waits for who takes the place.
+pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
+    let prepared = match ranks.rank {
+        0 => prepare(config)?,
+        // Joining, they wait for the first.
+        _ => Prepared::of(config),
+    };
     let dir = &config.run.dir;
     fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
-    let Some(_held) = atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))? else {
-        bail!("{}: another process is training this run", dir.display());
+    let _held = match ranks.rank {
+        0 => match atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))? {
+            Some(held) => Some(held),
+            None => bail!("{}: another process is training this run", dir.display()),
+        },
+        _ => None,
     };
-    let checkpoints = Checkpoints::of(dir);
-    let resumed = checkpoints.latest()?;
-    begin(config, prepared, resumed)?;
-    let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
-    let tree = ClusterTree::load(&dir.join("tree.safetensors"))?;
-    let corpus = Arc::new(Corpus::open(&prepared.dir)?);
-    corpus.check_tokenizer(&tokenizer)?;
-    let (anchor, tokens_before) = match resumed {
-        Some(step) => (load_anchor(config, &tokenizer, &checkpoints.dir(step))?, 0),
-        None => initial_anchor(config, &tokenizer)?,
-    };
-    let n_parameters = anchor.config().n_parameters();
-    let spec = block_spec(config, &tree);
-    let memory = match config.train.phase.has_memory() {
-        true => {
-            let hashes = hashes(&tree, &tokenizer);
-            Some(match (config.memory.shards.is_empty(), resumed) {
-                (false, step) => {
-                    let identity = Identity::new(&config.memory.bank, &spec, hashes);
-                    shards::train_on_shards(config, (spec.clone(), identity), Step(step.unwrap_or(0)))?
-                }
-                (true, step) => {
-                    let options = BankOptions {
-                        seed: config.memory.seed,
-                        adamw: config.train.memory_adamw(),
-                        world_size: 1,
-                        checkpoint_root: checkpoints.root().into(),
-                        hashes,
-                    };
-                    let bank = match step {
-                        Some(step) => {
-                            LocalBank::resume(&checkpoints.dir(step).join("memory"), spec.clone(), options)?
-                        }
-                        None => LocalBank::create(spec.clone(), options)?,
-                    };
-                    Blocking::new(Arc::new(Bank::Local(bank)))?
-                }
-            })
+    let stop = told_to_stop()?;
+    let begins = !dir.join("config.toml").exists();
+    let (mut failures, mut newest) = (0, None);
+    loop {
+        let error = match attempt(config, &prepared, ranks, (&stop, begins && failures == 0)) {
+            Err(error) if is_transient(&error) => error,
+            ended => return ended,
+        };
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Ended::Stopped);
         }
-        false => None,
+        let checkpoint = Checkpoints::of(dir).latest()?;
+        if std::mem::replace(&mut newest, checkpoint) != checkpoint {
+            failures = 0;
+        }
+        failures += 1;
+        if failures > config.collective.retries {
+            return Err(error.context(format!("failed {failures} times since step {}", newest.unwrap_or(0))));
+        }
+        eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+    }
+}
+
+/// Set when the process is told to save and stop; told twice to interrupt, it ends at once.
+pub(crate) fn told_to_stop() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::<AtomicBool>::default();
+    // In this order: the first interruption does not meet the flag yet.
+    signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&stop))?;
+    for signal in [SIGINT, SIGTERM, SIGUSR1] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+/// Whether the same may succeed from the last checkpoint, once another process is there again.
+fn is_transient(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<train::Error>().is_some_and(train::Error::is_transient)
+            || cause.downcast_ref::<collective::Error>().is_some_and(collective::Error::is_transient)
+            || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { .. }))
+    })
+}
+
+/// Trains with all others until the end, or until something fails.
+fn attempt(
+    config: &Config,
+    prepared: &Prepared,
+    ranks: &Ranks,
+    (stop, begins): (&Arc<AtomicBool>, bool),
+) -> Result<Ended> {
+    let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
+    let CollectiveSection { join_s, patience_s, .. } = config.collective;
+    let mut mesh = collective::join(&TcpOptions {
+        rank,
+        world_size,
+        master: master.clone(),
+        job: format!("{job} {}", config.run.dir.display()),
+        join: Duration::from_secs(join_s),
+        patience: Duration::from_secs(patience_s),
+    })?;
+    let (parts, sizes) = match assemble(config, prepared, ranks, (&mut mesh, begins)) {
+        Ok(assembled) => assembled,
+        Err(error) => {
+            mesh.give_up(&format!("{error:#}"), !is_transient(&error));
+            return Err(error);
+        }
     };
-    let parts = Parts {
-        run_dir: dir.clone(),
-        config: config.train.clone(),
-        corpus,
-        anchor,
-        memory,
-        workers: Workers::alone(),
-    };
+    let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
+    let workers = Workers { mesh, replicated, stop: Arc::clone(stop) };
+    let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
+    let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
     let trainer = match resumed {
         Some(step) => Trainer::resume(parts, step)?,
         None => Trainer::new(parts, tokens_before)?,
     };
-    let memory = match config.train.phase.has_memory() {
+    run(config, trainer, &sizes, rank == 0)
+}
+
+/// What a worker trains with.
+struct Assembled {
+    /// The checkpoint that all go on from.
+    resumed: Option<u64>,
+    tokens_before: u64,
+    corpus: Arc<Corpus>,
+    anchor: Anchor,
+    memory: Option<Blocking<Bank>>,
+    replicated: Vec<bool>,
+}
+
+/// Opens all that a worker trains with; returns a line about its sizes too. The first worker makes the run's
+/// folder and brings the shards to where the run goes on, and the others wait for that.
+fn assemble(
+    config: &Config,
+    prepared: &Prepared,
+    ranks: &Ranks,
+    (mesh, begins): (&mut Mesh, bool),
+) -> Result<(Assembled, String)> {
+    let dir = &config.run.dir;
+    let checkpoints = Checkpoints::of(dir);
+    let has_memory = config.train.phase.has_memory();
+    let mut led = None;
+    if ranks.rank == 0 {
+        let resumed = checkpoints.latest()?;
+        begin(config, prepared, resumed)?;
+        let bank = match has_memory && !config.memory.shards.is_empty() {
+            true => {
+                let bank = shards(config, ranks.world_size)?;
+                shards::bring_to(&bank, Step(resumed.unwrap_or(0)), begins)?;
+                Some(bank)
+            }
+            false => None,
+        };
+        led = Some((resumed, bank));
+    }
+    let told = led
+        .as_ref()
+        .map_or(Bytes::new(), |(resumed, _)| serde_json::to_vec(resumed).unwrap_or_default().into());
+    let told = mesh.all_gather(&Call::new("begin", 0), told)?;
+    let resumed: Option<u64> =
+        serde_json::from_slice(&told[0]).context("what rank 0 says of its checkpoint")?;
+    let (tree, tokenizer) = belongings(config)?;
+    let corpus = Arc::new(Corpus::open(&prepared.dir)?);
+    corpus.check_tokenizer(&tokenizer)?;
+    let place = device_of(ranks.local_rank)?;
+    let (anchor, tokens_before) = match resumed {
+        Some(step) => (load_anchor(config, &tokenizer, (&checkpoints.dir(step), &place))?, 0),
+        None => initial_anchor(config, &tokenizer, &place)?,
+    };
+    let spec = block_spec(config, &tree);
+    let (memory, is_replicated) = match (has_memory, led.and_then(|(_, bank)| bank)) {
+        (false, _) => (None, false),
+        (true, Some(bank)) => (Some(bank), false),
+        (true, None) if !config.memory.shards.is_empty() => (Some(shards(config, ranks.world_size)?), false),
+        (true, None) => (Some(own_bank(config, (&tree, &tokenizer), resumed)?), true),
+    };
+    let memory_sizes = match has_memory {
         true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
         false => String::new(),
     };
-    run(config, trainer, &format!("{n_parameters} parameters{memory}"))
+    let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
+    let replicated = vec![is_replicated; spec.n_levels()];
+    Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
 }
 
-/// Trains to the last step under a progress bar; `sizes` is told with the last line.
-fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str) -> Result<()> {
+/// The tree and the tokenizer that a run's folder holds.
+fn belongings(config: &Config) -> Result<(ClusterTree, Tokenizer)> {
+    let dir = &config.run.dir;
+    Ok((ClusterTree::load(&dir.join("tree.safetensors"))?, Tokenizer::load(&dir.join("tokenizer.json"))?))
+}
+
+/// The bank of a run that trains on shards.
+fn shards(config: &Config, world_size: usize) -> Result<Blocking<Bank>> {
+    let (tree, tokenizer) = belongings(config)?;
+    let spec = block_spec(config, &tree);
+    let identity = Identity::new(&config.memory.bank, &spec, hashes(&tree, &tokenizer));
+    shards::train_on_shards(config, (spec, identity), world_size)
+}
+
+/// The bank of a run that keeps it in its own process.
+fn own_bank(
+    config: &Config,
+    (tree, tokenizer): (&ClusterTree, &Tokenizer),
+    resumed: Option<u64>,
+) -> Result<Blocking<Bank>> {
+    let checkpoints = Checkpoints::of(&config.run.dir);
+    let spec = block_spec(config, tree);
+    let options = BankOptions {
+        seed: config.memory.seed,
+        adamw: config.train.memory_adamw(),
+        world_size: 1,
+        checkpoint_root: checkpoints.root().into(),
+        hashes: hashes(tree, tokenizer),
+    };
+    let bank = match resumed {
+        Some(step) => LocalBank::resume(&checkpoints.dir(step).join("memory"), spec, options)?,
+        None => LocalBank::create(spec, options)?,
+    };
+    Ok(Blocking::new(Arc::new(Bank::Local(bank)))?)
+}
+
+/// Trains to the last step, the first worker under a progress bar; `sizes` is told with the last line.
+fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str, leads: bool) -> Result<Ended> {
+    if !leads {
+        return Ok(trainer.run(&mut |_| ())?);
+    }
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let begin = trainer.state();
     if begin.step >= config.train.steps {
         eprintln!("{name:>18}: trained already ({} steps)", config.train.steps);
-        return Ok(());
+        return Ok(Ended::Done);
     }
     let mut progress = Progress::new(&name, config.train.steps);
     let mut last = StepMetrics::default();
-    trainer.run(&mut |metrics| {
+    let ended = trainer.run(&mut |metrics| {
         if metrics.tokens_per_s > 0.0 {
             last = metrics.clone();
         }
@@ -112,6 +251,10 @@ fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str) -> Result<()> {
             format!("loss {:.3} {:.0} tokens/s", metrics.loss, last.tokens_per_s)
         });
     })?;
+    if ended == Ended::Stopped {
+        progress.finish(format!("saved and stopped after step {}", trainer.state().step));
+        return Ok(ended);
+    }
     let rate = (last.tokens_seen - begin.tokens_seen) as f64 / last.seconds.max(1e-9);
     progress.finish(format!(
         "{sizes}, {} tokens, loss {:.4}{}, {rate:.0} tokens/s",
@@ -119,7 +262,7 @@ fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str) -> Result<()> {
         last.loss,
         last.validation_loss.map_or(String::new(), |loss| format!(", held out {loss:.4}")),
     ));
-    Ok(())
+    Ok(ended)
 }
 
 /// Makes the run folder, or checks that its checkpoints are of the same configuration and corpus; only then
@@ -186,14 +329,14 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
 }
 
 /// The anchor of `anchor.init` or a new one, and the tokens it was trained on.
-fn initial_anchor(config: &Config, tokenizer: &Tokenizer) -> Result<(Anchor, u64)> {
+fn initial_anchor(config: &Config, tokenizer: &Tokenizer, device: &Device) -> Result<(Anchor, u64)> {
     let Some(init) = &config.anchor.init else {
         let sizes = config.anchor.config(tokenizer.vocab_size());
-        return Ok((Anchor::new(sizes, config.train.seed, (&device()?, DType::F32))?, 0));
+        return Ok((Anchor::new(sizes, config.train.seed, (device, DType::F32))?, 0));
     };
     let checkpoints = Checkpoints::of(init);
     let step = checkpoints.require_latest()?;
-    let anchor = load_anchor(config, tokenizer, &checkpoints.dir(step))?;
+    let anchor = load_anchor(config, tokenizer, (&checkpoints.dir(step), device))?;
     let path = init.join("tokenizer.json");
     let (expected, found) = (tokenizer.hash(), Tokenizer::load(&path)?);
     if found.hash() != expected {
@@ -209,10 +352,14 @@ fn initial_anchor(config: &Config, tokenizer: &Tokenizer) -> Result<(Anchor, u64
     Ok((anchor, tokens))
 }
 
-fn load_anchor(config: &Config, tokenizer: &Tokenizer, checkpoint: &Path) -> Result<Anchor> {
+fn load_anchor(
+    config: &Config,
+    tokenizer: &Tokenizer,
+    (checkpoint, device): (&Path, &Device),
+) -> Result<Anchor> {
     let expected = config.anchor.config(tokenizer.vocab_size());
     let path = checkpoint.join("anchor.safetensors");
-    let anchor = Anchor::load(&path, (&device()?, DType::F32))?;
+    let anchor = Anchor::load(&path, (device, DType::F32))?;
     if *anchor.config() != expected {
         bail!(
             "{}: anchor of another shape: expected {expected:?}, found {:?}",

@@ -57,6 +57,8 @@ pub enum Error {
         rank: usize,
         /// Its words.
         reason: String,
+        /// Whether trying again from the last checkpoint would not help it.
+        is_final: bool,
     },
     /// A worker is elsewhere in the program than this one.
     #[error("rank {rank} is in {found}, and rank {waiting} in {expected}")]
@@ -82,4 +84,15 @@ pub enum Error {
         /// Bytes that came.
         found: usize,
     },
+}
+
+impl Error {
+    /// Whether the job may go on from its last checkpoint, with whoever is there then.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Late { .. } | Self::Gone { .. } => true,
+            Self::GaveUp { is_final, .. } => !is_final,
+            Self::Setting { .. } | Self::Join { .. } | Self::OutOfStep { .. } | Self::Length { .. } => false,
+        }
+    }
 }

@@ -34,7 +34,7 @@ pub(crate) enum Frame {
     /// A message of a call.
     Message(Call, Bytes),
     /// The last one: why nothing more comes.
-    GiveUp(String),
+    GiveUp { reason: String, is_final: bool },
 }
 
 /// A connection to one other worker.
@@ -93,7 +93,7 @@ impl Mesh {
                 Ok(Some(message)) => received[rank] = message,
                 Ok(None) => {}
                 Err(error) => {
-                    self.give_up(&error.to_string());
+                    self.give_up(&error.to_string(), !error.is_transient());
                     return Err(error);
                 }
             }
@@ -117,10 +117,12 @@ impl Mesh {
         self.all_gather(call, Bytes::new()).map(|_| ())
     }
 
-    /// Tells the others why this worker goes no further.
-    pub fn give_up(&mut self, reason: &str) {
+    /// Tells the others why this worker goes no further, and whether that is final: that it would not help
+    /// to go on from the last checkpoint.
+    pub fn give_up(&mut self, reason: &str, is_final: bool) {
         if !std::mem::replace(&mut self.is_over, true) {
-            self.links.iter_mut().flatten().for_each(|link| link.send(Frame::GiveUp(reason.to_owned())));
+            let frame = Frame::GiveUp { reason: reason.to_owned(), is_final };
+            self.links.iter_mut().flatten().for_each(|link| link.send(frame.clone()));
         }
     }
 
@@ -131,7 +133,7 @@ impl Mesh {
         match link.receive() {
             Ok(Frame::Message(found, message)) if found == call => Ok(Some(message)),
             Ok(Frame::Message(found, _)) => Err(Error::OutOfStep { rank, waiting, expected: call, found }),
-            Ok(Frame::GiveUp(reason)) => Err(Error::GaveUp { rank, reason }),
+            Ok(Frame::GiveUp { reason, is_final }) => Err(Error::GaveUp { rank, reason, is_final }),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Err(Error::Late { rank, waiting, seconds: self.patience.as_secs(), call })
             }

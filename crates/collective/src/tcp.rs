@@ -242,7 +242,8 @@ struct TcpLink {
     sending: Option<JoinHandle<()>>,
 }
 
-/// Length of the call's name u16 (0: the payload is why the sender gave up), step u64, bytes u64.
+/// Length of the call's name u16, step u64, bytes u64. Without a name the payload is why the sender gave up, and
+/// the step is 1 when that is final.
 const HEAD_BYTES: usize = 18;
 
 impl TcpLink {
@@ -262,7 +263,7 @@ fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
     let mut send = |frame: Frame| {
         let (what, step, payload) = match frame {
             Frame::Message(Call { what, step }, payload) => (what, step, payload),
-            Frame::GiveUp(reason) => (String::new(), 0, reason.into()),
+            Frame::GiveUp { reason, is_final } => (String::new(), u64::from(is_final), reason.into()),
         };
         let mut head = Vec::with_capacity(HEAD_BYTES + what.len());
         head.extend((what.len() as u16).to_le_bytes());
@@ -298,7 +299,9 @@ impl Link for TcpLink {
         let mut payload = vec![0; n_bytes as usize];
         self.stream.read_exact(&mut payload)?;
         Ok(match what.is_empty() {
-            true => Frame::GiveUp(String::from_utf8_lossy(&payload).into_owned()),
+            true => {
+                Frame::GiveUp { reason: String::from_utf8_lossy(&payload).into_owned(), is_final: step != 0 }
+            }
             false => Frame::Message(Call { what, step }, payload.into()),
         })
     }

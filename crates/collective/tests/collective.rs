@@ -185,7 +185,7 @@ fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
     for sockets in [false, true] {
         let errors = on_all(3, sockets, |mesh| match mesh.rank() {
             1 => {
-                mesh.give_up("the disk is full");
+                mesh.give_up("the disk is full", true);
                 None
             }
             _ => mesh.barrier(&Call::new("save", 5)).err(),
@@ -194,6 +194,7 @@ fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
         for error in [&errors[0], &errors[2]] {
             let text = error.as_ref().unwrap().to_string();
             assert!(text.contains("rank 1 gave up: the disk is full"), "{text}");
+            assert!(!error.as_ref().unwrap().is_transient());
         }
         let errors = on_all(3, sockets, |mesh| match mesh.rank() {
             1 => None,
@@ -202,6 +203,7 @@ fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
         assert!(matches!(errors[0].as_ref().unwrap(), Error::Gone { rank: 1, waiting: 0, .. }), "{errors:?}");
         let text = errors[2].as_ref().unwrap().to_string();
         assert!(text.contains("rank 1 is gone"), "{text}");
+        assert!(errors[2].as_ref().unwrap().is_transient());
     }
 }
 

@@ -45,6 +45,11 @@ impl<S: BlockStore> Blocking<S> {
         &self.store
     }
 
+    /// Drives other work on the same runtime, as that of the store's own functions.
+    pub fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+
     /// [`BlockStore::fetch`]; waits until step `after` has been applied.
     ///
     /// # Errors

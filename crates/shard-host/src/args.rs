@@ -15,6 +15,9 @@ pub struct ShardArgs {
     /// Shards of the bank.
     #[arg(long = "of", default_value_t = 1)]
     pub n_shards: usize,
+    /// Workers whose pushes make a step, instead of bank.world_size.
+    #[arg(long)]
+    pub workers: Option<usize>,
     /// Address of gRPC, instead of serve.listen.
     #[arg(long)]
     pub listen: Option<SocketAddr>,
@@ -46,6 +49,7 @@ impl ShardArgs {
         #[cfg(target_os = "linux")]
         let _ = rustix::thread::disable_transparent_huge_pages(true);
         config.serve.listen = self.listen.unwrap_or(config.serve.listen);
+        config.bank.world_size = self.workers.unwrap_or(config.bank.world_size);
         config.serve.http = self.http.or(config.serve.http);
         config.serve.insecure |= self.insecure;
         let placement = Placement { shard: self.shard, n_shards: self.n_shards };

@@ -65,6 +65,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the run may go on from its last checkpoint: what failed is another process, and that may be
+    /// there again.
+    pub fn is_transient(&self) -> bool {
+        let bank = |error: &memory_bank::Error| matches!(error, memory_bank::Error::Remote { .. });
+        match self {
+            Self::Workers(error) => error.is_transient(),
+            Self::Bank(error) | Self::Generate(generate::Error::Bank(error)) => bank(error),
+            Self::Eval(eval::Error::Generate(generate::Error::Bank(error))) => bank(error),
+            _ => false,
+        }
+    }
+
     pub(crate) fn file(path: impl Into<PathBuf>, problem: impl ToString) -> Self {
         Self::File { path: path.into(), problem: problem.to_string() }
     }

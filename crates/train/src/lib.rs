@@ -18,4 +18,4 @@ pub use config::{Assign, Phase, TrainConfig};
 pub use error::{Error, Result};
 pub use metrics::{Metrics, StepMetrics, StepTime, read_metrics};
 pub use optimizer::Optimizer;
-pub use trainer::{Parts, Trainer, Workers};
+pub use trainer::{Ended, Parts, Trainer, Workers};

@@ -82,11 +82,20 @@ impl Share {
         TreeSum::new(self.leaves.n, self.leaves())
     }
 
-    /// The loss of the step.
-    pub(crate) fn reduce_loss(&self, mesh: &mut Mesh, step: u64, losses: &[f64]) -> Result<f64> {
-        let gathered = mesh.all_gather(&Call::new("losses", step), bytes_of(losses))?;
+    /// The loss of the step, and whether any worker is told to stop: all stop after the same step.
+    pub(crate) fn reduce_loss(
+        &self,
+        mesh: &mut Mesh,
+        step: u64,
+        losses: &[f64],
+        stop: bool,
+    ) -> Result<(f64, bool)> {
+        let told = [&[f64::from(u8::from(stop))], losses].concat();
+        let gathered = mesh.all_gather(&Call::new("losses", step), bytes_of(&told))?;
+        let stop = gathered.iter().any(|bytes| f64s(bytes).next() != Some(0.0));
         // In the order of micro-batches, which is that of ranks.
-        Ok(gathered.iter().flat_map(|bytes| f64s(bytes)).fold(0.0, |sum, loss| sum + loss))
+        let losses = gathered.iter().flat_map(|bytes| f64s(bytes).skip(1));
+        Ok((losses.fold(0.0, |sum, loss| sum + loss), stop))
     }
 
     /// The gradients of the anchor's parameters over all workers, of the sums that this one has.

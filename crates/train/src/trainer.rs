@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anchor::{Anchor, Compute, Gradients, Targets};
 use collective::Mesh;
@@ -39,12 +40,23 @@ pub struct Workers {
     /// Levels of the bank of which every worker has a copy of its own: all gradients reach it. Gradients of
     /// other levels are handed to the bank by one worker each.
     pub replicated: Vec<bool>,
+    /// Set by whoever wants the run to save and stop: one worker is enough.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// How a run ended.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// With its last step.
+    Done,
+    /// Saved after an earlier one, as it was told to.
+    Stopped,
 }
 
 impl Workers {
     /// One worker, who does all.
     pub fn alone() -> Self {
-        Self { mesh: Mesh::alone(), replicated: vec![] }
+        Self { mesh: Mesh::alone(), replicated: vec![], stop: Arc::default() }
     }
 
     /// As which rank it pushes: a bank of its own knows one.
@@ -108,6 +120,8 @@ pub struct Trainer<S> {
     checkpoints: Checkpoints,
     state: TrainState,
     last_loss: f64,
+    /// Whether a worker was told to stop, as all know since the last step.
+    is_stopping: bool,
 }
 
 impl<S: BlockStore> Trainer<S> {
@@ -159,6 +173,7 @@ impl<S: BlockStore> Trainer<S> {
             checkpoints,
             state,
             last_loss: f64::NAN,
+            is_stopping: false,
         }
     }
 
@@ -178,15 +193,15 @@ impl<S: BlockStore> Trainer<S> {
     /// # Errors
     /// When the loss diverges, when data, bank or files fail, and when another worker does; the last whole
     /// checkpoint stays.
-    pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<()> {
+    pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let done = self.run_steps(progress);
         if let Err(error) = &done {
-            self.workers.mesh.give_up(&error.to_string());
+            self.workers.mesh.give_up(&error.to_string(), !error.is_transient());
         }
         done
     }
 
-    fn run_steps(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<()> {
+    fn run_steps(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let mut metrics = match self.workers.mesh.rank() {
             0 => Some(Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?),
             _ => None,
@@ -201,7 +216,7 @@ impl<S: BlockStore> Trainer<S> {
             line.time.data_ms = data_ms;
             let last = step == self.config.steps;
             if let Some(metrics) = &mut metrics {
-                let saves = last || due(step, self.config.save_every);
+                let saves = last || self.is_stopping || due(step, self.config.save_every);
                 if saves {
                     self.check_update(&batch)?;
                 }
@@ -218,8 +233,11 @@ impl<S: BlockStore> Trainer<S> {
             } else {
                 progress(&line);
             }
+            if self.is_stopping && !last {
+                return Ok(Ended::Stopped);
+            }
         }
-        Ok(())
+        Ok(Ended::Done)
     }
 
     /// One optimizer step on `batch`, which all workers share.
@@ -236,8 +254,8 @@ impl<S: BlockStore> Trainer<S> {
         time.fetch_ms = laps.lap_ms();
         let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, &share, &blocks)?;
         time.compute_ms = laps.lap_ms();
-        let Workers { mesh, replicated } = &mut self.workers;
-        let loss = share.reduce_loss(mesh, step, &losses)?;
+        let Workers { mesh, replicated, stop } = &mut self.workers;
+        let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
         self.gradients = share.reduce_anchor(mesh, step, anchor, self.anchor.parameters().len())?;
         let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
         time.reduce_ms = laps.lap_ms();
@@ -259,7 +277,7 @@ impl<S: BlockStore> Trainer<S> {
             ops::on_pool(|| optimizer.step(anchor, gradients, (&self.config, step, scale)))?;
         }
         time.update_ms = laps.lap_ms();
-        self.last_loss = loss;
+        (self.last_loss, self.is_stopping) = (loss, is_stopping);
         self.state =
             TrainState { step, tokens_seen: self.state.tokens_seen + batch.n_scored() as u64, ..self.state };
         let has_memory = self.memory.is_some();

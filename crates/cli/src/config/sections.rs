@@ -370,6 +370,24 @@ pub(crate) struct MemorySection {
     pub(crate) placement: TierOptions,
 }
 
+/// How the workers of a job mind each other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CollectiveSection {
+    /// Seconds to wait for all workers to come.
+    pub(crate) join_s: u64,
+    /// Seconds after which a worker that is waited for is late, and the step given up.
+    pub(crate) patience_s: u64,
+    /// How often workers and shards may fail without a checkpoint in between until the job does.
+    pub(crate) retries: usize,
+}
+
+impl Default for CollectiveSection {
+    fn default() -> Self {
+        Self { join_s: 600, patience_s: 600, retries: 3 }
+    }
+}
+
 /// How the shards of this run's bank are served, by `anchorage shard`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -40,6 +40,8 @@ pub struct RemoteOptions {
     pub spec: BlockSpec,
     /// What the bank must be.
     pub identity: Identity,
+    /// Ranks whose pushes make a step, as this client takes it; `None` when it only reads.
+    pub world_size: Option<usize>,
     /// Of fetched weights on the wire.
     pub fetch_dtype: Dtype,
     /// Of pushed gradients on the wire.
@@ -74,6 +76,7 @@ impl RemoteOptions {
             shards,
             spec,
             identity,
+            world_size: None,
             fetch_dtype: Dtype::F32,
             push_dtype: Dtype::F32,
             bulk: true,
@@ -327,6 +330,12 @@ impl RemoteBank {
         let client = &self.shards[shard];
         let stat = self.retry(client, || client.meet()).await?;
         let placement = Placement { shard, n_shards: self.shards.len() };
+        if let Some(expected) = self.options.world_size.filter(|&n| n as u32 != stat.world_size) {
+            let found = stat.world_size;
+            let message =
+                format!("the shard's steps are made of the pushes of {found} workers, expected {expected}");
+            return Err(remote(&client.address, Status::failed_precondition(message)));
+        }
         let found = stat.identity.unwrap_or_default();
         match self.options.identity.difference(placement, &found) {
             None => Ok(()),

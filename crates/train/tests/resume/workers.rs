@@ -1,6 +1,7 @@
 //! Several workers, as threads: the bits of one.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cluster_tree::ClusterId;
@@ -8,7 +9,7 @@ use collective::{Mesh, local};
 use memory_bank::{
     Block, BlockSpec, BlockStore, Blocking, Gradients, Live, Placement, Shard, ShardOptions, Step, owner,
 };
-use train::{Checkpoints, Error, Parts, Phase, StepMetrics, TrainConfig, Trainer, Workers};
+use train::{Checkpoints, Ended, Error, Parts, Phase, StepMetrics, TrainConfig, Trainer, Workers};
 
 use crate::fixtures::*;
 
@@ -26,7 +27,7 @@ fn on_all<T: Send>(world_size: usize, work: impl Fn(Mesh) -> T + Sync) -> Vec<T>
 
 /// A worker that keeps the whole bank itself. The first one's folder is the run's.
 fn replicated(mesh: Mesh) -> Workers {
-    Workers { mesh, replicated: vec![true; 2] }
+    Workers { mesh, replicated: vec![true; 2], ..Workers::alone() }
 }
 
 fn small(phase: Phase) -> TrainConfig {
@@ -112,6 +113,28 @@ fn a_run_goes_on_with_another_number_of_workers() {
     assert_same(&world, "one", "run");
 }
 
+#[test]
+fn workers_told_to_stop_save_after_the_same_step_and_go_on() {
+    let (world, config) = (World::new(), small(Phase::Cotrain));
+    train(world.begin("one", &config));
+    let stopped = on_all(2, |mesh| {
+        let rank = mesh.rank();
+        let parts = world.parts(if rank == 0 { "run" } else { "other" }, &config);
+        let workers = replicated(mesh);
+        let stop = Arc::clone(&workers.stop);
+        let mut trainer = Trainer::new(Parts { workers, ..parts }, 700).unwrap();
+        let ended = trainer.run(&mut |line| stop.store(line.step >= 6 && rank == 1, Ordering::Relaxed));
+        (ended.unwrap(), trainer.state().step)
+    });
+    assert_eq!(stopped, [(Ended::Stopped, 7); 2]);
+    let (step, trainer) = world.resume("run", &config);
+    assert_eq!(step, 7);
+    train(trainer);
+    let [expected, found] = ["one", "run"].map(|name| Checkpoints::of(&world.run_dir(name)));
+    assert_eq!(found.steps().unwrap(), [5, 7, 10, 12]);
+    assert!(files(&expected.dir(12)) == files(&found.dir(12)));
+}
+
 /// A bank of several shards, which all workers share.
 struct Sharded {
     spec: BlockSpec,
@@ -176,7 +199,7 @@ fn any_number_of_workers_and_shards_gives_the_bits_of_one() {
             let name = format!("{world_size}-{n_shards}-{}", mesh.rank());
             let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
             let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
-            let workers = Workers { mesh, replicated: vec![false; 2] };
+            let workers = Workers { mesh, replicated: vec![false; 2], ..Workers::alone() };
             let parts = Parts { run_dir, config, corpus, anchor, memory, workers };
             let mut trainer = Trainer::new(parts, 0).unwrap();
             let mut all = vec![];

@@ -1,0 +1,257 @@
+//! `anchorage up`: a job of workers and shards on this machine.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use launch::{Event, Role, Supervisor};
+use serde_json::Value;
+use train::{Checkpoints, Ended, StepMetrics};
+
+use crate::ConfigArgs;
+use crate::config::Config;
+use crate::prepare::prepare;
+use crate::progress::Progress;
+use crate::training::told_to_stop;
+
+#[derive(Args)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Shards of the memory bank; without any, every worker keeps the whole bank.
+    #[arg(long, default_value_t = 0)]
+    shards: usize,
+    /// Workers.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+}
+
+/// Between two looks at the processes.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a shard may take to serve: it reads its blocks first.
+const START: Duration = Duration::from_secs(600);
+/// How long those that serve may take to stop.
+const STOP: Duration = Duration::from_secs(30);
+
+/// Runs the job to its end, or until it is told to stop.
+pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
+    let UpArgs { config: ConfigArgs { config: path, set }, shards, workers } = args;
+    let config = Config::load(path, set)?;
+    if *workers == 0 {
+        bail!("--workers: expected at least 1, found 0");
+    }
+    if *shards > 0 && !config.train.phase.has_memory() {
+        bail!("--shards: expected none (train.phase = \"anchor\" has no memory), found {shards}");
+    }
+    prepare(&config)?;
+    let stop = told_to_stop()?;
+    let logs = config.run.dir.join("logs");
+    fs::create_dir_all(&logs).with_context(|| format!("{}", logs.display()))?;
+    let mut job = Job {
+        program: std::env::current_exe().context("the program that workers run")?,
+        logs,
+        common: set.iter().flat_map(|setting| ["--set".into(), setting.clone()]).collect(),
+        path,
+        processes: Supervisor::new(config.collective.retries),
+        names: vec![],
+    };
+    if *shards > 0 && config.shard.store.is_none() {
+        // What the run is told itself, too: it is where the bank's checkpoints are.
+        let url = std::path::absolute(config.run.dir.join("bank"))?;
+        job.set(&format!("shard.store.url={:?}", url.display().to_string()));
+    }
+    let mut addresses = vec![];
+    for shard in 0..*shards {
+        addresses.push(job.start_shard(shard, (*shards, *workers), &stop)?);
+    }
+    if !addresses.is_empty() {
+        job.set(&format!("memory.shards={addresses:?}"));
+    }
+    job.start_workers(*workers)?;
+    let ended = watch(&config, &mut job, &stop);
+    job.processes.finish(STOP);
+    ended
+}
+
+struct Job<'a> {
+    program: PathBuf,
+    logs: PathBuf,
+    /// Arguments of all roles after the configuration's path.
+    common: Vec<String>,
+    path: &'a Path,
+    processes: Supervisor,
+    names: Vec<String>,
+}
+
+impl Job<'_> {
+    fn set(&mut self, setting: &str) {
+        self.common.extend(["--set".to_owned(), setting.to_owned()]);
+    }
+
+    fn start(
+        &mut self,
+        name: String,
+        args: Vec<String>,
+        variables: Vec<(String, String)>,
+    ) -> Result<PathBuf> {
+        let log = self.logs.join(format!("{}.log", name.replace(' ', "-")));
+        let is_worker = name.starts_with("worker");
+        let (program, log_of_role) = (self.program.clone(), log.clone());
+        let role = Role { name: name.clone(), program, args, variables, log: log_of_role, is_worker };
+        self.processes.start(role)?;
+        self.names.push(name);
+        Ok(log)
+    }
+
+    fn args(&self, command: &str, more: &[String]) -> Vec<String> {
+        let path = self.path.display().to_string();
+        [command.to_owned(), path]
+            .into_iter()
+            .chain(self.common.iter().cloned())
+            .chain(more.iter().cloned())
+            .collect()
+    }
+
+    /// Starts a shard on a port that is free now and is its own from then on; returns its address once it
+    /// serves.
+    fn start_shard(
+        &mut self,
+        shard: usize,
+        (of, workers): (usize, usize),
+        stop: &AtomicBool,
+    ) -> Result<String> {
+        let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr())?.to_string();
+        let text = |n: usize| n.to_string();
+        let more = ["--shard", &text(shard), "--of", &text(of), "--workers", &text(workers)]
+            .into_iter()
+            .chain(["--listen", &address, "--log", "json"])
+            .map(str::to_owned)
+            .collect::<Vec<_>>();
+        let name = format!("shard {shard}");
+        let log = self.logs.join(format!("shard-{shard}.log"));
+        let begin = fs::metadata(&log).map_or(0, |found| found.len());
+        self.start(name.clone(), self.args("shard", &more), vec![])?;
+        let deadline = Instant::now() + START;
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                bail!("stopped before {name} served");
+            }
+            if let Some(line) = lines(&log, begin)?.into_iter().find(|line| line.contains("\"serving\"")) {
+                let line: Value =
+                    serde_json::from_str(&line).with_context(|| format!("{}", log.display()))?;
+                let address =
+                    line["grpc"].as_str().with_context(|| format!("{}: no address", log.display()))?;
+                return Ok(address.to_owned());
+            }
+            if Instant::now() > deadline {
+                bail!("{name} did not serve within {} s: its log is {}", START.as_secs(), log.display());
+            }
+            self.processes.look()?;
+            std::thread::park_timeout(LOOK);
+        }
+    }
+
+    fn start_workers(&mut self, workers: usize) -> Result<()> {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr())?.port();
+        // Another job that is given the same port is not taken for this one.
+        let job = format!("{}-{port}", std::process::id());
+        for rank in 0..workers {
+            let variables = [
+                ("RANK", rank.to_string()),
+                ("LOCAL_RANK", rank.to_string()),
+                ("WORLD_SIZE", workers.to_string()),
+                ("LOCAL_WORLD_SIZE", workers.to_string()),
+                ("MASTER_ADDR", "127.0.0.1".to_owned()),
+                ("MASTER_PORT", port.to_string()),
+                ("ANCHORAGE_JOB", job.clone()),
+            ];
+            let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+            self.start(format!("worker {rank}"), self.args("train", &[]), variables)?;
+        }
+        Ok(())
+    }
+}
+
+/// Shows how far the job is until it is over.
+fn watch(config: &Config, job: &mut Job, stop: &AtomicBool) -> Result<Ended> {
+    let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
+    let checkpoints = Checkpoints::of(&config.run.dir);
+    let mut progress = Progress::new(&name, config.train.steps);
+    let mut metrics = Tail::new(config.run.dir.join("metrics.jsonl"));
+    let (mut newest, mut is_told, mut last) = (checkpoints.latest()?, false, StepMetrics::default());
+    loop {
+        if stop.load(Ordering::Relaxed) && !std::mem::replace(&mut is_told, true) {
+            job.processes.tell_to_stop(true);
+        }
+        match job.processes.look()? {
+            Some(Event::Over(ended)) => {
+                metrics.read(&mut last);
+                let ended = match ended {
+                    launch::Ended::Done => Ended::Done,
+                    launch::Ended::Stopped => Ended::Stopped,
+                };
+                progress.finish(match ended {
+                    Ended::Done => format!("{} steps, loss {:.4}", last.step, last.loss),
+                    Ended::Stopped => {
+                        format!("saved and stopped at step {}", checkpoints.latest()?.unwrap_or(0))
+                    }
+                });
+                return Ok(ended);
+            }
+            Some(Event::StartedAgain { role, ended }) => {
+                progress.tell(&format!("{} ended with {ended} and is started again", job.names[role]));
+            }
+            None => {}
+        }
+        metrics.read(&mut last);
+        progress.set(last.step, config.train.steps, || {
+            format!("loss {:.3} {:.0} tokens/s", last.loss, last.tokens_per_s)
+        });
+        let found = checkpoints.latest()?;
+        if std::mem::replace(&mut newest, found) != found {
+            job.processes.progressed();
+        }
+        std::thread::park_timeout(LOOK);
+    }
+}
+
+/// The last line of a run's metrics, whose file begins anew when the run goes back to a checkpoint.
+struct Tail {
+    path: PathBuf,
+    /// Bytes that have been read.
+    read: u64,
+}
+
+impl Tail {
+    fn new(path: PathBuf) -> Self {
+        Self { path, read: 0 }
+    }
+
+    fn read(&mut self, last: &mut StepMetrics) {
+        let Ok(n_bytes) = fs::metadata(&self.path).map(|found| found.len()) else { return };
+        if n_bytes == self.read {
+            return;
+        }
+        let begin = if n_bytes < self.read { 0 } else { self.read };
+        let found = lines(&self.path, begin).unwrap_or_default();
+        if let Some(line) = found.iter().rev().find_map(|line| serde_json::from_str(line).ok()) {
+            *last = line;
+        }
+        self.read = n_bytes;
+    }
+}
+
+/// The lines of a file from a byte on.
+fn lines(path: &Path, begin: u64) -> Result<Vec<String>> {
+    let read = || {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(begin))?;
+        BufReader::new(file).lines().collect::<std::io::Result<_>>()
+    };
+    read().with_context(|| format!("{}", path.display()))
+}

@@ -1,0 +1,46 @@
+use std::path::PathBuf;
+
+/// The result of every fallible function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a job does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A variable of the launcher that says nothing sensible.
+    #[error("{name}: expected {expected}, found {found}")]
+    Variable {
+        /// Its name.
+        name: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A program that cannot be started, or a log that cannot be written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The program or the file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A role that ended and is not started again.
+    #[error("{role} ended with {ended}{}: its log is {}", said(last_line), log.display())]
+    Ended {
+        /// Such as `worker 1`.
+        role: String,
+        /// Its exit code or signal.
+        ended: String,
+        /// The last line of its log.
+        last_line: String,
+        /// All of it.
+        log: PathBuf,
+    },
+}
+
+fn said(last_line: &str) -> String {
+    match last_line.is_empty() {
+        true => String::new(),
+        false => format!(" ({last_line})"),
+    }
+}
