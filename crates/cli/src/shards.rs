@@ -80,7 +80,7 @@ pub(crate) fn describe(config: &Config) -> Result<ShardConfig> {
         name: config.memory.bank.clone(),
         seed: config.memory.seed,
         world_size: 1,
-        staleness: 0,
+        staleness: config.train.staleness,
         spec: block_spec(config, &tree),
         adamw: config.train.memory_adamw(),
         hashes: hashes(&tree, &tokenizer),
@@ -169,7 +169,10 @@ pub(crate) fn bring_to(bank: &Blocking<Bank>, step: Step, begins: bool) -> Resul
     bank.wait(async {
         let applied = remote.applied().await?;
         if !begins {
-            remote.restore(Some(step)).await?;
+            // Pushes of the next step that they have already are the same as those to come.
+            if applied.iter().any(|&applied| applied != step) {
+                remote.restore(Some(step)).await?;
+            }
         } else if let Some((shard, found)) = applied.iter().enumerate().find(|&(_, &applied)| applied != step) {
             bail!("shard {shard} of memory.shards: expected step {step} for a run that begins, found step {found}");
         } else {

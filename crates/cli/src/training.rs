@@ -89,7 +89,7 @@ fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.downcast_ref::<train::Error>().is_some_and(train::Error::is_transient)
             || cause.downcast_ref::<collective::Error>().is_some_and(collective::Error::is_transient)
-            || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { .. }))
+            || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { is_transient: true, .. }))
     })
 }
 

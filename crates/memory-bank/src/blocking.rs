@@ -3,6 +3,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
+use tokio::task::JoinHandle;
 
 use crate::tensor_file::io_error;
 use crate::{Block, BlockStore, Error, Result, Step};
@@ -50,6 +51,26 @@ impl<S: BlockStore> Blocking<S> {
         self.runtime.block_on(work)
     }
 
+    /// Begins a fetch that goes on beside the caller; one that is dropped is given up.
+    pub fn begin_fetch(&self, after: Step, ids: Vec<ClusterId>) -> Pending<Vec<Block>> {
+        let store = Arc::clone(&self.store);
+        Pending(self.runtime.spawn(async move { store.fetch(after, &ids).await }))
+    }
+
+    /// Begins a push that goes on beside the caller; one that is dropped is given up.
+    pub fn begin_push(&self, step: Step, rank: usize, gradients: Vec<Block>) -> Pending<()> {
+        let store = Arc::clone(&self.store);
+        Pending(self.runtime.spawn(async move { store.push(step, rank, gradients).await }))
+    }
+
+    /// Waits for what was begun.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn finish<T>(&self, mut pending: Pending<T>) -> Result<T> {
+        self.runtime.block_on(&mut pending.0).map_err(|source| Error::Task { source })?
+    }
+
     /// [`BlockStore::fetch`]; waits until step `after` has been applied.
     ///
     /// # Errors
@@ -72,6 +93,16 @@ impl<S: BlockStore> Blocking<S> {
     /// Those of the store.
     pub fn save(&self, step: Step) -> Result<()> {
         self.runtime.block_on(self.store.save(step))
+    }
+}
+
+/// A request under way.
+#[derive(Debug)]
+pub struct Pending<T>(JoinHandle<Result<T>>);
+
+impl<T> Drop for Pending<T> {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -150,6 +150,8 @@ pub enum Error {
         address: String,
         /// What it said, or why it could not be asked.
         message: String,
+        /// Whether a run may go on from its last checkpoint: the shard was not there, or has lost something.
+        is_transient: bool,
     },
     /// Reading or writing a file failed.
     #[error("{}: {source}", path.display())]

@@ -41,7 +41,7 @@ mod write;
 
 pub use adamw::{AdamW, squared_norm};
 pub use bank_store::{Access, BankStore, StoreOptions};
-pub use blocking::Blocking;
+pub use blocking::{Blocking, Pending};
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use gradients::{Gradients, MAX_GRADIENT, Values};

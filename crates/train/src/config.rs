@@ -71,6 +71,9 @@ pub struct TrainConfig {
     pub memory_learning_rate: f64,
     /// Decoupled weight decay of memory blocks, applied when a block is touched.
     pub memory_weight_decay: f64,
+    /// Steps by which the blocks that are fetched may be behind. 0 is exactly synchronous; with 1 a fetch
+    /// takes place while the step before computes, and two runs are no longer the same to the bit.
+    pub staleness: u64,
     /// AdamW's decay of the first moment.
     pub beta1: f64,
     /// AdamW's decay of the second moment.
@@ -114,6 +117,7 @@ impl Default for TrainConfig {
             weight_decay: 0.05,
             memory_learning_rate: 1e-3,
             memory_weight_decay: 1e-3,
+            staleness: 0,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,

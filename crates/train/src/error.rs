@@ -68,7 +68,9 @@ impl Error {
     /// Whether the run may go on from its last checkpoint: what failed is another process, and that may be
     /// there again.
     pub fn is_transient(&self) -> bool {
-        let bank = |error: &memory_bank::Error| matches!(error, memory_bank::Error::Remote { .. });
+        let bank = |error: &memory_bank::Error| {
+            matches!(error, memory_bank::Error::Remote { is_transient: true, .. })
+        };
         match self {
             Self::Workers(error) => error.is_transient(),
             Self::Bank(error) | Self::Generate(generate::Error::Bank(error)) => bank(error),

@@ -72,6 +72,14 @@ impl Share {
         (leaves.start * self.micro_batch).min(n)..(leaves.end * self.micro_batch).min(n)
     }
 
+    /// The blocks that this worker's sequences fetch.
+    pub(crate) fn ids(&self, batch: &Batch) -> Vec<ClusterId> {
+        match &self.spec {
+            Some(spec) => unique_ids(&batch.paths[self.sequences(batch)], spec),
+            None => vec![],
+        }
+    }
+
     /// Blocks that the step touches, on all workers.
     pub(crate) fn n_blocks(&self) -> usize {
         self.touched.len()

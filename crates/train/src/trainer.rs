@@ -14,6 +14,7 @@ use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
 use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
+use crate::pipe::MemoryPipe;
 use crate::share::{self, Share, Sums};
 use crate::{Error, Result, TrainConfig};
 
@@ -111,7 +112,7 @@ pub struct Trainer<S> {
     config: TrainConfig,
     corpus: Arc<Corpus>,
     anchor: Anchor,
-    memory: Option<Blocking<S>>,
+    memory: Option<MemoryPipe<S>>,
     workers: Workers,
     /// None when the anchor is frozen.
     optimizer: Option<Optimizer>,
@@ -161,6 +162,7 @@ impl<S: BlockStore> Trainer<S> {
         let Parts { run_dir, config, corpus, anchor, memory, workers } = parts;
         let checkpoints = Checkpoints::of(&run_dir);
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
+        let memory = memory.map(|bank| MemoryPipe::new(bank, config.staleness));
         Self {
             run_dir,
             config,
@@ -207,12 +209,19 @@ impl<S: BlockStore> Trainer<S> {
             _ => None,
         };
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
+        let mut next = None;
         while self.state.step < self.config.steps {
             let step = self.state.step + 1;
             let mut laps = Laps::start();
-            let batch = loader.next(step)?;
+            let batch = match next.take() {
+                Some(batch) => batch,
+                None => loader.next(step)?,
+            };
+            if step < self.config.steps {
+                next = Some(loader.next(step + 1)?);
+            }
             let data_ms = laps.lap_ms();
-            let mut line = self.step(&batch)?;
+            let mut line = self.step_before(&batch, next.as_ref())?;
             line.time.data_ms = data_ms;
             let last = step == self.config.steps;
             if let Some(metrics) = &mut metrics {
@@ -234,10 +243,18 @@ impl<S: BlockStore> Trainer<S> {
                 progress(&line);
             }
             if self.is_stopping && !last {
-                return Ok(Ended::Stopped);
+                return self.settle(Ended::Stopped);
             }
         }
-        Ok(Ended::Done)
+        self.settle(Ended::Done)
+    }
+
+    /// Waits for the gradients that are on their way.
+    fn settle(&mut self, ended: Ended) -> Result<Ended> {
+        match &mut self.memory {
+            Some(memory) => memory.settle().map(|()| ended),
+            None => Ok(ended),
+        }
     }
 
     /// One optimizer step on `batch`, which all workers share.
@@ -246,11 +263,25 @@ impl<S: BlockStore> Trainer<S> {
     /// When the loss or the gradient is not finite, and then nothing was applied; and when another worker
     /// fails.
     pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
+        self.step_before(batch, None)
+    }
+
+    /// A step, whose blocks may be on their way, and those of the next one from when that can be.
+    fn step_before(&mut self, batch: &Batch, next: Option<&Batch>) -> Result<StepMetrics> {
         let step = self.state.step + 1;
         let (mut laps, mut time) = (Laps::start(), StepTime::default());
-        let spec = self.memory.as_ref().map(|memory| memory.store().spec());
-        let share = Share::new(batch, self.config.micro_batch, spec, &self.workers.mesh);
-        let blocks = self.model().fetch(&batch.paths[share.sequences(batch)])?;
+        let share = self.share(batch);
+        let next_ids = next.filter(|_| self.memory.is_some()).map(|next| self.share(next).ids(next));
+        let blocks = match &mut self.memory {
+            Some(memory) => {
+                let blocks = memory.blocks(step, || share.ids(batch))?;
+                if let Some(ids) = next_ids.clone().filter(|_| memory.staleness() > 0) {
+                    memory.begin_fetch(step + 1, ids);
+                }
+                blocks
+            }
+            None => vec![],
+        };
         time.fetch_ms = laps.lap_ms();
         let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, &share, &blocks)?;
         time.compute_ms = laps.lap_ms();
@@ -266,8 +297,11 @@ impl<S: BlockStore> Trainer<S> {
         };
         self.check_finite(step, "gradient norm", norm)?;
         self.check_finite(step, "memory gradient norm", memory_norm)?;
-        if let Some(memory) = &self.memory {
-            memory.push(Step(step), self.workers.rank_at_bank(), block_gradients)?;
+        if let Some(memory) = &mut self.memory {
+            memory.push(step, self.workers.rank_at_bank(), block_gradients)?;
+            if let Some(ids) = next_ids {
+                memory.begin_fetch(step + 1, ids);
+            }
         }
         time.push_ms = laps.lap_ms();
         if let Some(optimizer) = &mut self.optimizer {
@@ -293,6 +327,12 @@ impl<S: BlockStore> Trainer<S> {
             time,
             ..StepMetrics::default()
         })
+    }
+
+    /// Who computes what of a batch.
+    fn share(&self, batch: &Batch) -> Share {
+        let spec = self.memory.as_ref().map(|memory| memory.bank().store().spec());
+        Share::new(batch, self.config.micro_batch, spec, &self.workers.mesh)
     }
 
     /// Losses and gradients of this worker's micro-batches, each computed by itself and added up as all
@@ -373,22 +413,29 @@ impl<S: BlockStore> Trainer<S> {
 
     /// The model after the last step.
     fn model(&self) -> Model<'_, S> {
-        Model { anchor: &self.anchor, bank: self.memory.as_ref(), step: Step(self.state.step) }
+        Model {
+            anchor: &self.anchor,
+            bank: self.memory.as_ref().map(MemoryPipe::bank),
+            step: Step(self.state.step),
+        }
     }
 
     /// Writes a whole checkpoint of the current step, DONE last.
     ///
     /// # Errors
     /// When a file cannot be written; the checkpoints before stay whole.
-    pub fn save(&self) -> Result<()> {
+    pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
+        if let Some(memory) = &mut self.memory {
+            memory.settle()?;
+        }
         let dir = self.checkpoints.begin(step)?;
         self.anchor.save(&dir.join("anchor.safetensors"))?;
         if let Some(optimizer) = &self.optimizer {
             optimizer.save(&dir.join("optimizer.safetensors"))?;
         }
         if let Some(memory) = &self.memory {
-            memory.save(Step(step))?;
+            memory.bank().save(Step(step))?;
         }
         let path = dir.join("state.json");
         let state = serde_json::to_string_pretty(&self.state).map_err(|e| Error::file(&path, e))?;

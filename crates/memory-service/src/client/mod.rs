@@ -442,5 +442,16 @@ fn setting(field: &'static str, expected: &str, found: impl ToString) -> Error {
 
 fn remote(address: &str, status: Status) -> Error {
     let message = format!("{:?}: {}", status.code(), status.message());
-    Error::Remote { address: address.to_owned(), message }
+    let is_transient = matches!(
+        status.code(),
+        Code::Aborted
+            | Code::Cancelled
+            | Code::DataLoss
+            | Code::DeadlineExceeded
+            | Code::Internal
+            | Code::ResourceExhausted
+            | Code::Unavailable
+            | Code::Unknown
+    );
+    Error::Remote { address: address.to_owned(), message, is_transient }
 }

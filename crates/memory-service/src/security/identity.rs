@@ -11,9 +11,9 @@ use super::{Error, Result, names};
 pub enum Permission {
     /// Fetch blocks, ask where the bank stands.
     Read,
-    /// Push gradients.
+    /// Push gradients, save, commit, and go back to a checkpoint.
     Write,
-    /// Save, commit, restore.
+    /// Everything.
     Admin,
 }
 
@@ -37,7 +37,8 @@ impl fmt::Display for Permission {
 /// What the holder of a certificate is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// A rank that trains: reads and writes.
+    /// A rank that trains: reads and writes. It may go back to a checkpoint, as it must when another fails; one that
+    /// pushes wrong gradients could spoil a bank anyway.
     Worker,
     /// A server of blocks: reads from others. Only a shard's certificate makes a server.
     Shard,

@@ -101,7 +101,7 @@ impl MemoryService for Rpc {
     }
 
     async fn restore(&self, request: Request<RestoreRequest>) -> Result<Response<RestoreResponse>, Status> {
-        let caller = self.caller(&request, Permission::Admin)?;
+        let caller = self.caller(&request, Permission::Write)?;
         let request = request.into_inner();
         let restored = async {
             self.host.check(request.identity.as_ref())?;

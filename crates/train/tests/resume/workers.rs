@@ -143,10 +143,11 @@ struct Sharded {
 
 impl Sharded {
     fn new(n_shards: usize, world_size: usize, config: &TrainConfig) -> Self {
+        let staleness = config.staleness;
         let shard = |shard| {
             let placement = Placement { shard, n_shards };
             let options =
-                ShardOptions { seed: 4, adamw: config.memory_adamw(), world_size, staleness: 0, placement };
+                ShardOptions { seed: 4, adamw: config.memory_adamw(), world_size, staleness, placement };
             Live::new(Shard::new(spec(), options).unwrap())
         };
         Self { spec: spec(), shards: (0..n_shards).map(shard).collect() }
@@ -233,4 +234,22 @@ fn more_workers_than_micro_batches_are_refused() {
     let text = "train.micro_batch: expected at most 2, so that each of 3 workers has one, found 4";
     assert_eq!(refused(8, 4), text);
     assert_eq!(refused(2, 1), "train.batch_size: expected at least the number of workers (3), found 2");
+}
+
+/// With staleness the weights fetched may be of one step or of another, but what is learned is the same.
+#[test]
+fn a_stale_run_learns_and_keeps_its_steps_apart() {
+    let world = World::new();
+    let config = TrainConfig { staleness: 1, ..small(Phase::Cotrain) };
+    let bank = Arc::new(Sharded::new(2, 2, &config));
+    let all = on_all(2, |mesh| {
+        let name = format!("stale-{}", mesh.rank());
+        let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
+        let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
+        let workers = Workers { mesh, replicated: vec![false; 2], ..Workers::alone() };
+        train(Trainer::new(Parts { run_dir, config, corpus, anchor, memory, workers }, 0).unwrap())
+    });
+    assert_eq!(all[0].iter().map(|line| line.step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
+    assert!(all[0][11].loss < all[0][0].loss - 0.3, "it learns");
+    assert!(bank.shards.iter().all(|shard| shard.applied() == Step(12)), "all that was pushed has arrived");
 }

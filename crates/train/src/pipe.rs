@@ -1,0 +1,93 @@
+use std::collections::VecDeque;
+
+use cluster_tree::ClusterId;
+use memory_bank::{Block, BlockStore, Blocking, Pending, Step};
+
+use crate::Result;
+
+/// Blocks on their way from and to the bank while the worker computes: those of the next step are fetched
+/// ahead, since data says which they are, and gradients are pushed behind.
+///
+/// The blocks of step t are those after step t - 1 - `staleness`, or later: 0 is exactly synchronous, and
+/// leaves the time of the anchor's update to hide a fetch in; 1 hides it behind a whole step.
+pub struct MemoryPipe<S> {
+    bank: Blocking<S>,
+    staleness: u64,
+    /// By step.
+    fetching: VecDeque<(u64, Pending<Vec<Block>>)>,
+    pushing: VecDeque<Pending<()>>,
+}
+
+impl<S: BlockStore> MemoryPipe<S> {
+    /// Of a bank from which nothing has been asked yet.
+    pub fn new(bank: Blocking<S>, staleness: u64) -> Self {
+        Self { bank, staleness, fetching: VecDeque::new(), pushing: VecDeque::new() }
+    }
+
+    /// The bank itself.
+    pub fn bank(&self) -> &Blocking<S> {
+        &self.bank
+    }
+
+    /// Steps by which blocks may be behind.
+    pub fn staleness(&self) -> u64 {
+        self.staleness
+    }
+
+    /// Begins to fetch the blocks of a step. Their gradients up to step - 1 - staleness are pushed, or on
+    /// their way.
+    pub fn begin_fetch(&mut self, step: u64, ids: Vec<ClusterId>) {
+        if self.fetching.iter().all(|(begun, _)| *begun != step) {
+            let after = Step(step.saturating_sub(1 + self.staleness));
+            self.fetching.push_back((step, self.bank.begin_fetch(after, ids)));
+        }
+    }
+
+    /// The blocks of a step, fetched now unless they are on their way.
+    ///
+    /// # Errors
+    /// Those of the bank.
+    pub fn blocks(&mut self, step: u64, ids: impl FnOnce() -> Vec<ClusterId>) -> Result<Vec<Block>> {
+        // What was begun for a step that did not come.
+        self.fetching.retain(|(begun, _)| *begun >= step);
+        if self.fetching.front().is_none_or(|(begun, _)| *begun != step) {
+            let after = Step(step.saturating_sub(1 + self.staleness));
+            self.fetching.push_front((step, self.bank.begin_fetch(after, ids())));
+        }
+        match self.fetching.pop_front() {
+            Some((_, pending)) => Ok(self.bank.finish(pending)?),
+            None => Ok(vec![]),
+        }
+    }
+
+    /// Begins to push the gradients of a step; waits for those of earlier ones, so that at most `staleness`
+    /// and this one are under way.
+    ///
+    /// # Errors
+    /// Those of the bank, also for an earlier push.
+    pub fn push(&mut self, step: u64, rank: usize, gradients: Vec<Block>) -> Result<()> {
+        while self.pushing.len() > self.staleness as usize {
+            self.one_is_pushed()?;
+        }
+        self.pushing.push_back(self.bank.begin_push(Step(step), rank, gradients));
+        Ok(())
+    }
+
+    /// Waits until everything pushed has arrived.
+    ///
+    /// # Errors
+    /// Those of the bank.
+    pub fn settle(&mut self) -> Result<()> {
+        while !self.pushing.is_empty() {
+            self.one_is_pushed()?;
+        }
+        Ok(())
+    }
+
+    fn one_is_pushed(&mut self) -> Result<()> {
+        match self.pushing.pop_front() {
+            Some(pending) => Ok(self.bank.finish(pending)?),
+            None => Ok(()),
+        }
+    }
+}
