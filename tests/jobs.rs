@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Child;
 
+use serde_json::Value;
+
 use crate::shards::signal;
 use crate::support::{Workdir, files, metrics};
 
@@ -53,8 +55,9 @@ fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     children.split_whitespace().find(is_meant).expect("a process of the job").parse().unwrap()
 }
 
-fn wait_for_lines(dir: &Path, n: usize) {
+fn wait_for_lines(job: &mut Child, dir: &Path, n: usize) {
     while !fs::read_to_string(dir.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() >= n) {
+        assert!(job.try_wait().unwrap().is_none(), "the job has ended before it had {n} lines");
         std::thread::yield_now();
     }
 }
@@ -70,6 +73,13 @@ fn a_job_of_any_shape_is_the_run_of_one_process() {
         assert!(err.contains("12 steps, loss "), "{err}");
         assert_same(&work, &dir, shards != "0");
         assert!(work.path(&dir).join("logs/worker-0.log").exists());
+    }
+    // Levels of which the workers keep copies show in no number either.
+    for (i, (workers, levels)) in [("2", "[0]"), ("3", "[0, 1]"), ("1", "[1]")].into_iter().enumerate() {
+        let (dir, levels) = (format!("copies-{i}"), format!("memory.replicated={levels}"));
+        let set = format!("run.dir={dir}");
+        work.ok(&[up("2", workers, &set), vec!["--set", &levels], MICRO.to_vec()].concat());
+        assert_same(&work, &dir, true);
     }
     work.fails(&["up", "run.toml", "--workers", "0"], &["--workers: expected at least 1, found 0"]);
     let many = [up("0", "5", "run.dir=many"), MICRO.to_vec()].concat();
@@ -88,9 +98,9 @@ fn a_job_goes_on_whoever_is_killed() {
     {
         let dir = format!("killed-{i}");
         let set = format!("run.dir={dir}");
-        let job = work.command(&[up("2", "2", &set), LONG.to_vec()].concat()).spawn().unwrap();
+        let mut job = work.command(&[up("2", "2", &set), LONG.to_vec()].concat()).spawn().unwrap();
         // Also before the first checkpoint.
-        wait_for_lines(&work.path(&dir), 1 + 6 * i);
+        wait_for_lines(&mut job, &work.path(&dir), 1 + 6 * i);
         signal(process_of(&job, kind, index), "-KILL");
         let output = job.wait_with_output().unwrap();
         let err = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -106,8 +116,7 @@ fn a_job_that_is_interrupted_saves_and_goes_on_in_another_shape() {
     work.ok(&[&["train", "run.toml"], &LONG[..]].concat());
     let begin = |workers| {
         let args = [up("1", workers, "run.dir=again"), LONG.to_vec()].concat();
-        let job = work.command(&args).spawn().unwrap();
-        job
+        work.command(&args).spawn().unwrap()
     };
     let interrupt = |job: Child, what: &str| {
         signal(job.id(), what);
@@ -116,15 +125,126 @@ fn a_job_that_is_interrupted_saves_and_goes_on_in_another_shape() {
         assert_eq!(output.status.code(), Some(75), "{err}");
         assert!(err.contains("saved and stopped at step"), "{err}");
     };
-    let job = begin("2");
-    wait_for_lines(&work.path("again"), 5);
+    let mut job = begin("2");
+    wait_for_lines(&mut job, &work.path("again"), 5);
     interrupt(job, "-INT");
     let steps = || fs::read_dir(work.path("again/checkpoints")).unwrap().count();
     assert!(steps() > 0);
     let lines = metrics(&work.path("again")).len();
-    let job = begin("3");
-    wait_for_lines(&work.path("again"), lines + 5);
+    let mut job = begin("3");
+    wait_for_lines(&mut job, &work.path("again"), lines + 5);
     interrupt(job, "-TERM");
-    work.ok(&[up("2", "1", "run.dir=again"), LONG.to_vec()].concat());
+    // Other shards, another worker and another placement: the checkpoint knows none of it.
+    let copies = vec!["--set", "memory.replicated=[0]"];
+    work.ok(&[up("2", "2", "run.dir=again"), copies, LONG.to_vec()].concat());
+    assert_same(&work, "again", true);
+}
+
+/// The sizes that the paper gives (arXiv 2510.02375, tables of anchors and of memories), on any number of
+/// machines; more of them move less each.
+#[test]
+fn the_papers_configurations_are_planned() {
+    let work = Workdir::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let site = root.join("cluster/h100.toml").display().to_string();
+    for (name, anchor, fetch, bank) in [
+        ("160m", 163_510_016_u64, 18_063_360_u64, 4_624_220_160_u64),
+        ("410m", 411_665_408, 49_545_216, 12_684_000_000),
+        ("1.4b", 1_439_893_504, 153_354_240, 21_139_000_000),
+    ] {
+        let config = root.join(format!("configs/paper/{name}.toml")).display().to_string();
+        let mut before = f64::INFINITY;
+        for workers in ["8", "64", "512"] {
+            let args =
+                ["plan", &config, "--site", &site, "--workers", workers, "--shards", workers, "--json"];
+            let (out, _) = work.ok(&args);
+            let plan: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+            assert_eq!(plan["anchor_parameters"], anchor, "{name}");
+            assert_eq!(plan["fetch_parameters"], fetch, "{name}");
+            let found = plan["bank_parameters"].as_f64().unwrap();
+            assert!((found / bank as f64 - 1.0).abs() < 1e-3, "{name}: {found}");
+            let share = (plan["fetched_bytes"].as_f64().unwrap() + plan["pushed_bytes"].as_f64().unwrap())
+                / plan["naive_bytes"].as_f64().unwrap();
+            // Level 1 is replicated: a step moves a tenth of one path for each sequence, or less.
+            assert!(share <= 0.1, "{name} on {workers}: {share}");
+            let step_s = plan["step_s"].as_f64().unwrap();
+            assert!(step_s < before, "{name} on {workers}: {step_s} s, {before} s on fewer");
+            before = step_s;
+        }
+    }
+    work.fails(&["plan", "run.toml", "--site", "none.toml"], &["none.toml"]);
+    work.fails(
+        &["plan", "run.toml", "--site", &site, "--simulate", "5"],
+        &["--simulate: expected a prepared corpus, found none in prepared"],
+    );
+}
+
+/// What is planned is what a run moves: counted by the workers, within 5 %.
+#[test]
+fn a_plan_says_what_a_job_moves() {
+    let work = Workdir::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let site = root.join("cluster/h100.toml").display().to_string();
+    // Neither validates nor saves but at its end.
+    let quiet = [
+        "--set",
+        "train.validate_sequences=2",
+        "--set",
+        "train.validate_every=0",
+        "--set",
+        "train.save_every=0",
+    ];
+    work.ok(&[up("2", "2", "run.dir=again"), LONG.to_vec(), quiet.to_vec()].concat());
+    let moved = |what: &str| -> f64 {
+        let of_worker = |rank: usize| {
+            let log = fs::read_to_string(work.path(&format!("again/logs/worker-{rank}.log"))).unwrap();
+            let line = log.lines().find(|line| line.contains("bytes of blocks fetched")).unwrap().to_owned();
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let at = words.iter().position(|word| *word == what).unwrap();
+            words[..at].iter().rev().find_map(|word| word.parse::<f64>().ok()).unwrap()
+        };
+        of_worker(0) + of_worker(1)
+    };
+    let plan = |more: &[&str]| -> Value {
+        let args = [
+            &["plan", "run.toml", "--site", &site, "--workers", "2", "--shards", "2", "--json"],
+            &LONG[..],
+            more,
+        ]
+        .concat();
+        let (out, _) = work.ok(&args);
+        serde_json::from_str(out.lines().last().unwrap()).unwrap()
+    };
+    let (simulated, expected) = (plan(&["--simulate", "60"]), plan(&[]));
+    for (key, what) in [("fetched_bytes", "fetched,"), ("pushed_bytes", "pushed,")] {
+        let found = moved(what);
+        for (name, plan, most) in [("simulated", &simulated, 0.05), ("expected", &expected, 0.15)] {
+            let planned = 60.0 * plan[key].as_f64().unwrap();
+            assert!((planned / found - 1.0).abs() < most, "{name} {key}: {planned} planned, {found} moved");
+        }
+    }
+}
+
+/// One that does not answer may still be at work: it is called late, waited for, and nobody takes its place.
+#[test]
+fn a_worker_that_stops_for_a_while_comes_back_to_the_others() {
+    let work = Workdir::new();
+    work.ok(&[&["train", "run.toml"], &LONG[..]].concat());
+    let patience = vec!["--set", "collective.patience_s=1"];
+    let args = [up("1", "2", "run.dir=again"), LONG.to_vec(), patience].concat();
+    let mut job = work.command(&args).spawn().unwrap();
+    wait_for_lines(&mut job, &work.path("again"), 6);
+    let stopped = process_of(&job, "worker", 1);
+    signal(stopped, "-STOP");
+    let log = work.path("again/logs/worker-0.log");
+    while !fs::read_to_string(&log).unwrap().contains("rank 1 is late: rank 0 has waited 1 s for it in") {
+        assert!(job.try_wait().unwrap().is_none(), "the job has ended");
+        std::thread::yield_now();
+    }
+    signal(stopped, "-CONT");
+    let output = job.wait_with_output().unwrap();
+    let err = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{err}");
+    assert!(!err.contains("started again"), "{err}");
     assert_same(&work, "again", true);
 }

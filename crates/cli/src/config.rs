@@ -106,6 +106,9 @@ impl Config {
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
         }
+        if let Some(level) = self.memory.replicated.iter().find(|&&level| level >= levels) {
+            bail!("memory.replicated: expected levels below {levels}, found {level}");
+        }
         if self.anchor.max_seq_len < self.corpus.seq_len as usize {
             bail!(
                 "anchor.max_seq_len: expected at least corpus.seq_len ({}), found {}",

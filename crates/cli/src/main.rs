@@ -4,6 +4,7 @@ mod bank;
 mod config;
 mod evaluate;
 mod facts;
+mod plan;
 mod prepare;
 mod progress;
 mod query;
@@ -124,6 +125,8 @@ enum Command {
     },
     /// Check a configuration: keys, values, files, sizes and the memory that it needs.
     Check(ConfigArgs),
+    /// What a job would hold, move, take and cost, without running it.
+    Plan(plan::PlanArgs),
     /// Show configurations.
     Config {
         #[command(subcommand)]
@@ -247,6 +250,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Certs { command } => shards::certs(command)?,
         Command::Tree { command } => tree::run(command)?,
+        Command::Plan(args) => plan::plan(&args)?,
         Command::Check(args) => query::check(&Config::load(&args.config, &args.set)?)?,
         Command::Config { command: ConfigCommand::Print(args) } => {
             print!("{}", Config::load(&args.config, &args.set)?.to_toml()?);

@@ -9,12 +9,12 @@ use clap::Subcommand;
 use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
-    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LevelStats, LocalBank, Step,
-    StoreBank, StoreOptions, TierSource, Tiered,
+    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LevelStats, LocalBank, Placement,
+    Replicated, Shard, ShardOptions, Step, StoreBank, StoreOptions, TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
-use memory_service::{Identity, RemoteBank, RemoteOptions};
+use memory_service::{Identity, RemoteBank, RemoteOptions, RemoteStats};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
 
 use crate::config::{Config, environment};
@@ -94,11 +94,22 @@ pub(crate) enum Bank {
     Local(LocalBank),
     /// In shards.
     Remote(RemoteBank),
+    /// In shards, and in part here too.
+    Replicated(Replicated<RemoteBank>),
     /// Read through tiers.
     Tiered(Tiered),
 }
 
 impl Bank {
+    /// What has gone between this process and the shards, if there are any.
+    pub(crate) fn remote_stats(&self) -> Option<RemoteStats> {
+        match self {
+            Self::Remote(bank) => Some(bank.stats()),
+            Self::Replicated(bank) => Some(bank.shards().stats()),
+            Self::Local(_) | Self::Tiered(_) => None,
+        }
+    }
+
     /// What tiers have answered so far, a line for each level; none of a bank that is read without them.
     pub(crate) fn told(&self) -> Vec<String> {
         let Self::Tiered(bank) = self else { return vec![] };
@@ -122,6 +133,7 @@ impl BlockStore for Bank {
         match self {
             Self::Local(bank) => bank.spec(),
             Self::Remote(bank) => bank.spec(),
+            Self::Replicated(bank) => bank.spec(),
             Self::Tiered(bank) => bank.spec(),
         }
     }
@@ -130,6 +142,7 @@ impl BlockStore for Bank {
         match self {
             Self::Local(bank) => bank.fetch(after, ids).await,
             Self::Remote(bank) => bank.fetch(after, ids).await,
+            Self::Replicated(bank) => bank.fetch(after, ids).await,
             Self::Tiered(bank) => bank.fetch(after, ids).await,
         }
     }
@@ -138,6 +151,7 @@ impl BlockStore for Bank {
         match self {
             Self::Local(bank) => bank.push(step, rank, grads).await,
             Self::Remote(bank) => bank.push(step, rank, grads).await,
+            Self::Replicated(bank) => bank.push(step, rank, grads).await,
             Self::Tiered(bank) => bank.push(step, rank, grads).await,
         }
     }
@@ -146,27 +160,81 @@ impl BlockStore for Bank {
         match self {
             Self::Local(bank) => bank.save(step).await,
             Self::Remote(bank) => bank.save(step).await,
+            Self::Replicated(bank) => bank.save(step).await,
             Self::Tiered(bank) => bank.save(step).await,
         }
     }
 }
 
-/// The shards of a run as its workers train on them.
+/// The shards of a run as its worker of a rank trains on them from `step` on, where they are.
 pub(crate) fn train_on_shards(
     config: &Config,
     identity: (BlockSpec, Identity),
-    world_size: usize,
+    (rank, world_size): (usize, usize),
+    step: Step,
 ) -> Result<Blocking<Bank>> {
+    let (spec, hashes) = (identity.0.clone(), identity.1.hashes.clone());
+    let options = worker_options(config, identity, world_size)?;
+    Blocking::open(async {
+        let remote = RemoteBank::connect(options).await?;
+        if config.memory.replicated.is_empty() {
+            return Ok(Bank::Remote(remote));
+        }
+        let levels: Vec<bool> =
+            (0..spec.n_levels()).map(|level| config.memory.replicated.contains(&level)).collect();
+        let copy =
+            copy_of(config, memory_bank::Identity { spec, seed: config.memory.seed, hashes }, &levels, step);
+        Ok(Bank::Replicated(Replicated::new(remote, copy.await?, levels, (rank, world_size))?))
+    })
+}
+
+/// The blocks of some levels as a worker keeps them beside the shards, from their checkpoint.
+async fn copy_of(
+    config: &Config,
+    identity: memory_bank::Identity,
+    levels: &[bool],
+    step: Step,
+) -> Result<Shard> {
+    let options = ShardOptions {
+        seed: identity.seed,
+        adamw: config.train.memory_adamw(),
+        world_size: 1,
+        staleness: 0,
+        placement: Placement::WHOLE,
+    };
+    if step == Step(0) {
+        return Ok(Shard::new(identity.spec, options)?);
+    }
+    let Some(store) = &config.shard.store else {
+        bail!(
+            "shard.store.url: expected where the shards save, for the levels of memory.replicated, found nothing"
+        );
+    };
+    let store = shard_host::open_store(store, &config.memory.bank, &environment(), Access::Read).await?;
+    Ok(store.checkpoint(step).await?.load_levels(&identity, options, |level| levels[level]).await?)
+}
+
+/// Of a worker, who pushes.
+fn worker_options(
+    config: &Config,
+    identity: (BlockSpec, Identity),
+    world_size: usize,
+) -> Result<RemoteOptions> {
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
-    let options = RemoteOptions { world_size: Some(world_size), ..options };
-    Blocking::open(async { Ok(Bank::Remote(RemoteBank::connect(options).await?)) })
+    Ok(RemoteOptions { world_size: Some(world_size), ..options })
 }
 
 /// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
 /// back to their checkpoint of it. Shards of a run that begins are there already, or not its own.
-pub(crate) fn bring_to(bank: &Blocking<Bank>, step: Step, begins: bool) -> Result<()> {
-    let Bank::Remote(remote) = &**bank.store() else { return Ok(()) };
-    bank.wait(async {
+pub(crate) fn bring_to(
+    config: &Config,
+    identity: (BlockSpec, Identity),
+    world_size: usize,
+    (step, begins): (Step, bool),
+) -> Result<()> {
+    let options = worker_options(config, identity, world_size)?;
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let remote = RemoteBank::connect(options).await?;
         let applied = remote.applied().await?;
         if !begins {
             // Pushes of the next step that they have already are the same as those to come.

@@ -17,7 +17,7 @@ use collective::{Call, Mesh, TcpOptions};
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use launch::Ranks;
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
-use memory_service::Identity;
+use memory_service::{Identity, RemoteStats};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use train::{Checkpoints, Ended, Parts, StepMetrics, Trainer, Workers};
 
@@ -118,14 +118,15 @@ fn attempt(
         }
     };
     let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
-    let workers = Workers { mesh, replicated, stop: Arc::clone(stop) };
+    let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
+    let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
     let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
     let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
     let trainer = match resumed {
         Some(step) => Trainer::resume(parts, step)?,
         None => Trainer::new(parts, tokens_before)?,
     };
-    run(config, trainer, &sizes, rank == 0)
+    run(config, trainer, &sizes, rank)
 }
 
 /// What a worker trains with.
@@ -150,23 +151,17 @@ fn assemble(
     let dir = &config.run.dir;
     let checkpoints = Checkpoints::of(dir);
     let has_memory = config.train.phase.has_memory();
-    let mut led = None;
+    let on_shards = has_memory && !config.memory.shards.is_empty();
+    let mut told = Bytes::new();
     if ranks.rank == 0 {
         let resumed = checkpoints.latest()?;
         begin(config, prepared, resumed)?;
-        let bank = match has_memory && !config.memory.shards.is_empty() {
-            true => {
-                let bank = shards(config, ranks.world_size)?;
-                shards::bring_to(&bank, Step(resumed.unwrap_or(0)), begins)?;
-                Some(bank)
-            }
-            false => None,
-        };
-        led = Some((resumed, bank));
+        if on_shards {
+            let goal = (Step(resumed.unwrap_or(0)), begins);
+            shards::bring_to(config, bank_identity(config)?, ranks.world_size, goal)?;
+        }
+        told = serde_json::to_vec(&resumed)?.into();
     }
-    let told = led
-        .as_ref()
-        .map_or(Bytes::new(), |(resumed, _)| serde_json::to_vec(resumed).unwrap_or_default().into());
     let told = mesh.all_gather(&Call::new("begin", 0), told)?;
     let resumed: Option<u64> =
         serde_json::from_slice(&told[0]).context("what rank 0 says of its checkpoint")?;
@@ -179,18 +174,21 @@ fn assemble(
         None => initial_anchor(config, &tokenizer, &place)?,
     };
     let spec = block_spec(config, &tree);
-    let (memory, is_replicated) = match (has_memory, led.and_then(|(_, bank)| bank)) {
-        (false, _) => (None, false),
-        (true, Some(bank)) => (Some(bank), false),
-        (true, None) if !config.memory.shards.is_empty() => (Some(shards(config, ranks.world_size)?), false),
-        (true, None) => (Some(own_bank(config, (&tree, &tokenizer), resumed)?), true),
+    let memory = match (has_memory, on_shards) {
+        (false, _) => None,
+        (true, true) => {
+            let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
+            Some(shards::train_on_shards(config, bank_identity(config)?, place, step)?)
+        }
+        (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
     };
     let memory_sizes = match has_memory {
         true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
         false => String::new(),
     };
     let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
-    let replicated = vec![is_replicated; spec.n_levels()];
+    let is_replicated = |level| !on_shards || config.memory.replicated.contains(&level);
+    let replicated = (0..spec.n_levels()).map(is_replicated).collect();
     Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
 }
 
@@ -200,12 +198,12 @@ fn belongings(config: &Config) -> Result<(ClusterTree, Tokenizer)> {
     Ok((ClusterTree::load(&dir.join("tree.safetensors"))?, Tokenizer::load(&dir.join("tokenizer.json"))?))
 }
 
-/// The bank of a run that trains on shards.
-fn shards(config: &Config, world_size: usize) -> Result<Blocking<Bank>> {
+/// What the shards of a run must be.
+fn bank_identity(config: &Config) -> Result<(BlockSpec, Identity)> {
     let (tree, tokenizer) = belongings(config)?;
     let spec = block_spec(config, &tree);
     let identity = Identity::new(&config.memory.bank, &spec, hashes(&tree, &tokenizer));
-    shards::train_on_shards(config, (spec, identity), world_size)
+    Ok((spec, identity))
 }
 
 /// The bank of a run that keeps it in its own process.
@@ -231,10 +229,22 @@ fn own_bank(
 }
 
 /// Trains to the last step, the first worker under a progress bar; `sizes` is told with the last line.
-fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str, leads: bool) -> Result<Ended> {
-    if !leads {
-        return Ok(trainer.run(&mut |_| ())?);
+fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str, rank: usize) -> Result<Ended> {
+    let ended = match rank {
+        0 => lead(config, &mut trainer, sizes)?,
+        _ => trainer.run(&mut |_| ())?,
+    };
+    if let Some(stats) = trainer.memory().and_then(|bank| bank.store().remote_stats()) {
+        let RemoteStats { received_bytes, sent_bytes, retries, .. } = stats;
+        eprintln!(
+            "worker {rank}: {received_bytes} bytes of blocks fetched, {sent_bytes} bytes pushed, {retries} requests tried again"
+        );
     }
+    Ok(ended)
+}
+
+/// Trains as the first worker.
+fn lead(config: &Config, trainer: &mut Trainer<Bank>, sizes: &str) -> Result<Ended> {
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let begin = trainer.state();
     if begin.step >= config.train.steps {
@@ -303,7 +313,8 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
                 // identity hold what comes from there.
                 let reached = match section {
                     "corpus" => key == "store",
-                    "memory" => ["shards", "bulk", "tls", "token_file", "placement"].contains(&key.as_str()),
+                    "memory" => ["shards", "replicated", "bulk", "tls", "token_file", "placement"]
+                        .contains(&key.as_str()),
                     _ => false,
                 };
                 if !reported && !reached {

@@ -1,6 +1,7 @@
 //! `anchorage up`: a job of workers and shards on this machine.
 
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -125,7 +126,7 @@ impl Job<'_> {
         (of, workers): (usize, usize),
         stop: &AtomicBool,
     ) -> Result<String> {
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr())?.to_string();
+        let address = format!("127.0.0.1:{}", free_port()?);
         let text = |n: usize| n.to_string();
         let more = ["--shard", &text(shard), "--of", &text(of), "--workers", &text(workers)]
             .into_iter()
@@ -157,7 +158,7 @@ impl Job<'_> {
     }
 
     fn start_workers(&mut self, workers: usize) -> Result<()> {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr())?.port();
+        let port = free_port()?;
         // Another job that is given the same port is not taken for this one.
         let job = format!("{}-{port}", std::process::id());
         for rank in 0..workers {
@@ -175,6 +176,22 @@ impl Job<'_> {
         }
         Ok(())
     }
+}
+
+/// A port that nobody listens on and that the system gives to nobody by itself: it has to be free again when
+/// a role is started again.
+fn free_port() -> Result<u16> {
+    const FIRST: u16 = 10_000;
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let given = range.split_whitespace().next().and_then(|first| first.parse().ok()).unwrap_or(32_768);
+    let n = given.max(FIRST + 1) - FIRST;
+    // Jobs that begin at the same time look in different places.
+    let start = RandomState::new().build_hasher().finish();
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let mut ports = (0..n).map(|i| FIRST + (start.wrapping_add(u64::from(i)) % u64::from(n)) as u16);
+    ports
+        .find(is_free)
+        .with_context(|| format!("ports {FIRST} to {given}: expected one that is free, found none"))
 }
 
 /// Shows how far the job is until it is over.

@@ -1,43 +1,35 @@
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
 use crate::Mesh;
-use crate::mesh::{Frame, Link};
+use crate::mesh::{Frame, Link, Sending};
 
 /// The meshes of workers that are threads of this process, by rank. `patience` is how long one may be
 /// waited for.
 pub fn local(world_size: usize, patience: Duration) -> Vec<Mesh> {
-    let mut links: Vec<Vec<Option<Box<dyn Link>>>> =
+    let mut links: Vec<Vec<Option<Link>>> =
         (0..world_size).map(|_| (0..world_size).map(|_| None).collect()).collect();
     for high in 0..world_size {
         for low in 0..high {
             let (to_low, at_low) = channel();
             let (to_high, at_high) = channel();
-            links[high][low] = Some(Box::new(Channels { out: to_low, arriving: at_high, patience }));
-            links[low][high] = Some(Box::new(Channels { out: to_high, arriving: at_low, patience }));
+            let link =
+                |out, arriving| Link::new(Box::new(Out(out)), arriving, (Arc::default(), Instant::now()));
+            links[high][low] = Some(link(to_low, at_high));
+            links[low][high] = Some(link(to_high, at_low));
         }
     }
     links.into_iter().enumerate().map(|(rank, links)| Mesh::new(rank, links, patience)).collect()
 }
 
-/// Both ways between two threads. One is at most a call ahead of the other, which bounds what waits.
-struct Channels {
-    out: Sender<Frame>,
-    arriving: Receiver<Frame>,
-    patience: Duration,
-}
+/// To another thread. One is at most a call ahead of the other, which bounds what waits.
+struct Out(Sender<io::Result<Frame>>);
 
-impl Link for Channels {
+impl Sending for Out {
     fn send(&mut self, frame: Frame) {
         // The other end is gone: so is what it sends.
-        let _ = self.out.send(frame);
-    }
-
-    fn receive(&mut self) -> io::Result<Frame> {
-        self.arriving.recv_timeout(self.patience).map_err(|error| match error {
-            RecvTimeoutError::Timeout => io::ErrorKind::TimedOut.into(),
-            RecvTimeoutError::Disconnected => io::Error::other("its thread ended"),
-        })
+        let _ = self.0.send(Ok(frame));
     }
 }

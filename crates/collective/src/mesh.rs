@@ -1,6 +1,10 @@
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -37,25 +41,93 @@ pub(crate) enum Frame {
     GiveUp { reason: String, is_final: bool },
 }
 
-/// A connection to one other worker.
-pub(crate) trait Link: Send {
-    /// Has a frame sent beside what the caller does; what goes wrong shows in `receive`.
+/// Has frames sent to one other worker, beside what the caller does; what goes wrong shows in what arrives.
+pub(crate) trait Sending: Send {
     fn send(&mut self, frame: Frame);
-    /// Waits for the next frame; an error of the kind `TimedOut` when nothing came for too long.
-    fn receive(&mut self) -> io::Result<Frame>;
+}
+
+/// A connection to one other worker.
+pub(crate) struct Link {
+    out: Box<dyn Sending>,
+    arriving: Receiver<io::Result<Frame>>,
+    /// What has been looked at before it was asked for.
+    early: VecDeque<io::Result<Frame>>,
+    /// Since `began`, when something of a message came last, in milliseconds.
+    heard: Arc<AtomicU64>,
+    began: Instant,
+}
+
+impl Link {
+    /// `heard` is kept up by whoever feeds `arriving`, for messages that take long.
+    pub(crate) fn new(
+        out: Box<dyn Sending>,
+        arriving: Receiver<io::Result<Frame>>,
+        (heard, began): (Arc<AtomicU64>, Instant),
+    ) -> Self {
+        Self { out, arriving, early: VecDeque::new(), heard, began }
+    }
+
+    /// The next frame; an error of the kind `TimedOut` when nothing came for longer than `patience`.
+    fn receive(&mut self, patience: Duration) -> io::Result<Frame> {
+        if let Some(frame) = self.early.pop_front() {
+            return frame;
+        }
+        let asked = self.began.elapsed();
+        loop {
+            let heard = Duration::from_millis(self.heard.load(Ordering::Relaxed)).max(asked);
+            let left = (heard + patience).saturating_sub(self.began.elapsed());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match self.arriving.recv_timeout(left) {
+                Ok(frame) => return frame,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(ended()),
+            }
+        }
+    }
+
+    /// Whether the other has given up or is gone, as far as has been heard, without waiting.
+    fn is_over(&mut self) -> bool {
+        loop {
+            match self.arriving.try_recv() {
+                Ok(frame) => self.early.push_back(frame),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    if self.early.iter().all(|frame| frame.is_ok()) {
+                        self.early.push_back(Err(ended()));
+                    }
+                    break;
+                }
+            }
+        }
+        let is_end = |frame: &io::Result<Frame>| !matches!(frame, Ok(Frame::Message(..)));
+        match self.early.iter().position(is_end) {
+            // The messages before it will not be asked for.
+            Some(end) => {
+                self.early.drain(..end);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+fn ended() -> io::Error {
+    io::Error::other("its thread ended")
 }
 
 /// A worker's connections to all others; one thread owns them. After an error they are of no more use.
 pub struct Mesh {
     rank: usize,
     /// By rank; `None` for its own.
-    links: Vec<Option<Box<dyn Link>>>,
+    links: Vec<Option<Link>>,
     patience: Duration,
     is_over: bool,
 }
 
 impl Mesh {
-    pub(crate) fn new(rank: usize, links: Vec<Option<Box<dyn Link>>>, patience: Duration) -> Self {
+    pub(crate) fn new(rank: usize, links: Vec<Option<Link>>, patience: Duration) -> Self {
         Self { rank, links, patience, is_over: false }
     }
 
@@ -84,7 +156,7 @@ impl Mesh {
         debug_assert_eq!(messages.len(), self.world_size());
         for (link, message) in self.links.iter_mut().zip(&messages) {
             if let Some(link) = link {
-                link.send(Frame::Message(call.clone(), message.clone()));
+                link.out.send(Frame::Message(call.clone(), message.clone()));
             }
         }
         let mut received = messages;
@@ -117,12 +189,29 @@ impl Mesh {
         self.all_gather(call, Bytes::new()).map(|_| ())
     }
 
+    /// Fails when another worker has given up or is gone, without waiting: for who waits for something else,
+    /// which may never come then.
+    ///
+    /// # Errors
+    /// As [`Mesh::exchange`].
+    pub fn check(&mut self, call: &Call) -> Result<()> {
+        for rank in 0..self.links.len() {
+            if self.links[rank].as_mut().is_some_and(Link::is_over)
+                && let Err(error) = self.receive(rank, call)
+            {
+                self.give_up(&error.to_string(), !error.is_transient());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     /// Tells the others why this worker goes no further, and whether that is final: that it would not help
     /// to go on from the last checkpoint.
     pub fn give_up(&mut self, reason: &str, is_final: bool) {
         if !std::mem::replace(&mut self.is_over, true) {
             let frame = Frame::GiveUp { reason: reason.to_owned(), is_final };
-            self.links.iter_mut().flatten().for_each(|link| link.send(frame.clone()));
+            self.links.iter_mut().flatten().for_each(|link| link.out.send(frame.clone()));
         }
     }
 
@@ -130,7 +219,7 @@ impl Mesh {
     fn receive(&mut self, rank: usize, call: &Call) -> Result<Option<Bytes>> {
         let Some(link) = &mut self.links[rank] else { return Ok(None) };
         let (waiting, call) = (self.rank, call.clone());
-        match link.receive() {
+        match link.receive(self.patience) {
             Ok(Frame::Message(found, message)) if found == call => Ok(Some(message)),
             Ok(Frame::Message(found, _)) => Err(Error::OutOfStep { rank, waiting, expected: call, found }),
             Ok(Frame::GiveUp { reason, is_final }) => Err(Error::GaveUp { rank, reason, is_final }),

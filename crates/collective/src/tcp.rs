@@ -3,13 +3,15 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::mesh::{Frame, Link};
+use crate::mesh::{Frame, Link, Sending};
 use crate::{Call, Error, Mesh, Result};
 
 /// How a worker finds the others.
@@ -73,15 +75,9 @@ pub fn join(options: &TcpOptions) -> Result<Mesh> {
     let failed = |reason: String| Error::Join { rank, address: options.master.clone(), reason };
     let joining = Joining { options, deadline: Instant::now() + options.join };
     let streams = if rank == 0 { joining.lead() } else { joining.follow() }.map_err(failed)?;
-    let link = |stream: TcpStream| TcpLink::start(stream, options.patience);
-    let mut links: Vec<Option<Box<dyn Link>>> = Vec::new();
-    for stream in streams {
-        links.push(match stream {
-            Some(stream) => Some(Box::new(link(stream).map_err(|error| failed(error.to_string()))?)),
-            None => None,
-        });
-    }
-    Ok(Mesh::new(rank, links, options.patience))
+    let link = |stream: Option<TcpStream>| stream.map(|stream| link(stream, options.patience)).transpose();
+    let links = streams.into_iter().map(link).collect::<io::Result<_>>();
+    Ok(Mesh::new(rank, links.map_err(|error| failed(error.to_string()))?, options.patience))
 }
 
 /// Connections by rank; `None` for one's own.
@@ -95,7 +91,7 @@ struct Joining<'a> {
 impl Joining<'_> {
     /// Rank 0 waits for all others, and tells each where the rest are.
     fn lead(&self) -> std::result::Result<Streams, String> {
-        let listener = TcpListener::bind(&self.options.master).map_err(|error| error.to_string())?;
+        let listener = self.listen()?;
         let mut streams: Streams = (0..self.options.world_size).map(|_| None).collect();
         let mut addresses = vec![None; self.options.world_size];
         self.accept(&listener, &mut streams, 1.., |rank, address| addresses[rank] = Some(address))?;
@@ -104,6 +100,20 @@ impl Joining<'_> {
             write_greeting(stream, &Answer::Peers(peers.clone()))?;
         }
         Ok(streams)
+    }
+
+    /// Where the others come to; whoever had the port before may need a moment to let go of it.
+    fn listen(&self) -> std::result::Result<TcpListener, String> {
+        loop {
+            match TcpListener::bind(&self.options.master) {
+                Ok(listener) => return Ok(listener),
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    self.left().map_err(|waited| format!("{waited}: {error}"))?;
+                    std::thread::park_timeout(PAUSE);
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
     }
 
     fn follow(&self) -> std::result::Result<Streams, String> {
@@ -235,27 +245,112 @@ fn read_greeting<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// A connection, and the thread that sends on it while its owner receives.
-struct TcpLink {
-    stream: TcpStream,
-    queue: Option<SyncSender<Frame>>,
-    sending: Option<JoinHandle<()>>,
-}
-
 /// Length of the call's name u16, step u64, bytes u64. Without a name the payload is why the sender gave up, and
 /// the step is 1 when that is final.
 const HEAD_BYTES: usize = 18;
 
-impl TcpLink {
-    fn start(stream: TcpStream, patience: Duration) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        // Of every single read or write: a long message may take longer, as long as it goes on.
-        stream.set_read_timeout(Some(patience))?;
-        stream.set_write_timeout(Some(patience))?;
-        let (queue, frames) = sync_channel(QUEUE);
-        let out = stream.try_clone()?;
-        let sending = std::thread::Builder::new().name("send".into()).spawn(move || send_all(out, frames))?;
-        Ok(Self { stream, queue: Some(queue), sending: Some(sending) })
+/// A connection with a thread that sends on it and one that receives.
+fn link(stream: TcpStream, patience: Duration) -> io::Result<Link> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(None)?;
+    // Of every single write: a long message may take longer, as long as it goes on.
+    stream.set_write_timeout(Some(patience))?;
+    let (queue, frames) = sync_channel(QUEUE);
+    let (arrived, arriving) = sync_channel(QUEUE);
+    let (out, mut reader) = (
+        stream.try_clone()?,
+        Reader { stream: stream.try_clone()?, heard: Arc::default(), began: Instant::now() },
+    );
+    let clock = (Arc::clone(&reader.heard), reader.began);
+    let thread = |name: &str| std::thread::Builder::new().name(name.into());
+    let sending = thread("send").spawn(move || send_all(out, frames))?;
+    let receiving = thread("receive").spawn(move || {
+        loop {
+            let frame = reader.frame();
+            let is_last = frame.is_err();
+            // Nobody takes it any more: the connection is closed.
+            if arrived.send(frame).is_err() || is_last {
+                break;
+            }
+        }
+    })?;
+    let threads = Threads { stream, queue: Some(queue), sending: Some(sending), receiving: Some(receiving) };
+    Ok(Link::new(Box::new(threads), arriving, clock))
+}
+
+/// The owner's end of a connection.
+struct Threads {
+    stream: TcpStream,
+    queue: Option<SyncSender<Frame>>,
+    sending: Option<JoinHandle<()>>,
+    receiving: Option<JoinHandle<()>>,
+}
+
+impl Sending for Threads {
+    fn send(&mut self, frame: Frame) {
+        if let Some(queue) = &self.queue {
+            let _ = queue.send(frame);
+        }
+    }
+}
+
+impl Drop for Threads {
+    /// What is queued is still sent: the others may wait for it.
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(sending) = self.sending.take() {
+            let _ = sending.join();
+        }
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        // The other thread ends by that, or with the channel that is dropped after this.
+        drop(self.receiving.take());
+    }
+}
+
+/// Takes frames off a connection, and notes when it last heard anything.
+struct Reader {
+    stream: TcpStream,
+    heard: Arc<AtomicU64>,
+    began: Instant,
+}
+
+impl Reader {
+    fn frame(&mut self) -> io::Result<Frame> {
+        let mut head = [0; HEAD_BYTES];
+        self.fill(&mut head)?;
+        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
+        let (n_what, step, n_bytes) = (u16::from_le_bytes([head[0], head[1]]), u64_at(2), u64_at(10));
+        if n_bytes > MAX_MESSAGE {
+            return Err(invalid(format!("a message of {n_bytes} bytes, expected at most {MAX_MESSAGE}")));
+        }
+        let mut what = vec![0; usize::from(n_what)];
+        self.fill(&mut what)?;
+        let what = String::from_utf8(what).map_err(|error| invalid(error.to_string()))?;
+        let mut payload = vec![0; n_bytes as usize];
+        self.fill(&mut payload)?;
+        Ok(match what.is_empty() {
+            true => {
+                Frame::GiveUp { reason: String::from_utf8_lossy(&payload).into_owned(), is_final: step != 0 }
+            }
+            false => Frame::Message(Call { what, step }, payload.into()),
+        })
+    }
+
+    fn fill(&mut self, mut rest: &mut [u8]) -> io::Result<()> {
+        while !rest.is_empty() {
+            match self.stream.read(rest) {
+                Ok(0) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed"));
+                }
+                Ok(n) => {
+                    self.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+                    rest = &mut rest[n..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -276,45 +371,6 @@ fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
     // Who receives sees that the connection is broken.
     let _ = frames.into_iter().try_for_each(|frame| send(frame));
     let _ = stream.shutdown(std::net::Shutdown::Write);
-}
-
-impl Link for TcpLink {
-    fn send(&mut self, frame: Frame) {
-        if let Some(queue) = &self.queue {
-            let _ = queue.send(frame);
-        }
-    }
-
-    fn receive(&mut self) -> io::Result<Frame> {
-        let mut head = [0; HEAD_BYTES];
-        self.stream.read_exact(&mut head)?;
-        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
-        let (n_what, step, n_bytes) = (u16::from_le_bytes([head[0], head[1]]), u64_at(2), u64_at(10));
-        if n_bytes > MAX_MESSAGE {
-            return Err(invalid(format!("a message of {n_bytes} bytes, expected at most {MAX_MESSAGE}")));
-        }
-        let mut what = vec![0; usize::from(n_what)];
-        self.stream.read_exact(&mut what)?;
-        let what = String::from_utf8(what).map_err(|error| invalid(error.to_string()))?;
-        let mut payload = vec![0; n_bytes as usize];
-        self.stream.read_exact(&mut payload)?;
-        Ok(match what.is_empty() {
-            true => {
-                Frame::GiveUp { reason: String::from_utf8_lossy(&payload).into_owned(), is_final: step != 0 }
-            }
-            false => Frame::Message(Call { what, step }, payload.into()),
-        })
-    }
-}
-
-impl Drop for TcpLink {
-    /// What is queued is still sent: the others may wait for it.
-    fn drop(&mut self) {
-        self.queue = None;
-        if let Some(sending) = self.sending.take() {
-            let _ = sending.join();
-        }
-    }
 }
 
 fn invalid(reason: String) -> io::Error {

@@ -236,3 +236,38 @@ fn a_worker_of_another_job_is_refused_and_does_not_disturb() {
     let error = join(&TcpOptions { rank: 3, ..short }).err().unwrap().to_string();
     assert_eq!(error, "rank is 3, expected a rank below the world size 3");
 }
+
+/// Who waits for something else hears of it too, also when messages came before.
+#[test]
+fn a_look_tells_who_has_given_up_without_waiting() {
+    for sockets in [false, true] {
+        let errors = on_all(2, sockets, |mesh| {
+            let call = Call::new("memory", 3);
+            mesh.check(&call).unwrap();
+            mesh.barrier(&Call::new("begin", 3)).unwrap();
+            if mesh.rank() == 1 {
+                // It is a call ahead when it fails.
+                let failed = mesh.exchange(&Call::new("other", 3), vec![Bytes::new(); 2]);
+                return failed.unwrap_err().to_string();
+            }
+            mesh.give_up("a shard is lost", false);
+            String::new()
+        });
+        assert!(errors[1].contains("rank 0 gave up: a shard is lost"), "{errors:?}");
+        let errors = on_all(2, sockets, |mesh| {
+            if mesh.rank() == 1 {
+                mesh.barrier(&Call::new("begin", 1)).unwrap();
+                mesh.give_up("a shard is lost", false);
+                return None;
+            }
+            mesh.barrier(&Call::new("begin", 1)).unwrap();
+            loop {
+                if let Err(error) = mesh.check(&Call::new("memory", 1)) {
+                    return Some(error.to_string());
+                }
+                std::thread::yield_now();
+            }
+        });
+        assert!(errors[0].as_ref().unwrap().contains("rank 1 gave up: a shard is lost"), "{errors:?}");
+    }
+}

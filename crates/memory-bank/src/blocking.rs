@@ -1,6 +1,7 @@
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cluster_tree::ClusterId;
 use tokio::task::JoinHandle;
@@ -63,12 +64,30 @@ impl<S: BlockStore> Blocking<S> {
         Pending(self.runtime.spawn(async move { store.push(step, rank, gradients).await }))
     }
 
-    /// Waits for what was begun.
+    /// Begins a save that goes on beside the caller; one that is dropped is given up.
+    pub fn begin_save(&self, step: Step) -> Pending<()> {
+        let store = Arc::clone(&self.store);
+        Pending(self.runtime.spawn(async move { store.save(step).await }))
+    }
+
+    /// Waits for what was begun; asks `check` every now and then whether that may still come.
     ///
     /// # Errors
-    /// Those of the store.
-    pub fn finish<T>(&self, mut pending: Pending<T>) -> Result<T> {
-        self.runtime.block_on(&mut pending.0).map_err(|source| Error::Task { source })?
+    /// Those of the store, and that of `check`.
+    pub fn finish<T, E: From<Error>>(
+        &self,
+        mut pending: Pending<T>,
+        mut check: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<T, E> {
+        const EVERY: Duration = Duration::from_millis(100);
+        self.runtime.block_on(async {
+            loop {
+                match tokio::time::timeout(EVERY, &mut pending.0).await {
+                    Ok(done) => return Ok(done.map_err(|source| Error::Task { source }).flatten()?),
+                    Err(_) => check()?,
+                }
+            }
+        })
     }
 
     /// [`BlockStore::fetch`]; waits until step `after` has been applied.

@@ -113,6 +113,19 @@ impl Checkpoint {
     /// # Errors
     /// When `identity`, or the seed of `options`, is not the checkpoint's, and on damaged files.
     pub async fn load(&self, identity: &Identity, options: ShardOptions) -> Result<Shard> {
+        self.load_levels(identity, options, |_| true).await
+    }
+
+    /// As [`Checkpoint::load`], of some levels; the blocks of others are in their initial state.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`].
+    pub async fn load_levels(
+        &self,
+        identity: &Identity,
+        options: ShardOptions,
+        takes: impl Fn(usize) -> bool + Send,
+    ) -> Result<Shard> {
         self.check_same(identity)?;
         if options.seed != identity.seed {
             return Err(mismatch(self.place(), "seed", options.seed, identity.seed));
@@ -120,7 +133,7 @@ impl Checkpoint {
         options.placement.validate()?;
         let optimizer = self.optimizer().await?;
         let mut rows = Vec::new();
-        for level in self.spec().levels() {
+        for level in self.spec().levels().filter(|&level| takes(level)) {
             let owned = |entry: &&Entry| options.placement.owns(self.id(level, entry));
             let mut entries: Vec<Entry> = self.entries(level).iter().filter(owned).copied().collect();
             // In the order of the files, so that neighbours are read together.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use memory_bank::{BankStore, Live, MappedBank, Placement, Shard, ShardOptions, Step, StoreOptions};
+use memory_bank::{Access, BankStore, Live, MappedBank, Placement, Shard, ShardOptions, Step, StoreOptions};
 use memory_service::security::{self, BankName, Role, Tls, TlsFiles, Tokens};
 use memory_service::{Identity, ServeOptions, Source, StoreOfBank, serve};
 use tokio::net::TcpListener;
@@ -140,7 +140,7 @@ pub async fn run(
         }
         start => {
             let store = match &store_section {
-                Some(section) => Some(open_store(section, name.as_str(), environment).await?),
+                Some(section) => Some(open_store(section, name.as_str(), environment, Access::Write).await?),
                 None => None,
             };
             let (shard, base) = load(&store, &identity, options, start).await?;
@@ -194,15 +194,18 @@ async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
     TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })
 }
 
-async fn open_store(
+/// The store of a bank's checkpoints.
+pub async fn open_store(
     section: &StoreSection,
     bank: &str,
     environment: &[(String, String)],
+    access: Access,
 ) -> Result<BankStore, Error> {
     let configured = section.options.iter().map(|(key, value)| (key.clone(), value.clone()));
     let inherited = environment.iter().filter(|(key, _)| !section.options.contains_key(key)).cloned();
     let settings: Vec<(String, String)> = configured.chain(inherited).collect();
-    Ok(BankStore::open_url(&section.url, &settings, bank, StoreOptions::default()).await?)
+    let options = StoreOptions { access, ..StoreOptions::default() };
+    Ok(BankStore::open_url(&section.url, &settings, bank, options).await?)
 }
 
 /// The shard as it was, and the record of the checkpoint it comes from.

@@ -12,6 +12,7 @@ mod optimizer;
 mod pipe;
 mod share;
 mod tensorboard;
+mod traffic;
 mod trainer;
 
 pub use checkpoint::{Checkpoints, TrainState};
@@ -20,4 +21,5 @@ pub use error::{Error, Result};
 pub use metrics::{Metrics, StepMetrics, StepTime, read_metrics};
 pub use optimizer::Optimizer;
 pub use pipe::MemoryPipe;
+pub use traffic::{LevelTraffic, cluster_shares, even_shares, expected, simulated};
 pub use trainer::{Ended, Parts, Trainer, Workers};

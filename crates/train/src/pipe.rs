@@ -43,11 +43,17 @@ impl<S: BlockStore> MemoryPipe<S> {
         }
     }
 
-    /// The blocks of a step, fetched now unless they are on their way.
+    /// The blocks of a step, fetched now unless they are on their way; `check` is asked whether they may still
+    /// come.
     ///
     /// # Errors
-    /// Those of the bank.
-    pub fn blocks(&mut self, step: u64, ids: impl FnOnce() -> Vec<ClusterId>) -> Result<Vec<Block>> {
+    /// Those of the bank, and that of `check`.
+    pub fn blocks(
+        &mut self,
+        step: u64,
+        ids: impl FnOnce() -> Vec<ClusterId>,
+        check: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<Block>> {
         // What was begun for a step that did not come.
         self.fetching.retain(|(begun, _)| *begun >= step);
         if self.fetching.front().is_none_or(|(begun, _)| *begun != step) {
@@ -55,7 +61,7 @@ impl<S: BlockStore> MemoryPipe<S> {
             self.fetching.push_front((step, self.bank.begin_fetch(after, ids())));
         }
         match self.fetching.pop_front() {
-            Some((_, pending)) => Ok(self.bank.finish(pending)?),
+            Some((_, pending)) => self.bank.finish(pending, check),
             None => Ok(vec![]),
         }
     }
@@ -64,10 +70,16 @@ impl<S: BlockStore> MemoryPipe<S> {
     /// and this one are under way.
     ///
     /// # Errors
-    /// Those of the bank, also for an earlier push.
-    pub fn push(&mut self, step: u64, rank: usize, gradients: Vec<Block>) -> Result<()> {
+    /// Those of the bank, also for an earlier push, and that of `check`.
+    pub fn push(
+        &mut self,
+        step: u64,
+        rank: usize,
+        gradients: Vec<Block>,
+        mut check: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
         while self.pushing.len() > self.staleness as usize {
-            self.one_is_pushed()?;
+            self.one_is_pushed(&mut check)?;
         }
         self.pushing.push_back(self.bank.begin_push(Step(step), rank, gradients));
         Ok(())
@@ -76,17 +88,34 @@ impl<S: BlockStore> MemoryPipe<S> {
     /// Waits until everything pushed has arrived.
     ///
     /// # Errors
-    /// Those of the bank.
-    pub fn settle(&mut self) -> Result<()> {
+    /// Those of the bank, and that of `check`.
+    pub fn settle(&mut self, mut check: impl FnMut() -> Result<()>) -> Result<()> {
         while !self.pushing.is_empty() {
-            self.one_is_pushed()?;
+            self.one_is_pushed(&mut check)?;
         }
         Ok(())
     }
 
-    fn one_is_pushed(&mut self) -> Result<()> {
+    /// Waits until the bank has applied a step, of all workers: what is fetched after it comes at once.
+    ///
+    /// # Errors
+    /// Those of the bank, and that of `check`.
+    pub fn reach(&mut self, step: u64, mut check: impl FnMut() -> Result<()>) -> Result<()> {
+        self.settle(&mut check)?;
+        self.bank.finish(self.bank.begin_fetch(Step(step), vec![]), check).map(|_| ())
+    }
+
+    /// Saves the bank as it is after a step.
+    ///
+    /// # Errors
+    /// Those of the bank, and that of `check`.
+    pub fn save(&mut self, step: u64, check: impl FnMut() -> Result<()>) -> Result<()> {
+        self.bank.finish(self.bank.begin_save(Step(step)), check)
+    }
+
+    fn one_is_pushed(&mut self, check: impl FnMut() -> Result<()>) -> Result<()> {
         match self.pushing.pop_front() {
-            Some(pending) => Ok(self.bank.finish(pending)?),
+            Some(pending) => self.bank.finish(pending, check),
             None => Ok(()),
         }
     }

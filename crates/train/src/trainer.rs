@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anchor::{Anchor, Compute, Gradients, Targets};
-use collective::Mesh;
+use collective::{Call, Mesh};
 use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step};
@@ -41,6 +41,8 @@ pub struct Workers {
     /// Levels of the bank of which every worker has a copy of its own: all gradients reach it. Gradients of
     /// other levels are handed to the bank by one worker each.
     pub replicated: Vec<bool>,
+    /// As which rank this worker pushes: 0 to a bank of its own.
+    pub rank_at_bank: usize,
     /// Set by whoever wants the run to save and stop: one worker is enough.
     pub stop: Arc<AtomicBool>,
 }
@@ -57,15 +59,7 @@ pub enum Ended {
 impl Workers {
     /// One worker, who does all.
     pub fn alone() -> Self {
-        Self { mesh: Mesh::alone(), replicated: vec![], stop: Arc::default() }
-    }
-
-    /// As which rank it pushes: a bank of its own knows one.
-    fn rank_at_bank(&self) -> usize {
-        match self.replicated.contains(&false) || self.replicated.is_empty() {
-            true => self.mesh.rank(),
-            false => 0,
-        }
+        Self { mesh: Mesh::alone(), replicated: vec![], rank_at_bank: 0, stop: Arc::default() }
     }
 }
 
@@ -184,6 +178,11 @@ impl<S: BlockStore> Trainer<S> {
         self.state
     }
 
+    /// The bank that it trains, in phases with memory.
+    pub fn memory(&self) -> Option<&Blocking<S>> {
+        self.memory.as_ref().map(MemoryPipe::bank)
+    }
+
     /// The model as trained so far.
     pub fn anchor(&self) -> &Anchor {
         &self.anchor
@@ -226,10 +225,14 @@ impl<S: BlockStore> Trainer<S> {
             let last = step == self.config.steps;
             if let Some(metrics) = &mut metrics {
                 let saves = last || self.is_stopping || due(step, self.config.save_every);
+                let validates = last || due(step, self.config.validate_every);
+                if saves || validates {
+                    self.reach()?;
+                }
                 if saves {
                     self.check_update(&batch)?;
                 }
-                if last || due(step, self.config.validate_every) {
+                if validates {
                     line.validation_loss = self.validation_loss()?;
                 }
                 if last || line.validation_loss.is_some() || due(step, self.config.log_every) {
@@ -249,12 +252,23 @@ impl<S: BlockStore> Trainer<S> {
         self.settle(Ended::Done)
     }
 
-    /// Waits for the gradients that are on their way.
-    fn settle(&mut self, ended: Ended) -> Result<Ended> {
+    /// Waits until the bank has the last step of all workers.
+    fn reach(&mut self) -> Result<()> {
+        let step = self.state.step;
         match &mut self.memory {
-            Some(memory) => memory.settle().map(|()| ended),
-            None => Ok(ended),
+            Some(memory) => memory.reach(step, minding(&mut self.workers, step)),
+            None => Ok(()),
         }
+    }
+
+    /// Waits for the gradients that are on their way, and for all workers: the first one saves last.
+    fn settle(&mut self, ended: Ended) -> Result<Ended> {
+        let step = self.state.step;
+        if let Some(memory) = &mut self.memory {
+            memory.settle(minding(&mut self.workers, step))?;
+        }
+        self.workers.mesh.barrier(&Call::new("end", step))?;
+        Ok(ended)
     }
 
     /// One optimizer step on `batch`, which all workers share.
@@ -274,7 +288,7 @@ impl<S: BlockStore> Trainer<S> {
         let next_ids = next.filter(|_| self.memory.is_some()).map(|next| self.share(next).ids(next));
         let blocks = match &mut self.memory {
             Some(memory) => {
-                let blocks = memory.blocks(step, || share.ids(batch))?;
+                let blocks = memory.blocks(step, || share.ids(batch), minding(&mut self.workers, step))?;
                 if let Some(ids) = next_ids.clone().filter(|_| memory.staleness() > 0) {
                     memory.begin_fetch(step + 1, ids);
                 }
@@ -285,7 +299,7 @@ impl<S: BlockStore> Trainer<S> {
         time.fetch_ms = laps.lap_ms();
         let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, &share, &blocks)?;
         time.compute_ms = laps.lap_ms();
-        let Workers { mesh, replicated, stop } = &mut self.workers;
+        let Workers { mesh, replicated, stop, .. } = &mut self.workers;
         let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
         self.gradients = share.reduce_anchor(mesh, step, anchor, self.anchor.parameters().len())?;
         let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
@@ -298,7 +312,8 @@ impl<S: BlockStore> Trainer<S> {
         self.check_finite(step, "gradient norm", norm)?;
         self.check_finite(step, "memory gradient norm", memory_norm)?;
         if let Some(memory) = &mut self.memory {
-            memory.push(step, self.workers.rank_at_bank(), block_gradients)?;
+            let rank = self.workers.rank_at_bank;
+            memory.push(step, rank, block_gradients, minding(&mut self.workers, step))?;
             if let Some(ids) = next_ids {
                 memory.begin_fetch(step + 1, ids);
             }
@@ -426,16 +441,14 @@ impl<S: BlockStore> Trainer<S> {
     /// When a file cannot be written; the checkpoints before stay whole.
     pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
-        if let Some(memory) = &mut self.memory {
-            memory.settle()?;
-        }
+        self.reach()?;
         let dir = self.checkpoints.begin(step)?;
         self.anchor.save(&dir.join("anchor.safetensors"))?;
         if let Some(optimizer) = &self.optimizer {
             optimizer.save(&dir.join("optimizer.safetensors"))?;
         }
-        if let Some(memory) = &self.memory {
-            memory.bank().save(Step(step))?;
+        if let Some(memory) = &mut self.memory {
+            memory.save(step, minding(&mut self.workers, step))?;
         }
         let path = dir.join("state.json");
         let state = serde_json::to_string_pretty(&self.state).map_err(|e| Error::file(&path, e))?;
@@ -446,6 +459,12 @@ impl<S: BlockStore> Trainer<S> {
 
 fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
+}
+
+/// Asks whether the others are still there, while this worker waits for shards: what another has not pushed
+/// never comes.
+fn minding(workers: &mut Workers, step: u64) -> impl FnMut() -> Result<()> {
+    move || Ok(workers.mesh.check(&Call::new("memory", step))?)
 }
 
 /// Adds the gradients of a micro-batch; what goes wrong is kept in `failed`.

@@ -354,6 +354,8 @@ pub(crate) struct MemorySection {
     /// `host:port` of every shard that holds the blocks while they are trained, in order; without any, this
     /// process does.
     pub(crate) shards: Vec<String>,
+    /// Levels of which every worker keeps a copy beside the shards', 0 the coarsest: they are not fetched.
+    pub(crate) replicated: Vec<usize>,
     /// The bank's name there.
     pub(crate) bank: String,
     /// Of pushed gradients on their way to the shards; weights come as they are.
@@ -406,6 +408,7 @@ impl Default for MemorySection {
             width: vec![256, 64, 16, 0],
             seed: 1,
             shards: vec![],
+            replicated: vec![],
             bank: "bank".into(),
             push_dtype: memory_service::Dtype::F32,
             bulk: true,

@@ -229,7 +229,7 @@ impl Host {
         Ok(Outgoing { blocks, _permit })
     }
 
-    /// Makes room for a push. `None` when it has been taken already.
+    /// Takes a push in, unless there are too many.
     pub(crate) fn begin_push(
         &self,
         life: u64,

@@ -34,6 +34,11 @@ fn small(phase: Phase) -> TrainConfig {
     TrainConfig { micro_batch: 2, batch_size: 12, ..config(phase) }
 }
 
+/// A worker on a bank that all share.
+fn shared(mesh: Mesh) -> Workers {
+    Workers { rank_at_bank: mesh.rank(), mesh, replicated: vec![false; 2], ..Workers::alone() }
+}
+
 /// What a run has shown and left behind.
 fn left(world: &World, name: &str) -> Vec<std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>> {
     let checkpoints = Checkpoints::of(&world.run_dir(name));
@@ -200,7 +205,7 @@ fn any_number_of_workers_and_shards_gives_the_bits_of_one() {
             let name = format!("{world_size}-{n_shards}-{}", mesh.rank());
             let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
             let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
-            let workers = Workers { mesh, replicated: vec![false; 2], ..Workers::alone() };
+            let workers = shared(mesh);
             let parts = Parts { run_dir, config, corpus, anchor, memory, workers };
             let mut trainer = Trainer::new(parts, 0).unwrap();
             let mut all = vec![];
@@ -246,7 +251,7 @@ fn a_stale_run_learns_and_keeps_its_steps_apart() {
         let name = format!("stale-{}", mesh.rank());
         let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
         let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
-        let workers = Workers { mesh, replicated: vec![false; 2], ..Workers::alone() };
+        let workers = shared(mesh);
         train(Trainer::new(Parts { run_dir, config, corpus, anchor, memory, workers }, 0).unwrap())
     });
     assert_eq!(all[0].iter().map(|line| line.step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());

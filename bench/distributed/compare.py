@@ -1,0 +1,211 @@
+"""Jobs of several processes against one process, on this machine."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+CONFIG = """
+[run]
+dir = "run"
+[corpus]
+prepared = "prepared"
+files = ["facts/corpus.jsonl"]
+validation_files = ["facts/validation.jsonl"]
+id_key = "id"
+vocab_size = 2048
+tokenizer_sample_mib = 4
+window = 128
+seq_len = 256
+validation_permille = 0
+[tree]
+branching = [8, 8]
+[anchor]
+d_model = 256
+n_layers = 6
+n_heads = 4
+head_width = 64
+ffn_width = 1024
+max_seq_len = 256
+[memory]
+width = [64, 32]
+[train]
+phase = "joint"
+steps = {steps}
+batch_size = 16
+micro_batch = 4
+warmup_steps = 2
+log_every = 1
+save_every = {save_every}
+validate_sequences = 4
+[collective]
+patience_s = 60
+"""
+
+PARTS = ("throughput", "recovery")
+TARGETS = {
+    "tokens_2_workers_2_shards": (">=", 0.85),
+    "tokens_2_workers": None,
+    "prefetch_stall": ("<=", 0.05),
+    "recovery_vs_restart": ("<=", 0.3),
+}
+
+
+class Bench:
+    def __init__(self, args, folder):
+        self.args, self.folder, self.n_runs = args, folder, 0
+        self.figures, self.told = {}, []
+
+    def say(self, text):
+        print(text, file=sys.stderr, flush=True)
+
+    def command(self, *words):
+        return [self.args.program, *map(str, words)]
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def prepare(self):
+        steps, save_every = (12, 4) if self.args.quick else (48, 16)
+        with open(self.path("run.toml"), "w") as file:
+            file.write(CONFIG.format(steps=steps, save_every=save_every))
+        quiet = {"cwd": self.folder, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(self.command("corpus", "facts", "facts", "--set", "families=64"), **quiet)
+        subprocess.run(self.command("prepare", "run.toml"), **quiet)
+
+    def begin(self, *words):
+        """Starts a run in a folder of its own; returns that and the process."""
+        self.n_runs += 1
+        name = f"run{self.n_runs}"
+        command = self.command(*words, "--set", f"run.dir={name}")
+        log = open(self.path(f"{name}.log"), "w")
+        process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+        return name, process
+
+    def lines(self, name):
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.path(name, "metrics.jsonl")) as file:
+                return [json.loads(line) for line in file if line.endswith("\n")]
+        return []
+
+    def run(self, *words):
+        """The metrics of a whole run."""
+        name, process = self.begin(*words)
+        if process.wait() != 0:
+            with open(self.path(f"{name}.log")) as log:
+                raise RuntimeError(f"{words}: {log.read()[-500:]}")
+        return self.lines(name)
+
+    def throughput(self):
+        """Tokens a second without the first steps, saves included, and the part of a step that waits for blocks."""
+
+        def tokens_per_s(lines):
+            first, last = lines[3], lines[-1]
+            return (last["tokens_seen"] - first["tokens_seen"]) / (last["seconds"] - first["seconds"])
+
+        def stall(lines):
+            times = [line["time"] for line in lines[3:]]
+            return sum(t["fetch_ms"] for t in times) / sum(sum(t.values()) for t in times)
+
+        shapes = {
+            "one": ["train", "run.toml"],
+            "tokens_2_workers": ["up", "run.toml", "--workers", 2],
+            "tokens_2_workers_2_shards": ["up", "run.toml", "--workers", 2, "--shards", 2],
+        }
+        for i in range(self.args.rounds):
+            order = list(shapes)[i % 3 :] + list(shapes)[: i % 3]
+            runs = {shape: self.run(*shapes[shape]) for shape in order}
+            if len({run[-1]["loss"] for run in runs.values()}) > 1:
+                raise RuntimeError(f"the runs differ: losses {[run[-1]['loss'] for run in runs.values()]}")
+            rates = {shape: tokens_per_s(run) for shape, run in runs.items()}
+            for shape in shapes:
+                if shape != "one":
+                    self.figures.setdefault(shape, []).append(rates[shape] / rates["one"])
+            self.figures.setdefault("prefetch_stall", []).append(stall(runs["tokens_2_workers_2_shards"]))
+            self.say(f"round {i + 1}: " + ", ".join(f"{shape} {rate:.0f} tokens/s" for shape, rate in rates.items()))
+
+    def recovery(self):
+        """From the kill of a shard to the first step that is done anew, against the job begun anew from the same
+        checkpoint: from its command to its first step."""
+        for i in range(self.args.rounds):
+            name, job = self.begin("up", "run.toml", "--workers", 2, "--shards", 2)
+            save_every = 4 if self.args.quick else 16
+            while len(self.lines(name)) < save_every + 2:
+                time.sleep(0.005)
+            start = time.monotonic()
+            os.kill(self.child(job.pid, b"--shard\0001\0"), signal.SIGKILL)
+            # It goes back to the checkpoint: lines after it go, and come again.
+            while len(self.lines(name)) > save_every:
+                time.sleep(0.002)
+            while len(self.lines(name)) <= save_every:
+                time.sleep(0.002)
+            recovered = time.monotonic() - start
+            job.send_signal(signal.SIGINT)
+            job.wait()
+            before = len(self.lines(name))
+            start = time.monotonic()
+            again = subprocess.Popen(
+                self.command("up", "run.toml", "--workers", 2, "--shards", 2, "--set", f"run.dir={name}"),
+                cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            while len(self.lines(name)) <= before:
+                time.sleep(0.002)
+            restarted = time.monotonic() - start
+            again.send_signal(signal.SIGINT)
+            again.wait()
+            self.figures.setdefault("recovery_vs_restart", []).append(recovered / restarted)
+            self.say(f"round {i + 1}: a shard killed {recovered:.2f} s, the job begun anew {restarted:.2f} s")
+
+    def child(self, pid, marks):
+        """The process of a job whose command line holds `marks`."""
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            for child in file.read().split():
+                with open(f"/proc/{child}/cmdline", "rb") as command:
+                    if marks in command.read():
+                        return int(child)
+        raise RuntimeError(f"no process with {marks}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--program", required=True)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it works")
+    args = parser.parse_args()
+    failed = {}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        bench = Bench(args, folder)
+        bench.prepare()
+        for part in args.only.split(","):
+            try:
+                getattr(bench, part)()
+            except (RuntimeError, OSError, KeyError, ValueError) as error:
+                failed[part] = f"{type(error).__name__}: {error}"
+                bench.say(f"{part} failed: {failed[part]}")
+    rows = {}
+    for key, target in TARGETS.items():
+        if key not in bench.figures:
+            continue
+        value = statistics.median(bench.figures[key])
+        row = {"value": round(value, 4)}
+        if target:
+            sign, limit = target
+            row |= {"target": limit, "ok": value >= limit if sign == ">=" else value <= limit}
+            print(f"  {key:<30}{value:8.4f}   target {sign} {limit}   {'ok' if row['ok'] else 'missed'}")
+        else:
+            print(f"  {key:<30}{value:8.4f}")
+        rows[key] = row
+    if args.json:
+        print(json.dumps({"rounds": args.rounds, "quick": args.quick, "failed": failed, **rows}))
+    sys.exit(1 if failed else 0)
+
+
+main()

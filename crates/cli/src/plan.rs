@@ -1,0 +1,412 @@
+//! `anchorage plan`: what a job holds, moves and takes, before it runs.
+
+use std::path::{Path, PathBuf};
+
+use anchor::{Compute, TrainingShape};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use cluster_tree::ClusterTree;
+use corpus::{Corpus, Tokenizer};
+use memory_bank::BlockSpec;
+use memory_service::Dtype;
+use serde::{Deserialize, Serialize};
+use train::{LevelTraffic, Phase};
+
+use crate::ConfigArgs;
+use crate::config::Config;
+use crate::prepare::Prepared;
+use crate::training::block_spec;
+
+#[derive(Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// The site, such as cluster/h100.toml: speeds, sizes and prices of its machines.
+    #[arg(long)]
+    site: PathBuf,
+    /// Workers.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Shards.
+    #[arg(long, default_value_t = 1)]
+    shards: usize,
+    /// Count blocks in the batches of so many steps that the sampler makes of the prepared corpus, instead of
+    /// what the sizes of clusters let expect.
+    #[arg(long, value_name = "STEPS")]
+    simulate: Option<u64>,
+    /// Tokens of the run, instead of train.steps.
+    #[arg(long)]
+    tokens: Option<f64>,
+    /// End with one line of JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What machines can do.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Site {
+    worker: WorkerSite,
+    shard: ShardSite,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkerSite {
+    tflops: f64,
+    efficiency: f64,
+    device_gib: f64,
+    network_gb_s: f64,
+    dollars_per_hour: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ShardSite {
+    host_gib: f64,
+    network_gb_s: f64,
+    memory_gb_s: f64,
+    dollars_per_hour: f64,
+}
+
+impl Site {
+    fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+        let site: Self = toml::from_str(&text)
+            .with_context(|| format!("{}: expected a site's speeds, sizes and prices", path.display()))?;
+        let Self { worker, shard } = &site;
+        for (key, found) in [
+            ("worker.tflops", worker.tflops),
+            ("worker.efficiency", worker.efficiency),
+            ("worker.device_gib", worker.device_gib),
+            ("worker.network_gb_s", worker.network_gb_s),
+            ("shard.host_gib", shard.host_gib),
+            ("shard.network_gb_s", shard.network_gb_s),
+            ("shard.memory_gb_s", shard.memory_gb_s),
+        ] {
+            if !(found.is_finite() && found > 0.0) {
+                bail!("{}: {key}: expected a number above 0, found {found}", path.display());
+            }
+        }
+        Ok(site)
+    }
+}
+
+/// Bytes of a parameter with its two moments, in f32.
+const STATE_BYTES: f64 = 12.0;
+/// Bytes that an update moves for a parameter: weights, moments and gradient read, weights and moments written.
+const UPDATE_BYTES: f64 = 28.0;
+/// Sequences whose clusters are looked at for expectations.
+const LOOKED_AT: u64 = 200_000;
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Plan {
+    workers: usize,
+    shards: usize,
+    anchor_parameters: u64,
+    fetch_parameters: u64,
+    bank_parameters: u64,
+    levels: Vec<LevelPlan>,
+    /// Of a step, all workers together.
+    fetched_bytes: f64,
+    pushed_bytes: f64,
+    /// Fetched and pushed, one path for each sequence.
+    naive_bytes: f64,
+    /// What a worker sends to others: gradients of the anchor, and of blocks that several have.
+    exchanged_bytes_per_worker: f64,
+    worker_gib: f64,
+    shard_gib: f64,
+    tokens_per_step: f64,
+    /// Seconds of a step.
+    compute_s: f64,
+    exchange_s: f64,
+    worker_network_s: f64,
+    shard_network_s: f64,
+    shard_update_s: f64,
+    step_s: f64,
+    /// The longest of them.
+    bound_by: &'static str,
+    mfu: f64,
+    tokens_per_s: f64,
+    steps: f64,
+    hours: f64,
+    dollars: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct LevelPlan {
+    level: usize,
+    blocks: usize,
+    block_bytes: u64,
+    replicated: bool,
+    unique: f64,
+    by_worker: f64,
+}
+
+pub(crate) fn plan(args: &PlanArgs) -> Result<()> {
+    let config = Config::load(&args.config.config, &args.config.set)?;
+    let site = Site::load(&args.site)?;
+    for (flag, found) in [("--workers", args.workers), ("--shards", args.shards)] {
+        if found == 0 {
+            bail!("{flag}: expected at least 1, found 0");
+        }
+    }
+    let leaves = config.train.batch_size.div_ceil(config.train.micro_batch);
+    if leaves < args.workers {
+        bail!(
+            "train.micro_batch: expected at least {} micro-batches, one for each worker, found {leaves}",
+            args.workers
+        );
+    }
+    let prepared = Prepared::of(&config);
+    let has_memory = config.train.phase.has_memory();
+    let corpus = match corpus::stage_is_finished(&prepared.dir, "pack")? {
+        true => Some(Corpus::open(&prepared.dir)?),
+        false => None,
+    };
+    let spec = match (&corpus, has_memory) {
+        (Some(_), true) => Some(block_spec(&config, &ClusterTree::load(&prepared.tree())?)),
+        (None, true) => Some(BlockSpec {
+            kind: config.memory.kind,
+            n_layers: config.anchor.n_layers,
+            d_model: config.anchor.d_model,
+            width: config.memory.width.clone(),
+            branching: config.tree.branching.clone(),
+        }),
+        (_, false) => None,
+    };
+    let vocab_size = match (&corpus, &config.corpus.tokenizer) {
+        (Some(corpus), _) => corpus.vocab_size(),
+        (None, Some(path)) => Tokenizer::load(path)?.vocab_size(),
+        (None, None) => config.corpus.vocab_size,
+    };
+    let traffic = match &spec {
+        None => vec![],
+        Some(spec) => traffic(args, &config, spec, corpus.as_ref())?,
+    };
+    let plan = compute(args, &config, &site, (vocab_size, spec.as_ref(), &traffic));
+    print(&plan, &config, &site, corpus.is_some());
+    if args.json {
+        println!("{}", serde_json::to_string(&plan)?);
+    }
+    Ok(())
+}
+
+fn traffic(
+    args: &PlanArgs,
+    config: &Config,
+    spec: &BlockSpec,
+    corpus: Option<&Corpus>,
+) -> Result<Vec<LevelTraffic>> {
+    spec.validate()?;
+    match (args.simulate, corpus) {
+        (Some(0), _) => bail!("--simulate: expected at least 1 step, found 0"),
+        (Some(steps), Some(corpus)) => {
+            Ok(train::simulated(corpus, &config.train, spec, args.workers, 1..=steps)?)
+        }
+        (Some(_), None) => bail!(
+            "--simulate: expected a prepared corpus, found none in {}",
+            config.corpus.prepared.display()
+        ),
+        (None, Some(corpus)) => {
+            let shares = train::cluster_shares(corpus, &config.train, LOOKED_AT)?;
+            Ok(train::expected(&config.train, spec, &shares, args.workers))
+        }
+        (None, None) => Ok(train::expected(&config.train, spec, &train::even_shares(spec), args.workers)),
+    }
+}
+
+/// The formulas. Times of one step: products at the site's efficiency; gradients of the anchor by reduce-scatter
+/// and all-gather, 2 (W - 1) / W of their bytes; blocks over the slower of both sides' networks, and the
+/// shards' updates at their memory's speed. With staleness the way to the shards and back lies behind a step's
+/// products; without, it is added.
+fn compute(
+    args: &PlanArgs,
+    config: &Config,
+    site: &Site,
+    (vocab_size, spec, traffic): (usize, Option<&BlockSpec>, &[LevelTraffic]),
+) -> Plan {
+    let (workers, shards) = (args.workers as f64, args.shards as f64);
+    let train = &config.train;
+    let anchor = config.anchor.config(vocab_size);
+    let len = config.corpus.seq_len as usize;
+    let memory_width = spec.map_or(0, |spec| spec.width.iter().sum());
+    let push_bytes = if config.memory.push_dtype == Dtype::Bf16 { 2.0 } else { 4.0 };
+    let is_replicated = |level: usize| config.memory.replicated.contains(&level);
+    let levels: Vec<LevelPlan> = spec
+        .into_iter()
+        .flat_map(|spec| {
+            spec.levels().map(|level| LevelPlan {
+                level,
+                blocks: spec.n_blocks(level) + 1,
+                block_bytes: 4 * spec.block_len(level) as u64,
+                replicated: is_replicated(level),
+                unique: traffic[level].unique,
+                by_worker: traffic[level].by_worker,
+            })
+        })
+        .collect();
+    let sum = |of: &dyn Fn(&LevelPlan) -> f64| levels.iter().map(of).sum::<f64>();
+    let bytes = |level: &LevelPlan| level.block_bytes as f64;
+    let fetched_bytes = sum(&|level| if level.replicated { 0.0 } else { level.by_worker * bytes(level) });
+    let pushed_bytes = sum(&|level| level.unique * bytes(level) * push_bytes / 4.0);
+    let naive_bytes = sum(&|level| train.batch_size as f64 * bytes(level) * (1.0 + push_bytes / 4.0));
+    // Parts of blocks' gradients to the worker who adds them up, and sums of replicated levels to all.
+    let block_parts = sum(&|level| (level.by_worker - level.unique) * bytes(level)) / workers;
+    let copies = sum(&|level| match level.replicated {
+        true => level.unique * bytes(level) * (workers - 1.0) / workers,
+        false => 0.0,
+    });
+    let anchor_parameters = anchor.n_parameters() as u64;
+    let anchor_bytes = match train.phase.trains_anchor() {
+        true => 2.0 * (workers - 1.0) / workers * 4.0 * anchor_parameters as f64,
+        false => 0.0,
+    };
+    let exchanged = anchor_bytes + block_parts + copies;
+
+    let tokens_per_step = (train.batch_size * len) as f64;
+    let of_anchor = anchor.training_flops(len, 0) as f64;
+    let of_memory = anchor.training_flops(len, memory_width) as f64 - of_anchor;
+    // A frozen anchor has no gradients of its weights: two of three products remain.
+    let of_anchor = if train.phase == Phase::Frozen { of_anchor * 2.0 / 3.0 } else { of_anchor };
+    let flops = tokens_per_step * (of_anchor + of_memory);
+    let peak = workers * site.worker.tflops * 1e12;
+    let compute_s = flops / (peak * site.worker.efficiency);
+    let exchange_s = exchanged / (site.worker.network_gb_s * 1e9);
+    let moved = fetched_bytes + pushed_bytes;
+    let worker_network_s = moved / (workers * site.worker.network_gb_s * 1e9);
+    let shard_network_s = moved / (shards * site.shard.network_gb_s * 1e9);
+    let updated = sum(&|level| level.unique * bytes(level) / 4.0);
+    let shard_update_s = updated * UPDATE_BYTES / (shards * site.shard.memory_gb_s * 1e9);
+    let to_shards_s = worker_network_s.max(shard_network_s) + shard_update_s;
+    let step_s = match train.staleness {
+        0 => compute_s + exchange_s + to_shards_s,
+        _ => (compute_s + exchange_s).max(to_shards_s),
+    };
+    let times = [
+        ("compute", compute_s),
+        ("exchange between workers", exchange_s),
+        ("the workers' network to the shards", worker_network_s),
+        ("the shards' network", shard_network_s),
+        ("updates in the shards", shard_update_s),
+    ];
+    let bound_by = times.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("", |(name, _)| name);
+
+    let shape = TrainingShape {
+        micro_batch: train.micro_batch.min(train.batch_size),
+        len,
+        memory_width,
+        block_parameters: sum(&|level| level.by_worker / workers * bytes(level) / 4.0) as u64,
+    };
+    let held = anchor.training_bytes(
+        shape,
+        Compute { precision: train.precision, checkpoint: train.checkpoint_activations },
+    );
+    let copied = sum(&|level| match level.replicated {
+        true => level.blocks as f64 * bytes(level) / 4.0 * STATE_BYTES,
+        false => 0.0,
+    });
+    let bank_parameters = spec.map_or(0, BlockSpec::bank_len);
+    let steps = args.tokens.map_or(train.steps as f64, |tokens| (tokens / tokens_per_step).ceil());
+    let hours = steps * step_s / 3600.0;
+    let has_shards = if spec.is_some() { shards } else { 0.0 };
+    Plan {
+        workers: args.workers,
+        shards: args.shards,
+        anchor_parameters,
+        fetch_parameters: spec.map_or(0, |spec| spec.fetch_len() as u64),
+        bank_parameters: bank_parameters as u64,
+        levels,
+        fetched_bytes,
+        pushed_bytes,
+        naive_bytes,
+        exchanged_bytes_per_worker: exchanged,
+        worker_gib: (held.total() as f64 + copied) / GIB,
+        shard_gib: bank_parameters as f64 * STATE_BYTES / shards / GIB,
+        tokens_per_step,
+        compute_s,
+        exchange_s,
+        worker_network_s,
+        shard_network_s,
+        shard_update_s,
+        step_s,
+        bound_by,
+        mfu: flops / (peak * step_s),
+        tokens_per_s: tokens_per_step / step_s,
+        steps,
+        hours,
+        dollars: hours * (workers * site.worker.dollars_per_hour + has_shards * site.shard.dollars_per_hour),
+    }
+}
+
+fn print(plan: &Plan, config: &Config, site: &Site, is_prepared: bool) {
+    let gb = |bytes: f64| bytes / 1e9;
+    let Plan { workers, shards, .. } = *plan;
+    println!(
+        "model: anchor of {} parameters, {} fetched of a bank of {}",
+        plan.anchor_parameters, plan.fetch_parameters, plan.bank_parameters
+    );
+    let clusters =
+        if is_prepared { "as the prepared corpus has them" } else { "taken as even: no corpus is prepared" };
+    if !plan.levels.is_empty() {
+        println!("blocks of a step of {} sequences (clusters {clusters}):", config.train.batch_size);
+        println!("  level    blocks   MB each    unique  by worker  placement");
+    }
+    for level in &plan.levels {
+        println!(
+            "  {:>5}{:>10}{:>10.3}{:>10.1}{:>11.1}  {}",
+            level.level,
+            level.blocks,
+            level.block_bytes as f64 / 1e6,
+            level.unique,
+            level.by_worker,
+            if level.replicated { "replicated" } else { "sharded" }
+        );
+    }
+    if plan.naive_bytes > 0.0 {
+        println!(
+            "moved in a step: {:.3} GB fetched, {:.3} GB pushed, {:.4} of one path for each sequence; \
+             {:.3} GB from each worker to others",
+            gb(plan.fetched_bytes),
+            gb(plan.pushed_bytes),
+            (plan.fetched_bytes + plan.pushed_bytes) / plan.naive_bytes,
+            gb(plan.exchanged_bytes_per_worker)
+        );
+    }
+    let fits = |found: f64, room: f64| if found <= room { "fits" } else { "does not fit" };
+    println!(
+        "held: {:.1} GiB by each of {workers} workers ({} {} GiB)",
+        plan.worker_gib,
+        fits(plan.worker_gib, site.worker.device_gib),
+        site.worker.device_gib
+    );
+    if plan.bank_parameters > 0 {
+        println!(
+            "      {:.1} GiB by each of {shards} shards once all blocks are updated ({} {} GiB)",
+            plan.shard_gib,
+            fits(plan.shard_gib, site.shard.host_gib),
+            site.shard.host_gib
+        );
+    }
+    println!(
+        "step: {:.3} s: compute {:.3}, between workers {:.3}, to shards {:.3} (theirs {:.3}), updates {:.3}; \
+         bound by {}",
+        plan.step_s,
+        plan.compute_s,
+        plan.exchange_s,
+        plan.worker_network_s,
+        plan.shard_network_s,
+        plan.shard_update_s,
+        plan.bound_by
+    );
+    println!("speed: {:.0} tokens/s, MFU {:.3}", plan.tokens_per_s, plan.mfu);
+    println!(
+        "run: {:.0} steps, {:.3e} tokens, {:.1} hours, {:.0} dollars",
+        plan.steps,
+        plan.steps * plan.tokens_per_step,
+        plan.hours,
+        plan.dollars
+    );
+}
