@@ -81,6 +81,17 @@ fn a_job_of_any_shape_is_the_run_of_one_process() {
         work.ok(&[up("2", workers, &set), vec!["--set", &levels], MICRO.to_vec()].concat());
         assert_same(&work, &dir, true);
     }
+    // The same gradients reach copies and shards, also rounded on their way.
+    let rounded = ["--set", "memory.push_dtype=bf16"];
+    work.ok(&[up("2", "2", "run.dir=sharded"), rounded.to_vec(), MICRO.to_vec()].concat());
+    let copies = ["--set", "memory.replicated=[0, 1]"];
+    work.ok(&[up("2", "2", "run.dir=copies"), rounded.to_vec(), copies.to_vec(), MICRO.to_vec()].concat());
+    assert!(metrics(&work.path("sharded")) == metrics(&work.path("copies")));
+    let (out, _) = work.ok(&["bank", "diff", "sharded/bank/bank", "copies/bank/bank"]);
+    assert!(out.lines().skip(2).all(|line| line.split_whitespace().nth(4) == Some("0")), "{out}");
+    // A run that is at its end is so for all workers.
+    work.ok(&[up("2", "2", "run.dir=copies"), rounded.to_vec(), copies.to_vec(), MICRO.to_vec()].concat());
+    work.ok(&[up("0", "3", "run.dir=run-0-3"), MICRO.to_vec()].concat());
     work.fails(&["up", "run.toml", "--workers", "0"], &["--workers: expected at least 1, found 0"]);
     let many = [up("0", "5", "run.dir=many"), MICRO.to_vec()].concat();
     work.fails(
@@ -165,8 +176,10 @@ fn the_papers_configurations_are_planned() {
             assert!((found / bank as f64 - 1.0).abs() < 1e-3, "{name}: {found}");
             let share = (plan["fetched_bytes"].as_f64().unwrap() + plan["pushed_bytes"].as_f64().unwrap())
                 / plan["naive_bytes"].as_f64().unwrap();
-            // Level 1 is replicated: a step moves a tenth of one path for each sequence, or less.
-            assert!(share <= 0.1, "{name} on {workers}: {share}");
+            // The coarse levels are replicated (of the largest only the first: two are 116 GB with their
+            // moments): a step moves a tenth of one path for each sequence, or less.
+            let most = if (name, workers) == ("1.4b", "512") { 0.15 } else { 0.1 };
+            assert!(share <= most, "{name} on {workers}: {share}");
             let step_s = plan["step_s"].as_f64().unwrap();
             assert!(step_s < before, "{name} on {workers}: {step_s} s, {before} s on fewer");
             before = step_s;

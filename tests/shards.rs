@@ -97,7 +97,10 @@ fn a_run_on_shards_is_that_of_one_process() {
     work.ok(&train("run.dir=again", &text));
     assert_same(&work, "again", "store/bank");
     // The bank is at step 12; a run that begins needs one at its beginning.
-    let message = "shard 0 of memory.shards: expected step 0 for a run that begins, found step 12";
+    let message =
+        "shard 0 of memory.shards: expected step 0 and nothing pushed, for a run that begins, found step 12";
+    work.fails(&train("run.dir=third", &text), &[message]);
+    // Nor is it its own the second time: the other run's checkpoints stay.
     work.fails(&train("run.dir=third", &text), &[message]);
     let (verified, _) = work.ok(&["bank", "verify", "store/bank/00000012"]);
     assert!(verified.contains("whole at step 12"), "{verified}");

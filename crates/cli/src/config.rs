@@ -109,6 +109,12 @@ impl Config {
         if let Some(level) = self.memory.replicated.iter().find(|&&level| level >= levels) {
             bail!("memory.replicated: expected levels below {levels}, found {level}");
         }
+        let memory = &self.memory;
+        if !memory.replicated.is_empty() && !memory.shards.is_empty() && self.shard.store.is_none() {
+            bail!(
+                "shard.store.url: expected where the shards save, for the levels of memory.replicated, found nothing"
+            );
+        }
         if self.anchor.max_seq_len < self.corpus.seq_len as usize {
             bail!(
                 "anchor.max_seq_len: expected at least corpus.seq_len ({}), found {}",

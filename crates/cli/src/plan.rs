@@ -117,6 +117,8 @@ struct Plan {
     /// What a worker sends to others: gradients of the anchor, and of blocks that several have.
     exchanged_bytes_per_worker: f64,
     worker_gib: f64,
+    /// Of replicated levels, in the memory of a worker's host.
+    copies_gib: f64,
     shard_gib: f64,
     tokens_per_step: f64,
     /// Seconds of a step.
@@ -323,7 +325,8 @@ fn compute(
         pushed_bytes,
         naive_bytes,
         exchanged_bytes_per_worker: exchanged,
-        worker_gib: (held.total() as f64 + copied) / GIB,
+        worker_gib: held.total() as f64 / GIB,
+        copies_gib: copied / GIB,
         shard_gib: bank_parameters as f64 * STATE_BYTES / shards / GIB,
         tokens_per_step,
         compute_s,
@@ -377,10 +380,11 @@ fn print(plan: &Plan, config: &Config, site: &Site, is_prepared: bool) {
     }
     let fits = |found: f64, room: f64| if found <= room { "fits" } else { "does not fit" };
     println!(
-        "held: {:.1} GiB by each of {workers} workers ({} {} GiB)",
+        "held: {:.1} GiB by each of {workers} workers ({} {} GiB), {:.1} GiB of copies in its host's memory",
         plan.worker_gib,
         fits(plan.worker_gib, site.worker.device_gib),
-        site.worker.device_gib
+        site.worker.device_gib,
+        plan.copies_gib
     );
     if plan.bank_parameters > 0 {
         println!(

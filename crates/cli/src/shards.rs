@@ -14,7 +14,7 @@ use memory_bank::{
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
-use memory_service::{Identity, RemoteBank, RemoteOptions, RemoteStats};
+use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, RemoteStats};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
 
 use crate::config::{Config, environment};
@@ -177,6 +177,7 @@ pub(crate) fn train_on_shards(
     let options = worker_options(config, identity, world_size)?;
     Blocking::open(async {
         let remote = RemoteBank::connect(options).await?;
+        let rounds = config.memory.push_dtype == Dtype::Bf16;
         if config.memory.replicated.is_empty() {
             return Ok(Bank::Remote(remote));
         }
@@ -184,7 +185,7 @@ pub(crate) fn train_on_shards(
             (0..spec.n_levels()).map(|level| config.memory.replicated.contains(&level)).collect();
         let copy =
             copy_of(config, memory_bank::Identity { spec, seed: config.memory.seed, hashes }, &levels, step);
-        Ok(Bank::Replicated(Replicated::new(remote, copy.await?, levels, (rank, world_size))?))
+        Ok(Bank::Replicated(Replicated::new(remote, copy.await?, (levels, rounds), (rank, world_size))?))
     })
 }
 
@@ -199,7 +200,7 @@ async fn copy_of(
         seed: identity.seed,
         adamw: config.train.memory_adamw(),
         world_size: 1,
-        staleness: 0,
+        staleness: config.train.staleness,
         placement: Placement::WHOLE,
     };
     if step == Step(0) {
@@ -235,15 +236,17 @@ pub(crate) fn bring_to(
     let options = worker_options(config, identity, world_size)?;
     tokio::runtime::Runtime::new()?.block_on(async {
         let remote = RemoteBank::connect(options).await?;
-        let applied = remote.applied().await?;
-        if !begins {
-            // Pushes of the next step that they have already are the same as those to come.
-            if applied.iter().any(|&applied| applied != step) {
-                remote.restore(Some(step)).await?;
-            }
-        } else if let Some((shard, found)) = applied.iter().enumerate().find(|&(_, &applied)| applied != step) {
-            bail!("shard {shard} of memory.shards: expected step {step} for a run that begins, found step {found}");
-        } else {
+        let is_there = remote.is_after(step).await?;
+        if begins && !is_there {
+            let applied = remote.applied().await?;
+            let (shard, found) = applied.into_iter().enumerate().find(|&(_, found)| found != step).unwrap_or((0, step));
+            bail!(
+                "shard {shard} of memory.shards: expected step {step} and nothing pushed, for a run that begins, found step {found}"
+            );
+        }
+        if !is_there {
+            remote.restore(Some(step)).await?;
+        } else if step == Step(0) {
             // What the run goes back to when a shard is lost before the first checkpoint.
             remote.save(step).await?;
         }

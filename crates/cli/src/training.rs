@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use anchor::Anchor;
 use anyhow::{Context, Result, bail};
-use bytes::Bytes;
 use candle_core::{DType, Device};
 use cluster_tree::ClusterTree;
 use collective::{Call, Mesh, TcpOptions};
@@ -18,6 +17,8 @@ use corpus::{Corpus, Fingerprint, Tokenizer};
 use launch::Ranks;
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
 use memory_service::{Identity, RemoteStats};
+use serde::{Deserialize, Serialize};
+use signal_hook::SigId;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use train::{Checkpoints, Ended, Parts, StepMetrics, Trainer, Workers};
 
@@ -36,6 +37,7 @@ const EMBEDDER: &str = "embedder.safetensors";
 /// Trains the run of `config`, as one of its workers, from its newest checkpoint if it has one. When another
 /// worker or a shard fails it goes back to that, as all others do, and waits for who takes the place.
 pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
+    let stop = Stop::when_told()?;
     let prepared = match ranks.rank {
         0 => prepare(config)?,
         // Joining, they wait for the first.
@@ -50,17 +52,14 @@ pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
         },
         _ => None,
     };
-    let stop = told_to_stop()?;
-    let begins = !dir.join("config.toml").exists();
     let (mut failures, mut newest) = (0, None);
     loop {
-        let error = match attempt(config, &prepared, ranks, (&stop, begins && failures == 0)) {
+        let error = match attempt(config, &prepared, ranks, &stop.flag) {
+            // What was saved before is what the next start goes on from.
+            Err(_) if stop.is_set() => return Ok(Ended::Stopped),
             Err(error) if is_transient(&error) => error,
             ended => return ended,
         };
-        if stop.load(Ordering::Relaxed) {
-            return Ok(Ended::Stopped);
-        }
         let checkpoint = Checkpoints::of(dir).latest()?;
         if std::mem::replace(&mut newest, checkpoint) != checkpoint {
             failures = 0;
@@ -73,15 +72,36 @@ pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
     }
 }
 
-/// Set when the process is told to save and stop; told twice to interrupt, it ends at once.
-pub(crate) fn told_to_stop() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::<AtomicBool>::default();
-    // In this order: the first interruption does not meet the flag yet.
-    signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&stop))?;
-    for signal in [SIGINT, SIGTERM, SIGUSR1] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+/// Set when the process is told to save and stop; told twice to interrupt, it ends at once. Dropped, signals do
+/// again what they did before.
+pub(crate) struct Stop {
+    pub(crate) flag: Arc<AtomicBool>,
+    handlers: Vec<SigId>,
+}
+
+impl Stop {
+    pub(crate) fn when_told() -> Result<Self> {
+        let flag = Arc::<AtomicBool>::default();
+        // In this order: the first interruption does not meet the flag yet.
+        let mut handlers =
+            vec![signal_hook::flag::register_conditional_shutdown(SIGINT, 130, Arc::clone(&flag))?];
+        for signal in [SIGINT, SIGTERM, SIGUSR1] {
+            handlers.push(signal_hook::flag::register(signal, Arc::clone(&flag))?);
+        }
+        Ok(Self { flag, handlers })
     }
-    Ok(stop)
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        for handler in self.handlers.drain(..) {
+            signal_hook::low_level::unregister(handler);
+        }
+    }
 }
 
 /// Whether the same may succeed from the last checkpoint, once another process is there again.
@@ -94,12 +114,7 @@ fn is_transient(error: &anyhow::Error) -> bool {
 }
 
 /// Trains with all others until the end, or until something fails.
-fn attempt(
-    config: &Config,
-    prepared: &Prepared,
-    ranks: &Ranks,
-    (stop, begins): (&Arc<AtomicBool>, bool),
-) -> Result<Ended> {
+fn attempt(config: &Config, prepared: &Prepared, ranks: &Ranks, stop: &Arc<AtomicBool>) -> Result<Ended> {
     let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
     let CollectiveSection { join_s, patience_s, .. } = config.collective;
     let mut mesh = collective::join(&TcpOptions {
@@ -108,9 +123,10 @@ fn attempt(
         master: master.clone(),
         job: format!("{job} {}", config.run.dir.display()),
         join: Duration::from_secs(join_s),
+        stop: Arc::clone(stop),
         patience: Duration::from_secs(patience_s),
     })?;
-    let (parts, sizes) = match assemble(config, prepared, ranks, (&mut mesh, begins)) {
+    let (parts, sizes) = match assemble(config, prepared, ranks, &mut mesh) {
         Ok(assembled) => assembled,
         Err(error) => {
             mesh.give_up(&format!("{error:#}"), !is_transient(&error));
@@ -126,7 +142,17 @@ fn attempt(
         Some(step) => Trainer::resume(parts, step)?,
         None => Trainer::new(parts, tokens_before)?,
     };
-    run(config, trainer, &sizes, rank)
+    run(config, trainer, &sizes, (rank, world_size))
+}
+
+/// What workers tell each other first.
+#[derive(Serialize, Deserialize)]
+struct Begin {
+    /// The checkpoint that all go on from, as the first one says.
+    resumed: Option<u64>,
+    version: String,
+    /// All that decides what is trained.
+    keys: BTreeMap<String, String>,
 }
 
 /// What a worker trains with.
@@ -146,25 +172,34 @@ fn assemble(
     config: &Config,
     prepared: &Prepared,
     ranks: &Ranks,
-    (mesh, begins): (&mut Mesh, bool),
+    mesh: &mut Mesh,
 ) -> Result<(Assembled, String)> {
     let dir = &config.run.dir;
     let checkpoints = Checkpoints::of(dir);
     let has_memory = config.train.phase.has_memory();
     let on_shards = has_memory && !config.memory.shards.is_empty();
-    let mut told = Bytes::new();
+    let mut led = None;
     if ranks.rank == 0 {
         let resumed = checkpoints.latest()?;
         begin(config, prepared, resumed)?;
         if on_shards {
+            let begins = !dir.join("config.toml").exists();
             let goal = (Step(resumed.unwrap_or(0)), begins);
             shards::bring_to(config, bank_identity(config)?, ranks.world_size, goal)?;
         }
-        told = serde_json::to_vec(&resumed)?.into();
+        write_config(config)?;
+        led = resumed;
     }
-    let told = mesh.all_gather(&Call::new("begin", 0), told)?;
-    let resumed: Option<u64> =
-        serde_json::from_slice(&told[0]).context("what rank 0 says of its checkpoint")?;
+    let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
+    let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
+    let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
+    if (&first.version, &first.keys) != (&mine.version, &mine.keys) {
+        let key = first.keys.iter().find(|(key, value)| mine.keys.get(*key) != Some(value));
+        let (key, value) = key.map_or(("version", first.version.as_str()), |(key, value)| (key, value));
+        let found = mine.keys.get(key).map_or(mine.version.as_str(), String::as_str);
+        bail!("{key} is {found} for rank {} and {value} for rank 0: expected one configuration", ranks.rank);
+    }
+    let resumed = first.resumed;
     let (tree, tokenizer) = belongings(config)?;
     let corpus = Arc::new(Corpus::open(&prepared.dir)?);
     corpus.check_tokenizer(&tokenizer)?;
@@ -218,6 +253,7 @@ fn own_bank(
         seed: config.memory.seed,
         adamw: config.train.memory_adamw(),
         world_size: 1,
+        staleness: config.train.staleness,
         checkpoint_root: checkpoints.root().into(),
         hashes: hashes(tree, tokenizer),
     };
@@ -229,9 +265,14 @@ fn own_bank(
 }
 
 /// Trains to the last step, the first worker under a progress bar; `sizes` is told with the last line.
-fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str, rank: usize) -> Result<Ended> {
+fn run(
+    config: &Config,
+    mut trainer: Trainer<Bank>,
+    sizes: &str,
+    (rank, world_size): (usize, usize),
+) -> Result<Ended> {
     let ended = match rank {
-        0 => lead(config, &mut trainer, sizes)?,
+        0 => lead(config, &mut trainer, sizes, world_size == 1)?,
         _ => trainer.run(&mut |_| ())?,
     };
     if let Some(stats) = trainer.memory().and_then(|bank| bank.store().remote_stats()) {
@@ -244,12 +285,16 @@ fn run(config: &Config, mut trainer: Trainer<Bank>, sizes: &str, rank: usize) ->
 }
 
 /// Trains as the first worker.
-fn lead(config: &Config, trainer: &mut Trainer<Bank>, sizes: &str) -> Result<Ended> {
+fn lead(config: &Config, trainer: &mut Trainer<Bank>, sizes: &str, is_alone: bool) -> Result<Ended> {
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let begin = trainer.state();
     if begin.step >= config.train.steps {
         eprintln!("{name:>18}: trained already ({} steps)", config.train.steps);
-        return Ok(Ended::Done);
+        // The other workers wait for this one at the end.
+        return match is_alone {
+            true => Ok(Ended::Done),
+            false => Ok(trainer.run(&mut |_| ())?),
+        };
     }
     let mut progress = Progress::new(&name, config.train.steps);
     let mut last = StepMetrics::default();
@@ -295,35 +340,18 @@ fn begin(config: &Config, prepared: &Prepared, resumed: Option<u64>) -> Result<(
             }
         }
     }
+    Ok(())
+}
+
+/// Writes the configuration that a run is of: from then on it is one.
+fn write_config(config: &Config) -> Result<()> {
     let mut resolved = config.clone();
     resolved.run.version = Some(env!("CARGO_PKG_VERSION").into());
-    write_whole(&path, resolved.to_toml()?.as_bytes())
+    write_whole(&config.run.dir.join("config.toml"), resolved.to_toml()?.as_bytes())
 }
 
 /// A run goes on only with the configuration it began with; what is only reported may change.
 fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
-    let decisive = |config: &Config| -> Result<BTreeMap<String, String>> {
-        let table: toml::Table = toml::from_str(&config.to_toml()?)?;
-        let mut keys = BTreeMap::new();
-        for section in ["corpus", "embed", "tree", "anchor", "memory", "train"] {
-            for (key, value) in table.get(section).and_then(toml::Value::as_table).into_iter().flatten() {
-                let reported = ["log_every", "save_every", "keep", "validate_every", "validate_sequences"];
-                let reported = section == "train" && reported.contains(&key.as_str());
-                // How a store or the shards are reached decides nothing: the fingerprint and the bank's
-                // identity hold what comes from there.
-                let reached = match section {
-                    "corpus" => key == "store",
-                    "memory" => ["shards", "replicated", "bulk", "tls", "token_file", "placement"]
-                        .contains(&key.as_str()),
-                    _ => false,
-                };
-                if !reported && !reached {
-                    keys.insert(format!("{section}.{key}"), value.to_string());
-                }
-            }
-        }
-        Ok(keys)
-    };
     let (before, now) = (decisive(before)?, decisive(now)?);
     for key in before.keys().chain(now.keys()) {
         if before.get(key) != now.get(key) {
@@ -337,6 +365,31 @@ fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The keys that decide what is trained, with their values.
+fn decisive(config: &Config) -> Result<BTreeMap<String, String>> {
+    let table: toml::Table = toml::from_str(&config.to_toml()?)?;
+    let mut keys = BTreeMap::new();
+    for section in ["corpus", "embed", "tree", "anchor", "memory", "train"] {
+        for (key, value) in table.get(section).and_then(toml::Value::as_table).into_iter().flatten() {
+            let reported = ["log_every", "save_every", "keep", "validate_every", "validate_sequences"];
+            let reported = section == "train" && reported.contains(&key.as_str());
+            // How a store or the shards are reached decides nothing: the fingerprint and the bank's
+            // identity hold what comes from there.
+            let reached = match section {
+                "corpus" => key == "store",
+                "memory" => {
+                    ["shards", "replicated", "bulk", "tls", "token_file", "placement"].contains(&key.as_str())
+                }
+                _ => false,
+            };
+            if !reported && !reached {
+                keys.insert(format!("{section}.{key}"), value.to_string());
+            }
+        }
+    }
+    Ok(keys)
 }
 
 /// The anchor of `anchor.init` or a new one, and the tokens it was trained on.

@@ -5,7 +5,6 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -18,7 +17,7 @@ use crate::ConfigArgs;
 use crate::config::Config;
 use crate::prepare::prepare;
 use crate::progress::Progress;
-use crate::training::told_to_stop;
+use crate::training::Stop;
 
 #[derive(Args)]
 pub(crate) struct UpArgs {
@@ -49,8 +48,8 @@ pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
     if *shards > 0 && !config.train.phase.has_memory() {
         bail!("--shards: expected none (train.phase = \"anchor\" has no memory), found {shards}");
     }
+    let stop = Stop::when_told()?;
     prepare(&config)?;
-    let stop = told_to_stop()?;
     let logs = config.run.dir.join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("{}", logs.display()))?;
     let mut job = Job {
@@ -120,12 +119,7 @@ impl Job<'_> {
 
     /// Starts a shard on a port that is free now and is its own from then on; returns its address once it
     /// serves.
-    fn start_shard(
-        &mut self,
-        shard: usize,
-        (of, workers): (usize, usize),
-        stop: &AtomicBool,
-    ) -> Result<String> {
+    fn start_shard(&mut self, shard: usize, (of, workers): (usize, usize), stop: &Stop) -> Result<String> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let text = |n: usize| n.to_string();
         let more = ["--shard", &text(shard), "--of", &text(of), "--workers", &text(workers)]
@@ -139,7 +133,7 @@ impl Job<'_> {
         self.start(name.clone(), self.args("shard", &more), vec![])?;
         let deadline = Instant::now() + START;
         loop {
-            if stop.load(Ordering::Relaxed) {
+            if stop.is_set() {
                 bail!("stopped before {name} served");
             }
             if let Some(line) = lines(&log, begin)?.into_iter().find(|line| line.contains("\"serving\"")) {
@@ -195,14 +189,14 @@ fn free_port() -> Result<u16> {
 }
 
 /// Shows how far the job is until it is over.
-fn watch(config: &Config, job: &mut Job, stop: &AtomicBool) -> Result<Ended> {
+fn watch(config: &Config, job: &mut Job, stop: &Stop) -> Result<Ended> {
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let checkpoints = Checkpoints::of(&config.run.dir);
     let mut progress = Progress::new(&name, config.train.steps);
     let mut metrics = Tail::new(config.run.dir.join("metrics.jsonl"));
     let (mut newest, mut is_told, mut last) = (checkpoints.latest()?, false, StepMetrics::default());
     loop {
-        if stop.load(Ordering::Relaxed) && !std::mem::replace(&mut is_told, true) {
+        if stop.is_set() && !std::mem::replace(&mut is_told, true) {
             job.processes.tell_to_stop(true);
         }
         match job.processes.look()? {

@@ -25,6 +25,8 @@ pub enum Error {
         address: String,
         /// What was expected and what came.
         reason: String,
+        /// Whether it is another worker that was not there any more.
+        is_transient: bool,
     },
     /// A worker from which nothing has come for too long.
     #[error("rank {rank} is late: rank {waiting} has waited {seconds} s for it in {call}")]
@@ -92,7 +94,8 @@ impl Error {
         match self {
             Self::Late { .. } | Self::Gone { .. } => true,
             Self::GaveUp { is_final, .. } => !is_final,
-            Self::Setting { .. } | Self::Join { .. } | Self::OutOfStep { .. } | Self::Length { .. } => false,
+            Self::Join { is_transient, .. } => *is_transient,
+            Self::Setting { .. } | Self::OutOfStep { .. } | Self::Length { .. } => false,
         }
     }
 }

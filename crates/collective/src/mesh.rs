@@ -37,6 +37,8 @@ impl fmt::Display for Call {
 pub(crate) enum Frame {
     /// A message of a call.
     Message(Call, Bytes),
+    /// Nothing, by one that is at work.
+    Alive,
     /// The last one: why nothing more comes.
     GiveUp { reason: String, is_final: bool },
 }
@@ -80,6 +82,9 @@ impl Link {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             match self.arriving.recv_timeout(left) {
+                Ok(Ok(Frame::Alive)) => {
+                    self.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+                }
                 Ok(frame) => return frame,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(ended()),
@@ -91,6 +96,7 @@ impl Link {
     fn is_over(&mut self) -> bool {
         loop {
             match self.arriving.try_recv() {
+                Ok(Ok(Frame::Alive)) => {}
                 Ok(frame) => self.early.push_back(frame),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
@@ -124,11 +130,13 @@ pub struct Mesh {
     links: Vec<Option<Link>>,
     patience: Duration,
     is_over: bool,
+    /// When the others last heard that this one is at work.
+    told: Instant,
 }
 
 impl Mesh {
     pub(crate) fn new(rank: usize, links: Vec<Option<Link>>, patience: Duration) -> Self {
-        Self { rank, links, patience, is_over: false }
+        Self { rank, links, patience, is_over: false, told: Instant::now() }
     }
 
     /// Of a job of one worker.
@@ -190,11 +198,15 @@ impl Mesh {
     }
 
     /// Fails when another worker has given up or is gone, without waiting: for who waits for something else,
-    /// which may never come then.
+    /// which may never come then. The others learn that this one is at work, and do not call it late.
     ///
     /// # Errors
     /// As [`Mesh::exchange`].
     pub fn check(&mut self, call: &Call) -> Result<()> {
+        if self.told.elapsed() > self.patience / 4 {
+            self.told = Instant::now();
+            self.links.iter_mut().flatten().for_each(|link| link.out.send(Frame::Alive));
+        }
         for rank in 0..self.links.len() {
             if self.links[rank].as_mut().is_some_and(Link::is_over)
                 && let Err(error) = self.receive(rank, call)
@@ -222,6 +234,8 @@ impl Mesh {
         match link.receive(self.patience) {
             Ok(Frame::Message(found, message)) if found == call => Ok(Some(message)),
             Ok(Frame::Message(found, _)) => Err(Error::OutOfStep { rank, waiting, expected: call, found }),
+            // A link keeps these to itself.
+            Ok(Frame::Alive) => self.receive(rank, &call),
             Ok(Frame::GiveUp { reason, is_final }) => Err(Error::GaveUp { rank, reason, is_final }),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Err(Error::Late { rank, waiting, seconds: self.patience.as_secs(), call })

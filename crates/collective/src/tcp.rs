@@ -4,11 +4,12 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::mesh::{Frame, Link, Sending};
@@ -23,22 +24,28 @@ pub struct TcpOptions {
     pub world_size: usize,
     /// `host:port` where rank 0 listens.
     pub master: String,
-    /// What the job is, and which attempt: a worker of another one, perhaps left over, is refused.
+    /// What the job is: a worker of another one, perhaps left over, is refused.
     pub job: String,
     /// How long to wait for the others to come.
     pub join: Duration,
+    /// Set by who wants to wait no longer.
+    pub stop: Arc<AtomicBool>,
     /// After how long without a byte a worker that is waited for is late.
     pub patience: Duration,
 }
 
 /// Between two tries to connect, or two looks for who does.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long one who has connected may take to say who it is.
+const GREETING: Duration = Duration::from_secs(5);
+/// How long workers that all have come may take to connect to each other.
+const CONNECTING: Duration = Duration::from_secs(30);
 /// Longest greeting.
 const MAX_GREETING: usize = 1 << 20;
 /// Frames that may wait to be sent.
 const QUEUE: usize = 8;
-/// A message may be as long as this; sums are made in pieces that are far shorter.
-const MAX_MESSAGE: u64 = 1 << 32;
+/// A message may be as long as this: what is longer is no message.
+const MAX_MESSAGE: u64 = 1 << 40;
 
 /// What a worker says first, to rank 0 and to every other.
 #[derive(Serialize, Deserialize)]
@@ -57,6 +64,8 @@ enum Answer {
     Peers(Vec<SocketAddr>),
     /// What is wrong with it.
     No(String),
+    /// Another of its rank is here, and has not been seen to end.
+    Later(String),
 }
 
 /// Joins a job: returns once all its workers are connected.
@@ -72,16 +81,40 @@ pub fn join(options: &TcpOptions) -> Result<Mesh> {
     if world_size == 1 {
         return Ok(Mesh::alone());
     }
-    let failed = |reason: String| Error::Join { rank, address: options.master.clone(), reason };
+    let failed = |Failed { reason, is_transient }: Failed| {
+        let address = options.master.clone();
+        Error::Join { rank, address, reason, is_transient }
+    };
     let joining = Joining { options, deadline: Instant::now() + options.join };
     let streams = if rank == 0 { joining.lead() } else { joining.follow() }.map_err(failed)?;
     let link = |stream: Option<TcpStream>| stream.map(|stream| link(stream, options.patience)).transpose();
     let links = streams.into_iter().map(link).collect::<io::Result<_>>();
-    Ok(Mesh::new(rank, links.map_err(|error| failed(error.to_string()))?, options.patience))
+    Ok(Mesh::new(rank, links.map_err(|error| failed(error.to_string().into()))?, options.patience))
+}
+
+/// Why a worker does not join, and whether it may when it tries again.
+struct Failed {
+    reason: String,
+    is_transient: bool,
+}
+
+impl Failed {
+    fn for_now(reason: String) -> Self {
+        Self { reason, is_transient: true }
+    }
+}
+
+impl From<String> for Failed {
+    fn from(reason: String) -> Self {
+        Self { reason, is_transient: false }
+    }
 }
 
 /// Connections by rank; `None` for one's own.
 type Streams = Vec<Option<TcpStream>>;
+
+/// What a worker has once rank 0 knows it, or why that may still come.
+type Introduced = std::result::Result<(TcpStream, TcpListener, Vec<SocketAddr>), String>;
 
 struct Joining<'a> {
     options: &'a TcpOptions,
@@ -90,7 +123,7 @@ struct Joining<'a> {
 
 impl Joining<'_> {
     /// Rank 0 waits for all others, and tells each where the rest are.
-    fn lead(&self) -> std::result::Result<Streams, String> {
+    fn lead(&self) -> std::result::Result<Streams, Failed> {
         let listener = self.listen()?;
         let mut streams: Streams = (0..self.options.world_size).map(|_| None).collect();
         let mut addresses = vec![None; self.options.world_size];
@@ -102,10 +135,19 @@ impl Joining<'_> {
         Ok(streams)
     }
 
+    /// The port that the others are told, on every address of this machine unless they are all on it.
+    fn bind_address(&self) -> String {
+        let master = &self.options.master;
+        let (host, port) = master.rsplit_once(':').unwrap_or((master, ""));
+        let is_here = host == "localhost"
+            || host.trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        if is_here { master.clone() } else { format!("0.0.0.0:{port}") }
+    }
+
     /// Where the others come to; whoever had the port before may need a moment to let go of it.
     fn listen(&self) -> std::result::Result<TcpListener, String> {
         loop {
-            match TcpListener::bind(&self.options.master) {
+            match TcpListener::bind(self.bind_address()) {
                 Ok(listener) => return Ok(listener),
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     self.left().map_err(|waited| format!("{waited}: {error}"))?;
@@ -116,28 +158,48 @@ impl Joining<'_> {
         }
     }
 
-    fn follow(&self) -> std::result::Result<Streams, String> {
+    fn follow(&self) -> std::result::Result<Streams, Failed> {
         let TcpOptions { rank, world_size, master, .. } = self.options;
+        let (first, listener, peers) = loop {
+            match self.introduce(master)? {
+                Ok(introduced) => break introduced,
+                Err(reason) => {
+                    self.left().map_err(|waited| format!("{waited}: {reason}"))?;
+                    std::thread::park_timeout(PAUSE);
+                }
+            }
+        };
+        first.set_read_timeout(None).map_err(|error| error.to_string())?;
+        let mut streams: Streams = (0..*world_size).map(|_| None).collect();
+        streams[0] = Some(first);
+        // All have come. One that is gone since is missed by rank 0 too, which begins anew.
+        let connecting =
+            Joining { options: self.options, deadline: self.deadline.min(Instant::now() + CONNECTING) };
+        for (low, peer) in (1..*rank).zip(&peers) {
+            let mut stream = connecting.connect(peer).map_err(Failed::for_now)?;
+            write_greeting(&mut stream, &self.hello(0)).map_err(Failed::for_now)?;
+            streams[low] = Some(stream);
+        }
+        connecting.accept(&listener, &mut streams, rank + 1.., |_, _| ()).map_err(Failed::for_now)?;
+        Ok(streams)
+    }
+
+    /// Tells rank 0 who this is, and learns where the others are: the connection, where this one listens, and
+    /// theirs. The inner error is one that may pass.
+    fn introduce(&self, master: &String) -> std::result::Result<Introduced, String> {
         let mut first = self.connect(master)?;
         let ip: IpAddr = first.local_addr().map_err(|error| error.to_string())?.ip();
         let listener = TcpListener::bind((ip, 0)).map_err(|error| error.to_string())?;
         let port = listener.local_addr().map_err(|error| error.to_string())?.port();
         write_greeting(&mut first, &self.hello(port))?;
         first.set_read_timeout(Some(self.left()?)).map_err(|error| error.to_string())?;
-        let peers = match read_greeting::<Answer>(&mut first) {
-            Ok(Answer::Peers(peers)) => peers,
-            Ok(Answer::No(reason)) => return Err(reason),
-            Err(error) => return Err(format!("no answer from rank 0: {error}")),
-        };
-        let mut streams: Streams = (0..*world_size).map(|_| None).collect();
-        streams[0] = Some(first);
-        for (low, peer) in (1..*rank).zip(&peers) {
-            let mut stream = self.connect(peer)?;
-            write_greeting(&mut stream, &self.hello(0))?;
-            streams[low] = Some(stream);
+        match read_greeting::<Answer>(&mut first) {
+            Ok(Answer::Peers(peers)) => Ok(Ok((first, listener, peers))),
+            Ok(Answer::No(reason)) => Err(reason),
+            Ok(Answer::Later(reason)) => Ok(Err(reason)),
+            // Rank 0 is gone, and may be there again.
+            Err(error) => Ok(Err(format!("no answer from rank 0: {error}"))),
         }
-        self.accept(&listener, &mut streams, rank + 1.., |_, _| ())?;
-        Ok(streams)
     }
 
     fn hello(&self, port: u16) -> Hello {
@@ -146,6 +208,9 @@ impl Joining<'_> {
     }
 
     fn left(&self) -> std::result::Result<Duration, String> {
+        if self.options.stop.load(Ordering::Relaxed) {
+            return Err("told to stop".to_owned());
+        }
         let left = self.deadline.saturating_duration_since(Instant::now());
         match left.is_zero() {
             true => Err(format!("waited {} s", self.options.join.as_secs())),
@@ -180,6 +245,10 @@ impl Joining<'_> {
         let text = |error: io::Error| error.to_string();
         listener.set_nonblocking(true).map_err(text)?;
         loop {
+            // One that has ended before all were here is missing again.
+            streams[ranks.start..]
+                .iter_mut()
+                .for_each(|stream| drop(stream.take_if(|stream| has_ended(stream))));
             let missing: Vec<usize> =
                 (ranks.start..streams.len()).filter(|&rank| streams[rank].is_none()).collect();
             if missing.is_empty() {
@@ -188,15 +257,15 @@ impl Joining<'_> {
             match listener.accept() {
                 Ok((mut stream, from)) => {
                     stream.set_nonblocking(false).map_err(text)?;
-                    stream.set_read_timeout(Some(self.left()?)).map_err(text)?;
+                    stream.set_read_timeout(Some(self.left()?.min(GREETING))).map_err(text)?;
                     // What is no greeting is no worker: a scan of ports, say.
                     let Ok(hello) = read_greeting::<Hello>(&mut stream) else { continue };
                     match self.check(&hello, &missing) {
-                        Ok(()) => {
+                        None => {
                             came(hello.rank, SocketAddr::new(from.ip(), hello.port));
                             streams[hello.rank] = Some(stream);
                         }
-                        Err(reason) => drop(write_greeting(&mut stream, &Answer::No(reason))),
+                        Some(answer) => drop(write_greeting(&mut stream, &answer)),
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -208,22 +277,37 @@ impl Joining<'_> {
         }
     }
 
-    fn check(&self, hello: &Hello, missing: &[usize]) -> std::result::Result<(), String> {
+    /// What is wrong with a worker; `None` with one that is taken in.
+    fn check(&self, hello: &Hello, missing: &[usize]) -> Option<Answer> {
         let TcpOptions { world_size, ref job, .. } = *self.options;
         if hello.job != *job {
-            return Err(format!("the job here is {job}, and that of rank {} is {}", hello.rank, hello.job));
+            let text = format!("the job here is {job}, and that of rank {} is {}", hello.rank, hello.job);
+            return Some(Answer::No(text));
         }
         if hello.world_size != world_size {
             let found = hello.world_size;
-            return Err(format!(
-                "{world_size} workers are expected here, and {found} by rank {}",
-                hello.rank
-            ));
+            let text = format!("{world_size} workers are expected here, and {found} by rank {}", hello.rank);
+            return Some(Answer::No(text));
         }
         if !missing.contains(&hello.rank) {
-            return Err(format!("rank {} is here already, or is none; missing are {missing:?}", hello.rank));
+            let text = format!("rank {} is here already, or is none; missing are {missing:?}", hello.rank);
+            return Some(Answer::Later(text));
         }
-        Ok(())
+        None
+    }
+}
+
+/// Whether the other end has been closed, as far as is known: before the mesh is made nothing else comes.
+fn has_ended(stream: &TcpStream) -> bool {
+    let look = || {
+        stream.set_nonblocking(true)?;
+        let found = stream.peek(&mut [0]);
+        stream.set_nonblocking(false)?;
+        found
+    };
+    match look() {
+        Ok(n) => n == 0,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
     }
 }
 
@@ -246,8 +330,9 @@ fn read_greeting<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
 }
 
 /// Length of the call's name u16, step u64, bytes u64. Without a name the payload is why the sender gave up, and
-/// the step is 1 when that is final.
+/// the step is 1 when that is final, or 2 when it has not and is at work.
 const HEAD_BYTES: usize = 18;
+const ALIVE: u64 = 2;
 
 /// A connection with a thread that sends on it and one that receives.
 fn link(stream: TcpStream, patience: Duration) -> io::Result<Link> {
@@ -329,6 +414,7 @@ impl Reader {
         let mut payload = vec![0; n_bytes as usize];
         self.fill(&mut payload)?;
         Ok(match what.is_empty() {
+            true if step == ALIVE => Frame::Alive,
             true => {
                 Frame::GiveUp { reason: String::from_utf8_lossy(&payload).into_owned(), is_final: step != 0 }
             }
@@ -359,6 +445,7 @@ fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
         let (what, step, payload) = match frame {
             Frame::Message(Call { what, step }, payload) => (what, step, payload),
             Frame::GiveUp { reason, is_final } => (String::new(), u64::from(is_final), reason.into()),
+            Frame::Alive => (String::new(), ALIVE, Bytes::new()),
         };
         let mut head = Vec::with_capacity(HEAD_BYTES + what.len());
         head.extend((what.len() as u16).to_le_bytes());

@@ -1,6 +1,8 @@
 //! Sums and messages between workers that are threads, over channels and over sockets.
 
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +21,7 @@ fn tcp(world_size: usize, patience: Duration) -> Vec<TcpOptions> {
         master: format!("127.0.0.1:{port}"),
         job: "test/1".into(),
         join: PATIENCE,
+        stop: Arc::default(),
         patience,
     };
     (0..world_size).map(options).collect()
@@ -270,4 +273,51 @@ fn a_look_tells_who_has_given_up_without_waiting() {
         });
         assert!(errors[0].as_ref().unwrap().contains("rank 1 gave up: a shard is lost"), "{errors:?}");
     }
+}
+
+#[test]
+fn a_worker_that_ends_while_others_are_awaited_gives_way_to_another_and_silence_holds_up_nobody() {
+    let options = tcp(3, PATIENCE);
+    std::thread::scope(|scope| {
+        let all: Vec<_> = options
+            .iter()
+            .map(|options| {
+                scope.spawn(move || {
+                    if options.rank == 1 {
+                        // One of its rank has been there, and is gone before the last one comes.
+                        let mut first = connect(&options.master);
+                        let hello = br#"{"job":"test/1","rank":1,"world_size":3,"port":1}"#;
+                        first.write_all(&[&(hello.len() as u32).to_le_bytes(), &hello[..]].concat()).unwrap();
+                    }
+                    if options.rank == 2 {
+                        // Something else looks whether the port is open.
+                        drop(connect(&options.master));
+                    }
+                    let mut mesh = join(options).unwrap();
+                    mesh.barrier(&Call::new("begin", 1)).unwrap();
+                })
+            })
+            .collect();
+        all.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+}
+
+fn connect(address: &str) -> TcpStream {
+    loop {
+        if let Ok(stream) = TcpStream::connect(address) {
+            return stream;
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn who_waits_to_join_can_be_told_to_stop() {
+    let options = tcp(2, PATIENCE).remove(0);
+    let stop = Arc::clone(&options.stop);
+    std::thread::scope(|scope| {
+        let joining = scope.spawn(move || join(&options).err().unwrap().to_string());
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(joining.join().unwrap().contains("told to stop"));
+    });
 }

@@ -55,6 +55,8 @@ pub struct Supervisor {
     roles: Vec<Running>,
     /// How often each role is started again before the job fails; progress forgives.
     retries: usize,
+    /// Whether workers have been told to stop: none takes the place of one that ends then.
+    is_stopping: bool,
 }
 
 struct Running {
@@ -67,7 +69,7 @@ struct Running {
 impl Supervisor {
     /// A job without processes.
     pub fn new(retries: usize) -> Self {
-        Self { roles: vec![], retries }
+        Self { roles: vec![], retries, is_stopping: false }
     }
 
     /// Starts a role; returns its place in the job.
@@ -101,7 +103,7 @@ impl Supervisor {
             let Some(status) = ended else { continue };
             let is_final = running.role.is_worker
                 && matches!(status.code(), Some(code) if code == 0 || code == i32::from(REQUEUE));
-            if is_final {
+            if is_final || self.is_stopping {
                 running.ended = Some(status);
                 continue;
             }
@@ -132,6 +134,7 @@ impl Supervisor {
 
     /// Asks workers, or all others, to stop.
     pub fn tell_to_stop(&mut self, workers: bool) {
+        self.is_stopping = true;
         for running in self.roles.iter_mut().filter(|running| running.role.is_worker == workers) {
             running.signal(Signal::TERM);
         }
@@ -140,6 +143,7 @@ impl Supervisor {
     /// Asks those that serve to stop and waits for them; kills who takes longer than `limit`.
     pub fn finish(mut self, limit: Duration) {
         self.tell_to_stop(false);
+        self.tell_to_stop(true);
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline && self.roles.iter_mut().any(Running::is_running) {
             std::thread::park_timeout(Duration::from_millis(10));

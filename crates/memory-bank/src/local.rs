@@ -21,6 +21,8 @@ pub struct BankOptions {
     pub adamw: AdamW,
     /// Ranks whose pushes make a step.
     pub world_size: usize,
+    /// Steps that a rank may push beyond the one that is waited for.
+    pub staleness: u64,
     /// Folder of the checkpoints: step 1000 is saved to `<checkpoint_root>/00001000/memory`.
     pub checkpoint_root: PathBuf,
     /// Hashes of what the bank belongs to, such as `tree`, `tokenizer` and `anchor`.
@@ -152,7 +154,7 @@ impl BankOptions {
             seed: self.seed,
             adamw: self.adamw,
             world_size: self.world_size,
-            staleness: 0,
+            staleness: self.staleness,
             placement: Placement::WHOLE,
         }
     }

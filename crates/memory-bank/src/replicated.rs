@@ -1,10 +1,11 @@
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
+use half::bf16;
 
 use crate::blocking::blocking;
 use crate::schedule::setting;
-use crate::{Block, BlockSpec, BlockStore, Gradients, Live, Placement, Result, Shard, Step};
+use crate::{Block, BlockSpec, BlockStore, Gradients, Live, Placement, Result, Shard, Step, Values};
 
 /// A worker's view of a bank in shards, of which it keeps the coarse levels itself.
 ///
@@ -17,18 +18,21 @@ pub struct Replicated<S> {
     copy: Arc<Live>,
     /// By level: whether it is kept here.
     levels: Vec<bool>,
+    /// Whether gradients reach the shards as bf16: the copy takes the same numbers.
+    rounds: bool,
     /// Of this worker, and of all.
     rank: usize,
     world_size: usize,
 }
 
 impl<S: BlockStore> Replicated<S> {
-    /// Of `shards`, with a `copy` that holds the blocks of `levels` as they are at the shards' step. Fails on
-    /// another spec or number of levels, and on a copy of less than the whole bank or of several ranks.
+    /// Of `shards`, with a `copy` that holds the blocks of `levels` as they are at the shards' step; `rounds`
+    /// says that gradients go to the shards as bf16. Fails on another spec or number of levels, and on a copy
+    /// of less than the whole bank or of several ranks.
     pub fn new(
         shards: S,
         copy: Shard,
-        levels: Vec<bool>,
+        (levels, rounds): (Vec<bool>, bool),
         (rank, world_size): (usize, usize),
     ) -> Result<Self> {
         let spec = shards.spec();
@@ -43,7 +47,7 @@ impl<S: BlockStore> Replicated<S> {
             let found = format!("{:?} of {} ranks", options.placement, options.world_size);
             return Err(setting("copy", "a whole bank of one rank", found));
         }
-        Ok(Self { shards, copy: Arc::new(Live::new(copy)), levels, rank, world_size })
+        Ok(Self { shards, copy: Arc::new(Live::new(copy)), levels, rounds, rank, world_size })
     }
 
     /// The bank itself.
@@ -89,9 +93,16 @@ impl<S: BlockStore> BlockStore for Replicated<S> {
         let here: Vec<Block> = grads.iter().filter(|block| self.is_here(block.id)).cloned().collect();
         let there = grads.into_iter().filter(|block| !self.is_here(block.id) || self.speaks_for(block.id));
         let there: Vec<Block> = there.collect();
-        let copy = Arc::clone(&self.copy);
+        let (copy, rounds) = (Arc::clone(&self.copy), self.rounds);
         let own = blocking(move || {
-            let gradients = Gradients::new(copy.spec(), here)?;
+            let mut gradients = Gradients::default();
+            for Block { id, values } in here {
+                let values = match rounds {
+                    true => Values::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+                    false => Values::F32(values),
+                };
+                gradients.insert(copy.spec(), id, values)?;
+            }
             copy.push(step, 0, gradients).map(|_| ())
         });
         futures::future::try_join(own, self.shards.push(step, rank, there)).await.map(|_| ())

@@ -24,6 +24,7 @@ fn bank(root: &Path) -> Arc<LocalBank> {
         seed: 9,
         adamw,
         world_size: 1,
+        staleness: 0,
         checkpoint_root: root.to_owned(),
         hashes: BTreeMap::new(),
     };

@@ -326,6 +326,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
         branching: vec![16; 4],
     };
     let options = BankOptions {
+        staleness: 0,
         seed: 1,
         adamw: TrainConfig { warmup_steps: 0, ..TrainConfig::default() }.memory_adamw(),
         world_size: 1,

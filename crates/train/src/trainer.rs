@@ -47,6 +47,14 @@ pub struct Workers {
     pub stop: Arc<AtomicBool>,
 }
 
+impl Workers {
+    /// Tells the others of an error that keeps this worker from beginning.
+    fn refuse(&mut self, error: Error) -> Error {
+        self.mesh.give_up(&error.to_string(), !error.is_transient());
+        error
+    }
+}
+
 /// How a run ended.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Ended {
@@ -125,21 +133,38 @@ impl<S: BlockStore> Trainer<S> {
     /// # Errors
     /// When the configuration cannot be trained with, or its phase has memory and there is no bank (or the
     /// other way round).
-    pub fn new(parts: Parts<S>, tokens_before: u64) -> Result<Self> {
+    pub fn new(mut parts: Parts<S>, tokens_before: u64) -> Result<Self> {
+        match Self::optimizer(&parts, None) {
+            Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..state })),
+            Err(error) => Err(parts.workers.refuse(error)),
+        }
+    }
+
+    /// The optimizer and the state at the beginning of a run, or of a checkpoint.
+    fn optimizer(parts: &Parts<S>, step: Option<u64>) -> Result<(Option<Optimizer>, TrainState)> {
         parts.check()?;
+        if let Some(step) = step {
+            return Self::saved(parts, step);
+        }
         let optimizer = match parts.config.phase.trains_anchor() {
             true => Some(Optimizer::new(&parts.anchor)?),
             false => None,
         };
-        Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..TrainState::default() }))
+        Ok((optimizer, TrainState::default()))
     }
 
     /// A run that continues from its checkpoint of `step`; `parts.anchor` and the bank are those of it.
     ///
     /// # Errors
     /// When the checkpoint lacks a file or was made for another anchor.
-    pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
-        parts.check()?;
+    pub fn resume(mut parts: Parts<S>, step: u64) -> Result<Self> {
+        match Self::optimizer(&parts, Some(step)) {
+            Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
+            Err(error) => Err(parts.workers.refuse(error)),
+        }
+    }
+
+    fn saved(parts: &Parts<S>, step: u64) -> Result<(Option<Optimizer>, TrainState)> {
         let checkpoints = Checkpoints::of(&parts.run_dir);
         let state = checkpoints.state(step)?;
         let optimizer = match parts.config.phase.trains_anchor() {
@@ -149,7 +174,7 @@ impl<S: BlockStore> Trainer<S> {
             }
             false => None,
         };
-        Ok(Self::with(parts, optimizer, state))
+        Ok((optimizer, state))
     }
 
     fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {

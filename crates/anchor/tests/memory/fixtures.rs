@@ -62,6 +62,7 @@ pub(crate) fn fresh_blocks(spec: &BlockSpec, paths: &[ClusterPath]) -> Vec<Block
         seed: 3,
         adamw,
         world_size: 1,
+        staleness: 0,
         checkpoint_root: PathBuf::from("never-saved"),
         hashes: BTreeMap::new(),
     };

@@ -26,7 +26,14 @@ pub(crate) fn adamw() -> AdamW {
 pub(crate) fn options(world_size: usize, root: &Path) -> BankOptions {
     let hashes =
         BTreeMap::from([("tree".to_owned(), "a1".to_owned()), ("tokenizer".to_owned(), "b2".to_owned())]);
-    BankOptions { seed: 7, adamw: adamw(), world_size, checkpoint_root: root.to_owned(), hashes }
+    BankOptions {
+        seed: 7,
+        adamw: adamw(),
+        world_size,
+        staleness: 0,
+        checkpoint_root: root.to_owned(),
+        hashes,
+    }
 }
 
 /// A bank that is never saved.

@@ -106,6 +106,7 @@ async fn sources_are_of_one_bank() {
         }))
         .unwrap(),
         world_size: 1,
+        staleness: 0,
         checkpoint_root: "/nonexistent".into(),
         hashes: Default::default(),
     };

@@ -58,6 +58,7 @@ impl Bank {
             seed: 7,
             adamw,
             world_size: 1,
+            staleness: 0,
             checkpoint_root: folder.path().to_owned(),
             hashes: hashes(),
         };

@@ -244,6 +244,18 @@ impl RemoteBank {
         try_join_all(self.shards.iter().map(applied)).await
     }
 
+    /// Whether every shard is exactly after `step`: none has anything of the next one either.
+    pub async fn is_after(&self, step: Step) -> Result<bool> {
+        let is_after = |shard: &Arc<ShardClient>| {
+            let (bank, shard) = (self.clone(), Arc::clone(shard));
+            async move {
+                let stat = bank.retry(&shard, || shard.stat()).await?;
+                Ok::<_, Error>(stat.applied == step.0 && stat.pending == 0)
+            }
+        };
+        Ok(try_join_all(self.shards.iter().map(is_after)).await?.into_iter().all(|is_after| is_after))
+    }
+
     /// What this client has done so far.
     pub fn stats(&self) -> RemoteStats {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);

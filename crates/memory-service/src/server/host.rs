@@ -173,6 +173,7 @@ impl Host {
                     staleness: shard.options().staleness,
                     n_touched: shard.n_touched().into_iter().map(|n| n as u64).collect(),
                     seed: shard.options().seed,
+                    pending: shard.lag() as u64,
                     ..proto::StatResponse::default()
                 })
                 .map_err(status)?,

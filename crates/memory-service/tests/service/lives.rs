@@ -4,12 +4,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use memory_bank::{BlockStore, Placement, Step};
+use memory_service::proto::OpenBulkRequest;
 use memory_service::{RemoteBank, ServeOptions};
 use object_store::memory::InMemory;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tonic::Code;
 
 use crate::checkpoints::store;
-use crate::support::{Served, all_ids, bits, gradients, listener, options, reference, remote, serve_options};
+use crate::refusals::{client, wire_identity};
+use crate::support::{
+    Served, all_ids, bits, gradients, listener, options, reference, remote, serve_options, spec,
+};
 
 async fn serving(objects: &Arc<InMemory>, bulk: bool) -> ServeOptions {
     let bulk = if bulk { Some(listener().await) } else { None };
@@ -120,4 +126,39 @@ async fn a_restore_ends_what_others_wait_for_and_takes_nothing_from_before() {
         let found = soon(second.fetch(Step(5), &all_ids())).await.unwrap();
         assert!(bits(&found) == bits(&reference(5, 2)), "bulk {bulk}");
     }
+}
+
+/// The restore comes between the beginning of a push and its end, which only the bulk stream's first reply
+/// lets a test tell apart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_that_is_on_its_way_when_the_blocks_are_replaced_is_not_taken() {
+    let objects = Arc::new(InMemory::new());
+    let bulk = listener().await;
+    let port = bulk.local_addr().unwrap();
+    let serving = ServeOptions { bulk: Some(bulk), ..serving(&objects, false).await };
+    let served = Served::start(options(2, Placement::WHOLE), serving).await;
+    let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
+    push(&bank, 1..=1, 2).await;
+    bank.save(Step(1)).await.unwrap();
+
+    let request = OpenBulkRequest { identity: Some(wire_identity(0, 1)) };
+    let ticket = client(&served).await.open_bulk(request).await.unwrap().into_inner().ticket;
+    let mut stream = TcpStream::connect(port).await.unwrap();
+    let len = spec().block_len(0);
+    let mut head = [0; 24];
+    // A push of f32, of one block, of rank 0 in step 2.
+    (head[0], head[1], head[4], head[8]) = (2, 1, 1, 2);
+    let entry = [&[0; 8][..], &(4 * len as u64).to_le_bytes()].concat();
+    stream.write_all(&[&ticket[..], &head, &entry].concat()).await.unwrap();
+    let mut reply = [0; 16];
+    stream.read_exact(&mut reply).await.unwrap();
+    assert_eq!(reply[0], Code::Ok as u8, "the shard waits for the block");
+    assert_eq!(bank.restore(None).await.unwrap(), Step(1));
+    stream.write_all(&vec![0; 4 * len]).await.unwrap();
+    stream.read_exact(&mut reply).await.unwrap();
+    assert_eq!(reply[0], Code::Aborted as u8);
+    // The step is made of what is pushed now.
+    push(&bank, 2..=2, 2).await;
+    let found = soon(bank.fetch(Step(2), &all_ids())).await.unwrap();
+    assert!(bits(&found) == bits(&reference(2, 2)));
 }

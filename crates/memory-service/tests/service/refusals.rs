@@ -16,13 +16,13 @@ use crate::support::{
     Served, bits, gradients, id, identity, listener, options, remote, serve_options, shards, spec,
 };
 
-async fn client(served: &Served) -> MemoryServiceClient<Channel> {
+pub(crate) async fn client(served: &Served) -> MemoryServiceClient<Channel> {
     MemoryServiceClient::new(
         Channel::from_shared(format!("http://{}", served.address)).unwrap().connect_lazy(),
     )
 }
 
-fn wire_identity(shard: u32, n_shards: u32) -> BankIdentity {
+pub(crate) fn wire_identity(shard: u32, n_shards: u32) -> BankIdentity {
     let identity = identity();
     BankIdentity {
         bank: identity.bank,

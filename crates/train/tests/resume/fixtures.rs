@@ -96,6 +96,7 @@ impl World {
             seed: 4,
             adamw: config.memory_adamw(),
             world_size: 1,
+            staleness: 0,
             checkpoint_root: Checkpoints::of(&self.run_dir(name)).root().into(),
             hashes: BTreeMap::from([("tree".into(), "t".into())]),
         }
