@@ -261,7 +261,7 @@ fn compute(
         true => level.unique * bytes(level) * (workers - 1.0) / workers,
         false => 0.0,
     });
-    let anchor_parameters = anchor.n_parameters() as u64;
+    let anchor_parameters = anchor.n_parameters();
     let anchor_bytes = match train.phase.trains_anchor() {
         true => 2.0 * (workers - 1.0) / workers * 4.0 * anchor_parameters as f64,
         false => 0.0,
@@ -318,8 +318,8 @@ fn compute(
         workers: args.workers,
         shards: args.shards,
         anchor_parameters,
-        fetch_parameters: spec.map_or(0, |spec| spec.fetch_len() as u64),
-        bank_parameters: bank_parameters as u64,
+        fetch_parameters: spec.map_or(0, |spec| spec.fetch_len()),
+        bank_parameters,
         levels,
         fetched_bytes,
         pushed_bytes,

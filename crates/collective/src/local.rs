@@ -9,17 +9,15 @@ use crate::mesh::{Frame, Link, Sending};
 /// The meshes of workers that are threads of this process, by rank. `patience` is how long one may be
 /// waited for.
 pub fn local(world_size: usize, patience: Duration) -> Vec<Mesh> {
-    let mut links: Vec<Vec<Option<Link>>> =
-        (0..world_size).map(|_| (0..world_size).map(|_| None).collect()).collect();
-    for high in 0..world_size {
-        for low in 0..high {
-            let (to_low, at_low) = channel();
-            let (to_high, at_high) = channel();
-            let link =
-                |out, arriving| Link::new(Box::new(Out(out)), arriving, (Arc::default(), Instant::now()));
-            links[high][low] = Some(link(to_low, at_high));
-            links[low][high] = Some(link(to_high, at_low));
-        }
+    let nobody = || (0..world_size).map(|_| None).collect();
+    let mut links: Vec<Vec<Option<Link>>> = (0..world_size).map(|_| nobody()).collect();
+    let pairs = (0..world_size).flat_map(|high| (0..high).map(move |low| (high, low)));
+    for (high, low) in pairs {
+        let (to_low, at_low) = channel();
+        let (to_high, at_high) = channel();
+        let link = |out, arriving| Link::new(Box::new(Out(out)), arriving, (Arc::default(), Instant::now()));
+        links[high][low] = Some(link(to_low, at_high));
+        links[low][high] = Some(link(to_high, at_low));
     }
     links.into_iter().enumerate().map(|(rank, links)| Mesh::new(rank, links, patience)).collect()
 }

@@ -168,9 +168,9 @@ impl Mesh {
             }
         }
         let mut received = messages;
-        for rank in 0..self.links.len() {
+        for (rank, slot) in received.iter_mut().enumerate() {
             match self.receive(rank, call) {
-                Ok(Some(message)) => received[rank] = message,
+                Ok(Some(message)) => *slot = message,
                 Ok(None) => {}
                 Err(error) => {
                     self.give_up(&error.to_string(), !error.is_transient());

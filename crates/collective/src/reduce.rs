@@ -30,11 +30,11 @@ pub fn all_reduce(
         check(call, from, bytes, ranges.len() * own.len())?;
         let mut values = bytes.chunks_exact(size_of::<f32>());
         for range in ranges {
-            total.push(range, values.by_ref().take(own.len()).map(number).collect(), add);
+            total.push_array(range, values.by_ref().take(own.len()).map(number).collect());
         }
     }
     // One part, unless there is not a single leaf.
-    let (_, mine) = total.finish(add).pop().unwrap_or((0..0, vec![0.0; own.len()]));
+    let (_, mine) = total.finish_arrays().pop().unwrap_or((0..0, vec![0.0; own.len()]));
     let gathered = mesh.all_gather(call, to_bytes(mine))?;
     for (from, bytes) in gathered.iter().enumerate() {
         let range = slice(from);
@@ -42,10 +42,6 @@ pub fn all_reduce(
         sum[range].iter_mut().zip(bytes.chunks_exact(size_of::<f32>())).for_each(|(x, b)| *x = number(b));
     }
     Ok(())
-}
-
-fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
-    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
 }
 
 fn check(call: &Call, rank: usize, bytes: &Bytes, n_values: usize) -> Result<()> {

@@ -456,7 +456,7 @@ fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
         stream.write_all(&payload)
     };
     // Who receives sees that the connection is broken.
-    let _ = frames.into_iter().try_for_each(|frame| send(frame));
+    let _ = frames.into_iter().try_for_each(&mut send);
     let _ = stream.shutdown(std::net::Shutdown::Write);
 }
 

@@ -28,6 +28,22 @@ impl TreeSum<()> {
     }
 }
 
+impl TreeSum<Vec<f32>> {
+    /// [`TreeSum::push`] of an array.
+    pub fn push_array(&mut self, leaves: Range<usize>, values: Vec<f32>) {
+        self.push(leaves, values, |sum, values| add(sum, &values));
+    }
+
+    /// [`TreeSum::finish`] of arrays.
+    pub fn finish_arrays(self) -> Vec<(Range<usize>, Vec<f32>)> {
+        self.finish(|sum, values| add(sum, &values))
+    }
+}
+
+fn add(sum: &mut [f32], values: &[f32]) {
+    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
 impl<T> TreeSum<T> {
     /// Of the leaves in `own`, of `n_leaves` in all.
     pub fn new(n_leaves: usize, own: Range<usize>) -> Self {

@@ -51,14 +51,10 @@ fn leaf(leaf: usize, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0f32..1.0) * 10f32.powi(rng.random_range(-6..6))).collect()
 }
 
-fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
-    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-}
-
 fn parts(leaves: Leaves, rank: usize, len: usize) -> Vec<Vec<f32>> {
     let mut sum = TreeSum::new(leaves.n, leaves.of(rank));
-    leaves.of(rank).for_each(|i| sum.push(i..i + 1, leaf(i, len), add));
-    sum.finish(add).into_iter().map(|(_, values)| values).collect()
+    leaves.of(rank).for_each(|i| sum.push_array(i..i + 1, leaf(i, len)));
+    sum.finish_arrays().into_iter().map(|(_, values)| values).collect()
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -89,7 +85,7 @@ fn a_sum_has_the_same_bits_on_any_number_of_workers() {
     }
     // The additions of one after the other give other bits: the test would see an order that is not kept.
     let in_turn = (1..16).fold(leaf(0, len), |mut sum, i| {
-        add(&mut sum, leaf(i, len));
+        sum.iter_mut().zip(leaf(i, len)).for_each(|(sum, value)| *sum += value);
         sum
     });
     assert!(bits(&in_turn) != bits(&parts(Leaves { n: 16, world_size: 1 }, 0, len)[0]));
@@ -105,8 +101,8 @@ fn a_sum_with_leaves_missing_has_the_same_bits_on_any_number_of_workers() {
         let of = |own: std::ops::Range<usize>| {
             let mut sum = TreeSum::new(n, own.clone());
             let mine = touched.iter().filter(|&leaf| own.contains(leaf));
-            mine.for_each(|&i| sum.push(i..i + 1, leaf(i, 3), add));
-            sum.finish(add)
+            mine.for_each(|&i| sum.push_array(i..i + 1, leaf(i, 3)));
+            sum.finish_arrays()
         };
         let whole = of(0..n);
         assert_eq!(whole.len(), usize::from(!touched.is_empty()));
@@ -114,9 +110,9 @@ fn a_sum_with_leaves_missing_has_the_same_bits_on_any_number_of_workers() {
         let leaves = Leaves { n, world_size };
         let mut sum = TreeSum::new(n, 0..n);
         for rank in 0..world_size {
-            of(leaves.of(rank)).into_iter().for_each(|(range, values)| sum.push(range, values, add));
+            of(leaves.of(rank)).into_iter().for_each(|(range, values)| sum.push_array(range, values));
         }
-        let together = sum.finish(add);
+        let together = sum.finish_arrays();
         let values = |parts: &[(_, Vec<f32>)]| parts.iter().map(|(_, v)| bits(v)).collect::<Vec<_>>();
         assert!(values(&together) == values(&whole), "{n} leaves {touched:?} of {world_size} workers");
     }

@@ -191,10 +191,10 @@ impl Share {
                         true => mine.next().unwrap_or_default(),
                         false => received[rank].take(self.len(id))?,
                     };
-                    sum.push(range, values, add);
+                    sum.push_array(range, values);
                 }
             }
-            own.extend(sum.finish(add).into_iter().map(|(_, values)| Block { id, values }));
+            own.extend(sum.finish_arrays().into_iter().map(|(_, values)| Block { id, values }));
         }
         Ok(own)
     }
@@ -288,11 +288,6 @@ impl<'a> Numbers<'a> {
         self.rest = rest;
         Ok(values.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
     }
-}
-
-/// Adds the gradient of a block.
-pub(crate) fn add(sum: &mut Vec<f32>, values: Vec<f32>) {
-    sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
 }
 
 fn f64s(bytes: &[u8]) -> impl Iterator<Item = f64> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anchor::{Anchor, Compute, Gradients, Targets};
-use collective::{Call, Mesh};
+use collective::{Call, Mesh, TreeSum};
 use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step};
@@ -15,7 +15,7 @@ use crate::loader::Loader;
 use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::pipe::MemoryPipe;
-use crate::share::{self, Share, Sums};
+use crate::share::{Share, Sums};
 use crate::{Error, Result, TrainConfig};
 
 /// What a trainer is made of.
@@ -396,8 +396,8 @@ impl<S: BlockStore> Trainer<S> {
             losses.push(loss);
             anchor.push(leaf..leaf + 1, gradients, |sum, gradients| add_to(sum, gradients, &mut failed));
             for Block { id, values } in part_gradients {
-                let sum = block_sums.entry(id).or_insert_with(|| share.sum());
-                sum.push(leaf..leaf + 1, values, share::add);
+                let sum: &mut TreeSum<Vec<f32>> = block_sums.entry(id).or_insert_with(|| share.sum());
+                sum.push_array(leaf..leaf + 1, values);
             }
         }
         let anchor = anchor.finish(|sum, gradients| add_to(sum, gradients, &mut failed));
@@ -407,7 +407,7 @@ impl<S: BlockStore> Trainer<S> {
         Ok(Sums {
             losses,
             anchor: anchor.into_iter().map(|(_, gradients)| gradients).collect(),
-            blocks: block_sums.into_iter().map(|(id, sum)| (id, values(sum.finish(share::add)))).collect(),
+            blocks: block_sums.into_iter().map(|(id, sum)| (id, values(sum.finish_arrays()))).collect(),
         })
     }
 
