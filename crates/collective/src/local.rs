@@ -1,5 +1,6 @@
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -15,19 +16,30 @@ pub fn local(world_size: usize, patience: Duration) -> Vec<Mesh> {
     for (high, low) in pairs {
         let (to_low, at_low) = channel();
         let (to_high, at_high) = channel();
-        let link = |out, arriving| Link::new(Box::new(Out(out)), arriving, (Arc::default(), Instant::now()));
-        links[high][low] = Some(link(to_low, at_high));
-        links[low][high] = Some(link(to_high, at_low));
+        let (began, low_heard, high_heard) = (Instant::now(), Arc::default(), Arc::default());
+        let out = |frames, heard: &Arc<AtomicU64>| Box::new(Out { frames, heard: Arc::clone(heard), began });
+        links[high][low] =
+            Some(Link::new(out(to_low, &low_heard), at_high, (Arc::clone(&high_heard), began)));
+        links[low][high] = Some(Link::new(out(to_high, &high_heard), at_low, (low_heard, began)));
     }
     links.into_iter().enumerate().map(|(rank, links)| Mesh::new(rank, links, patience)).collect()
 }
 
 /// To another thread. One is at most a call ahead of the other, which bounds what waits.
-struct Out(Sender<io::Result<Frame>>);
+struct Out {
+    frames: Sender<io::Result<Frame>>,
+    /// When the other heard of this one last, in milliseconds since `began`.
+    heard: Arc<AtomicU64>,
+    began: Instant,
+}
 
 impl Sending for Out {
     fn send(&mut self, frame: Frame) {
         // The other end is gone: so is what it sends.
-        let _ = self.0.send(Ok(frame));
+        let _ = self.frames.send(Ok(frame));
+    }
+
+    fn is_alive(&mut self) {
+        self.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 }

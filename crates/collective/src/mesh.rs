@@ -37,8 +37,6 @@ impl fmt::Display for Call {
 pub(crate) enum Frame {
     /// A message of a call.
     Message(Call, Bytes),
-    /// Nothing, by one that is at work.
-    Alive,
     /// The last one: why nothing more comes.
     GiveUp { reason: String, is_final: bool },
 }
@@ -46,6 +44,8 @@ pub(crate) enum Frame {
 /// Has frames sent to one other worker, beside what the caller does; what goes wrong shows in what arrives.
 pub(crate) trait Sending: Send {
     fn send(&mut self, frame: Frame);
+    /// Lets the other hear that this one is at work.
+    fn is_alive(&mut self);
 }
 
 /// A connection to one other worker.
@@ -82,9 +82,6 @@ impl Link {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             match self.arriving.recv_timeout(left) {
-                Ok(Ok(Frame::Alive)) => {
-                    self.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
-                }
                 Ok(frame) => return frame,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(ended()),
@@ -96,7 +93,6 @@ impl Link {
     fn is_over(&mut self) -> bool {
         loop {
             match self.arriving.try_recv() {
-                Ok(Ok(Frame::Alive)) => {}
                 Ok(frame) => self.early.push_back(frame),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
@@ -205,7 +201,7 @@ impl Mesh {
     pub fn check(&mut self, call: &Call) -> Result<()> {
         if self.told.elapsed() > self.patience / 4 {
             self.told = Instant::now();
-            self.links.iter_mut().flatten().for_each(|link| link.out.send(Frame::Alive));
+            self.links.iter_mut().flatten().for_each(|link| link.out.is_alive());
         }
         for rank in 0..self.links.len() {
             if self.links[rank].as_mut().is_some_and(Link::is_over)
@@ -234,8 +230,6 @@ impl Mesh {
         match link.receive(self.patience) {
             Ok(Frame::Message(found, message)) if found == call => Ok(Some(message)),
             Ok(Frame::Message(found, _)) => Err(Error::OutOfStep { rank, waiting, expected: call, found }),
-            // A link keeps these to itself.
-            Ok(Frame::Alive) => self.receive(rank, &call),
             Ok(Frame::GiveUp { reason, is_final }) => Err(Error::GaveUp { rank, reason, is_final }),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
                 Err(Error::Late { rank, waiting, seconds: self.patience.as_secs(), call })

@@ -28,9 +28,9 @@ pub fn all_reduce(
         // Which none of them has to be told.
         let ranges = TreeSum::ranges(leaves.n, leaves.of(from), leaves.of(from));
         check(call, from, bytes, ranges.len() * own.len())?;
-        let mut values = bytes.chunks_exact(size_of::<f32>());
-        for range in ranges {
-            total.push_array(range, values.by_ref().take(own.len()).map(number).collect());
+        for (i, range) in ranges.into_iter().enumerate() {
+            let part = i * own.len() * size_of::<f32>()..(i + 1) * own.len() * size_of::<f32>();
+            total.push_array(range, bytemuck::pod_collect_to_vec(&bytes[part]));
         }
     }
     // One part, unless there is not a single leaf.
@@ -39,7 +39,7 @@ pub fn all_reduce(
     for (from, bytes) in gathered.iter().enumerate() {
         let range = slice(from);
         check(call, from, bytes, range.len())?;
-        sum[range].iter_mut().zip(bytes.chunks_exact(size_of::<f32>())).for_each(|(x, b)| *x = number(b));
+        bytemuck::cast_slice_mut(&mut sum[range]).copy_from_slice(bytes);
     }
     Ok(())
 }
@@ -50,10 +50,6 @@ fn check(call: &Call, rank: usize, bytes: &Bytes, n_values: usize) -> Result<()>
         return Ok(());
     }
     Err(Error::Length { rank, call: call.clone(), expected, found })
-}
-
-fn number(bytes: &[u8]) -> f32 {
-    f32::from_le_bytes(std::array::from_fn(|i| bytes[i]))
 }
 
 /// Numbers as they are in memory, in little-endian.

@@ -351,7 +351,8 @@ fn link(stream: TcpStream, patience: Duration) -> io::Result<Link> {
     let sending = thread("send").spawn(move || send_all(out, frames))?;
     let receiving = thread("receive").spawn(move || {
         loop {
-            let frame = reader.frame();
+            // Of one that is only alive the reader has noted all there is.
+            let Some(frame) = reader.frame().transpose() else { continue };
             let is_last = frame.is_err();
             // Nobody takes it any more: the connection is closed.
             if arrived.send(frame).is_err() || is_last {
@@ -366,7 +367,8 @@ fn link(stream: TcpStream, patience: Duration) -> io::Result<Link> {
 /// The owner's end of a connection.
 struct Threads {
     stream: TcpStream,
-    queue: Option<SyncSender<Frame>>,
+    /// `None` says that this worker is at work.
+    queue: Option<SyncSender<Option<Frame>>>,
     sending: Option<JoinHandle<()>>,
     receiving: Option<JoinHandle<()>>,
 }
@@ -374,7 +376,14 @@ struct Threads {
 impl Sending for Threads {
     fn send(&mut self, frame: Frame) {
         if let Some(queue) = &self.queue {
-            let _ = queue.send(frame);
+            let _ = queue.send(Some(frame));
+        }
+    }
+
+    fn is_alive(&mut self) {
+        if let Some(queue) = &self.queue {
+            // What waits to be sent says as much.
+            let _ = queue.try_send(None);
         }
     }
 }
@@ -400,7 +409,8 @@ struct Reader {
 }
 
 impl Reader {
-    fn frame(&mut self) -> io::Result<Frame> {
+    /// `None` of one that says that the other is at work.
+    fn frame(&mut self) -> io::Result<Option<Frame>> {
         let mut head = [0; HEAD_BYTES];
         self.fill(&mut head)?;
         let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
@@ -414,11 +424,12 @@ impl Reader {
         let mut payload = vec![0; n_bytes as usize];
         self.fill(&mut payload)?;
         Ok(match what.is_empty() {
-            true if step == ALIVE => Frame::Alive,
+            true if step == ALIVE => None,
             true => {
-                Frame::GiveUp { reason: String::from_utf8_lossy(&payload).into_owned(), is_final: step != 0 }
+                let reason = String::from_utf8_lossy(&payload).into_owned();
+                Some(Frame::GiveUp { reason, is_final: step != 0 })
             }
-            false => Frame::Message(Call { what, step }, payload.into()),
+            false => Some(Frame::Message(Call { what, step }, payload.into())),
         })
     }
 
@@ -440,12 +451,12 @@ impl Reader {
     }
 }
 
-fn send_all(mut stream: TcpStream, frames: Receiver<Frame>) {
-    let mut send = |frame: Frame| {
+fn send_all(mut stream: TcpStream, frames: Receiver<Option<Frame>>) {
+    let mut send = |frame: Option<Frame>| {
         let (what, step, payload) = match frame {
-            Frame::Message(Call { what, step }, payload) => (what, step, payload),
-            Frame::GiveUp { reason, is_final } => (String::new(), u64::from(is_final), reason.into()),
-            Frame::Alive => (String::new(), ALIVE, Bytes::new()),
+            Some(Frame::Message(Call { what, step }, payload)) => (what, step, payload),
+            Some(Frame::GiveUp { reason, is_final }) => (String::new(), u64::from(is_final), reason.into()),
+            None => (String::new(), ALIVE, Bytes::new()),
         };
         let mut head = Vec::with_capacity(HEAD_BYTES + what.len());
         head.extend((what.len() as u16).to_le_bytes());

@@ -1,4 +1,4 @@
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use cluster_tree::ClusterId;
 use memory_bank::{Block, BlockStore, Blocking, Pending, Step};
@@ -14,14 +14,14 @@ pub struct MemoryPipe<S> {
     bank: Blocking<S>,
     staleness: u64,
     /// By step.
-    fetching: VecDeque<(u64, Pending<Vec<Block>>)>,
+    fetching: BTreeMap<u64, Pending<Vec<Block>>>,
     pushing: VecDeque<Pending<()>>,
 }
 
 impl<S: BlockStore> MemoryPipe<S> {
     /// Of a bank from which nothing has been asked yet.
     pub fn new(bank: Blocking<S>, staleness: u64) -> Self {
-        Self { bank, staleness, fetching: VecDeque::new(), pushing: VecDeque::new() }
+        Self { bank, staleness, fetching: BTreeMap::new(), pushing: VecDeque::new() }
     }
 
     /// The bank itself.
@@ -34,13 +34,11 @@ impl<S: BlockStore> MemoryPipe<S> {
         self.staleness
     }
 
-    /// Begins to fetch the blocks of a step. Their gradients up to step - 1 - staleness are pushed, or on
-    /// their way.
-    pub fn begin_fetch(&mut self, step: u64, ids: Vec<ClusterId>) {
-        if self.fetching.iter().all(|(begun, _)| *begun != step) {
-            let after = Step(step.saturating_sub(1 + self.staleness));
-            self.fetching.push_back((step, self.bank.begin_fetch(after, ids)));
-        }
+    /// Begins to fetch the blocks of a step, unless they are on their way. Their gradients up to step - 1 -
+    /// staleness are pushed, or on their way too.
+    pub fn begin_fetch(&mut self, step: u64, ids: impl FnOnce() -> Vec<ClusterId>) {
+        let after = Step(step.saturating_sub(1 + self.staleness));
+        self.fetching.entry(step).or_insert_with(|| self.bank.begin_fetch(after, ids()));
     }
 
     /// The blocks of a step, fetched now unless they are on their way; `check` is asked whether they may still
@@ -54,14 +52,9 @@ impl<S: BlockStore> MemoryPipe<S> {
         ids: impl FnOnce() -> Vec<ClusterId>,
         check: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Block>> {
-        // What was begun for a step that did not come.
-        self.fetching.retain(|(begun, _)| *begun >= step);
-        if self.fetching.front().is_none_or(|(begun, _)| *begun != step) {
-            let after = Step(step.saturating_sub(1 + self.staleness));
-            self.fetching.push_front((step, self.bank.begin_fetch(after, ids())));
-        }
-        match self.fetching.pop_front() {
-            Some((_, pending)) => self.bank.finish(pending, check),
+        self.begin_fetch(step, ids);
+        match self.fetching.remove(&step) {
+            Some(pending) => self.bank.finish(pending, check),
             None => Ok(vec![]),
         }
     }

@@ -37,27 +37,42 @@ pub(crate) struct Share {
     rank: usize,
     micro_batch: usize,
     spec: Option<BlockSpec>,
-    /// The micro-batches that touch a block, in order.
-    touched: BTreeMap<ClusterId, Vec<usize>>,
+    touched: BTreeMap<ClusterId, Touched>,
+}
+
+/// Who has a part of a block's gradient.
+struct Touched {
+    /// Micro-batches, in order.
+    leaves: Vec<usize>,
+    /// Workers, ascending.
+    ranks: Vec<usize>,
+    /// The one that adds it up: one that has a part of it, and not always the first.
+    owner: usize,
 }
 
 impl Share {
     /// Of `batch`, in the micro-batches that all workers together make of it.
-    pub(crate) fn new(batch: &Batch, micro_batch: usize, spec: Option<&BlockSpec>, mesh: &Mesh) -> Self {
-        let n = batch.n_sequences().div_ceil(micro_batch);
-        let mut touched: BTreeMap<ClusterId, Vec<usize>> = BTreeMap::new();
+    pub(crate) fn new(
+        batch: &Batch,
+        micro_batch: usize,
+        spec: Option<&BlockSpec>,
+        (rank, world_size): (usize, usize),
+    ) -> Self {
+        let leaves = Leaves { n: batch.n_sequences().div_ceil(micro_batch), world_size };
+        let mut by_block: BTreeMap<ClusterId, Vec<usize>> = BTreeMap::new();
         if let Some(spec) = spec {
             for (leaf, paths) in batch.paths.chunks(micro_batch).enumerate() {
-                unique_ids(paths, spec).into_iter().for_each(|id| touched.entry(id).or_default().push(leaf));
+                unique_ids(paths, spec).into_iter().for_each(|id| by_block.entry(id).or_default().push(leaf));
             }
         }
-        Self {
-            leaves: Leaves { n, world_size: mesh.world_size() },
-            rank: mesh.rank(),
-            micro_batch,
-            spec: spec.cloned(),
-            touched,
-        }
+        let touched = |(id, of_block): (ClusterId, Vec<usize>)| {
+            let mut ranks: Vec<usize> = of_block.iter().map(|&leaf| leaves.rank_of(leaf)).collect();
+            ranks.dedup();
+            let owner = ranks[(id.index as usize + usize::from(id.level)) % ranks.len()];
+            (id, Touched { leaves: of_block, ranks, owner })
+        };
+        let touched = by_block.into_iter().map(touched).collect();
+        Self { leaves, rank, micro_batch, spec: spec.cloned(), touched }
     }
 
     /// This worker's micro-batches.
@@ -80,6 +95,11 @@ impl Share {
         }
     }
 
+    /// The blocks that the step touches, each with the number of workers that do.
+    pub(crate) fn touched(&self) -> impl Iterator<Item = (ClusterId, usize)> {
+        self.touched.iter().map(|(&id, touched)| (id, touched.ranks.len()))
+    }
+
     /// Blocks that the step touches, on all workers.
     pub(crate) fn n_blocks(&self) -> usize {
         self.touched.len()
@@ -100,9 +120,9 @@ impl Share {
     ) -> Result<(f64, bool)> {
         let told = [&[f64::from(u8::from(stop))], losses].concat();
         let gathered = mesh.all_gather(&Call::new("losses", step), bytes_of(&told))?;
-        let stop = gathered.iter().any(|bytes| f64s(bytes).next() != Some(0.0));
+        let stop = gathered.iter().any(|bytes| f64s(bytes).first() != Some(&0.0));
         // In the order of micro-batches, which is that of ranks.
-        let losses = gathered.iter().flat_map(|bytes| f64s(bytes).skip(1));
+        let losses = gathered.iter().flat_map(|bytes| f64s(bytes).into_iter().skip(1));
         Ok((losses.fold(0.0, |sum, loss| sum + loss), stop))
     }
 
@@ -174,19 +194,19 @@ impl Share {
         mut parts: BTreeMap<ClusterId, Vec<Vec<f32>>>,
     ) -> Result<Vec<Block>> {
         let mut messages: Vec<Vec<f32>> = vec![vec![]; mesh.world_size()];
-        for (&id, values) in parts.iter().filter(|&(&id, _)| self.owner(id) != self.rank) {
-            messages[self.owner(id)].extend(values.iter().flatten());
+        for (&id, touched) in self.touched.iter().filter(|(_, touched)| touched.owner != self.rank) {
+            messages[touched.owner].extend(parts.get(&id).into_iter().flatten().flatten());
         }
         let call = Call::new("block gradients", step);
         let messages = messages.iter().map(|values| bytes_of(values)).collect();
         let received = mesh.exchange(&call, messages)?;
         let mut received = Numbers::of(&call, &received);
         let mut own = vec![];
-        for (&id, leaves) in self.touched.iter().filter(|&(&id, _)| self.owner(id) == self.rank) {
+        for (&id, touched) in self.touched.iter().filter(|(_, touched)| touched.owner == self.rank) {
             let mut mine = parts.remove(&id).unwrap_or_default().into_iter();
             let mut sum = TreeSum::new(self.leaves.n, 0..self.leaves.n);
-            for rank in self.ranks(leaves) {
-                for range in self.part_ranges(rank, leaves) {
+            for &rank in &touched.ranks {
+                for range in self.part_ranges(rank, &touched.leaves) {
                     let values = match rank == self.rank {
                         true => mine.next().unwrap_or_default(),
                         false => received[rank].take(self.len(id))?,
@@ -203,8 +223,8 @@ impl Share {
     fn norm(&self, mesh: &mut Mesh, step: u64, own: &[Block]) -> Result<f64> {
         let squares: Vec<f64> = own.par_iter().map(|block| squared_norm(&block.values)).collect();
         let gathered = mesh.all_gather(&Call::new("block norms", step), bytes_of(&squares))?;
-        let mut by_rank: Vec<_> = gathered.iter().map(|bytes| f64s(bytes)).collect();
-        let in_order = self.touched.keys().filter_map(|&id| by_rank[self.owner(id)].next());
+        let mut by_rank: Vec<_> = gathered.iter().map(|bytes| f64s(bytes).into_iter()).collect();
+        let in_order = self.touched.values().filter_map(|touched| by_rank[touched.owner].next());
         // `sum` of nothing is -0.
         Ok(in_order.fold(0.0, |sum, x| sum + x).sqrt())
     }
@@ -227,8 +247,10 @@ impl Share {
         let gathered = mesh.all_gather(&call, bytes_of(&mine))?;
         let mut gathered = Numbers::of(&call, &gathered);
         let mut all = own;
-        for &id in self.touched.keys().filter(|&&id| is_replicated(id) && self.owner(id) != self.rank) {
-            all.push(Block { id, values: gathered[self.owner(id)].take(self.len(id))? });
+        for (&id, touched) in self.touched.iter().filter(|&(&id, _)| is_replicated(id)) {
+            if touched.owner != self.rank {
+                all.push(Block { id, values: gathered[touched.owner].take(self.len(id))? });
+            }
         }
         all.sort_unstable_by_key(|block| block.id);
         Ok(all)
@@ -237,22 +259,6 @@ impl Share {
     /// Numbers of a block.
     fn len(&self, id: ClusterId) -> usize {
         self.spec.as_ref().map_or(0, |spec| spec.block_len(usize::from(id.level)))
-    }
-
-    /// The workers that have a part of a block's gradient, ascending.
-    fn ranks(&self, leaves: &[usize]) -> Vec<usize> {
-        let mut ranks: Vec<usize> = leaves.iter().map(|&leaf| self.leaves.rank_of(leaf)).collect();
-        ranks.dedup();
-        ranks
-    }
-
-    /// The worker that adds up a block's gradient: one that has a part of it, and not always the first.
-    fn owner(&self, id: ClusterId) -> usize {
-        let ranks = self.touched.get(&id).map(|leaves| self.ranks(leaves)).unwrap_or_default();
-        match ranks.len() {
-            0 => self.rank,
-            n => ranks[(id.index as usize + usize::from(id.level)) % n],
-        }
     }
 
     /// The leaves of each part that a worker has of a block's gradient.
@@ -286,12 +292,12 @@ impl<'a> Numbers<'a> {
             return Err(collective::Error::Length { rank, call, expected, found });
         };
         self.rest = rest;
-        Ok(values.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
+        Ok(bytemuck::pod_collect_to_vec(values))
     }
 }
 
-fn f64s(bytes: &[u8]) -> impl Iterator<Item = f64> {
-    bytes.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes))
+fn f64s(bytes: &[u8]) -> Vec<f64> {
+    bytemuck::pod_collect_to_vec(bytes)
 }
 
 /// Numbers as they are in memory, in little-endian.

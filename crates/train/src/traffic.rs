@@ -1,15 +1,14 @@
 //! What a step moves between workers and shards: counted in the batches that the sampler makes, or expected
 //! of a tree's clusters.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
-use anchor::unique_ids;
 use cluster_tree::ClusterPath;
-use collective::Leaves;
-use corpus::{Batch, Corpus};
+use corpus::Corpus;
 use memory_bank::BlockSpec;
 
 use crate::loader::batch;
+use crate::share::Share;
 use crate::{Result, TrainConfig};
 
 /// Blocks of one level, in one step of all workers.
@@ -19,8 +18,6 @@ pub struct LevelTraffic {
     pub unique: f64,
     /// Different blocks of each worker, summed over the workers: what is fetched.
     pub by_worker: f64,
-    /// One block for each sequence: what would be fetched without sharing.
-    pub naive: f64,
 }
 
 /// The traffic of a step by level, as the batches of `steps` steps have it on average.
@@ -37,44 +34,24 @@ pub fn simulated(
     let mut sum = vec![LevelTraffic::default(); spec.n_levels()];
     let n_steps = steps.clone().count() as f64;
     for step in steps {
-        let counted = of_batch(&batch(corpus, config, step)?, config.micro_batch, spec, world_size);
-        for (sum, level) in sum.iter_mut().zip(counted) {
-            sum.unique += level.unique / n_steps;
-            sum.by_worker += level.by_worker / n_steps;
-            sum.naive += level.naive / n_steps;
+        let batch = batch(corpus, config, step)?;
+        let share = Share::new(&batch, config.micro_batch, Some(spec), (0, world_size));
+        for (id, n_workers) in share.touched() {
+            let level = &mut sum[usize::from(id.level)];
+            level.unique += 1.0 / n_steps;
+            level.by_worker += n_workers as f64 / n_steps;
         }
     }
     Ok(sum)
 }
 
-/// The traffic of one batch.
-fn of_batch(batch: &Batch, micro_batch: usize, spec: &BlockSpec, world_size: usize) -> Vec<LevelTraffic> {
-    let leaves = Leaves { n: batch.n_sequences().div_ceil(micro_batch), world_size };
-    let mut levels = vec![LevelTraffic::default(); spec.n_levels()];
-    for id in unique_ids(&batch.paths, spec) {
-        levels[usize::from(id.level)].unique += 1.0;
-    }
-    for rank in 0..world_size {
-        let own = leaves.of(rank);
-        let n = batch.n_sequences();
-        let paths = &batch.paths[(own.start * micro_batch).min(n)..(own.end * micro_batch).min(n)];
-        for id in unique_ids(paths, spec) {
-            levels[usize::from(id.level)].by_worker += 1.0;
-        }
-    }
-    for level in spec.levels() {
-        levels[level].naive = batch.n_sequences() as f64;
-    }
-    levels
-}
-
-/// The share of training sequences in each cluster of each level, most at most `most` of them looked at.
+/// The share of training sequences in each cluster of each level, of the first `most`.
 ///
 /// # Errors
 /// Those of the corpus.
 pub fn cluster_shares(corpus: &Corpus, config: &TrainConfig, most: u64) -> Result<Vec<Vec<f64>>> {
     let n = corpus.n_sequences().min(most);
-    let mut counts: Vec<std::collections::BTreeMap<u32, u64>> = vec![];
+    let mut counts: Vec<BTreeMap<u32, u64>> = vec![];
     for index in 0..n {
         let path: ClusterPath = corpus.sequence(config.seed, index)?.path;
         counts.resize_with(path.n_levels(), Default::default);
@@ -82,9 +59,8 @@ pub fn cluster_shares(corpus: &Corpus, config: &TrainConfig, most: u64) -> Resul
             *counts[level].entry(id.index).or_default() += 1;
         }
     }
-    let shares = |level: std::collections::BTreeMap<u32, u64>| {
-        level.into_values().map(|count| count as f64 / n as f64).collect()
-    };
+    let shares =
+        |level: BTreeMap<u32, u64>| level.into_values().map(|count| count as f64 / n as f64).collect();
     Ok(counts.into_iter().map(shares).collect())
 }
 
@@ -106,15 +82,14 @@ pub fn expected(
 ) -> Vec<LevelTraffic> {
     let n = config.batch_size as f64;
     let among = |share: f64| 1.0 - (1.0 - share).powf(n);
-    let levels: BTreeSet<usize> = spec.levels().collect();
     let level = |(level, shares): (usize, &Vec<f64>)| {
-        if !levels.contains(&level) {
+        if spec.width[level] == 0 {
             return LevelTraffic::default();
         }
         let of_path = |share: &f64| among(share * (1.0 - config.generic_share));
         let unique = shares.iter().map(of_path).sum::<f64>() + among(config.generic_share);
         let borders = (world_size - 1) as f64 * (n - unique) / (n - 1.0).max(1.0);
-        LevelTraffic { unique, by_worker: unique + borders, naive: n }
+        LevelTraffic { unique, by_worker: unique + borders }
     };
     shares.iter().enumerate().map(level).collect()
 }

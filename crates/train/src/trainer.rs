@@ -47,14 +47,6 @@ pub struct Workers {
     pub stop: Arc<AtomicBool>,
 }
 
-impl Workers {
-    /// Tells the others of an error that keeps this worker from beginning.
-    fn refuse(&mut self, error: Error) -> Error {
-        self.mesh.give_up(&error.to_string(), !error.is_transient());
-        error
-    }
-}
-
 /// How a run ended.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Ended {
@@ -133,48 +125,47 @@ impl<S: BlockStore> Trainer<S> {
     /// # Errors
     /// When the configuration cannot be trained with, or its phase has memory and there is no bank (or the
     /// other way round).
-    pub fn new(mut parts: Parts<S>, tokens_before: u64) -> Result<Self> {
-        match Self::optimizer(&parts, None) {
-            Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, TrainState { tokens_before, ..state })),
-            Err(error) => Err(parts.workers.refuse(error)),
-        }
-    }
-
-    /// The optimizer and the state at the beginning of a run, or of a checkpoint.
-    fn optimizer(parts: &Parts<S>, step: Option<u64>) -> Result<(Option<Optimizer>, TrainState)> {
-        parts.check()?;
-        if let Some(step) = step {
-            return Self::saved(parts, step);
-        }
-        let optimizer = match parts.config.phase.trains_anchor() {
-            true => Some(Optimizer::new(&parts.anchor)?),
-            false => None,
-        };
-        Ok((optimizer, TrainState::default()))
+    pub fn new(parts: Parts<S>, tokens_before: u64) -> Result<Self> {
+        Self::start(parts, |parts| {
+            let optimizer = match parts.config.phase.trains_anchor() {
+                true => Some(Optimizer::new(&parts.anchor)?),
+                false => None,
+            };
+            Ok((optimizer, TrainState { tokens_before, ..TrainState::default() }))
+        })
     }
 
     /// A run that continues from its checkpoint of `step`; `parts.anchor` and the bank are those of it.
     ///
     /// # Errors
     /// When the checkpoint lacks a file or was made for another anchor.
-    pub fn resume(mut parts: Parts<S>, step: u64) -> Result<Self> {
-        match Self::optimizer(&parts, Some(step)) {
-            Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
-            Err(error) => Err(parts.workers.refuse(error)),
-        }
+    pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
+        Self::start(parts, |parts| {
+            let checkpoints = Checkpoints::of(&parts.run_dir);
+            let state = checkpoints.state(step)?;
+            let optimizer = match parts.config.phase.trains_anchor() {
+                true => {
+                    let path = checkpoints.dir(step).join("optimizer.safetensors");
+                    Some(Optimizer::load(&path, &parts.anchor)?)
+                }
+                false => None,
+            };
+            Ok((optimizer, state))
+        })
     }
 
-    fn saved(parts: &Parts<S>, step: u64) -> Result<(Option<Optimizer>, TrainState)> {
-        let checkpoints = Checkpoints::of(&parts.run_dir);
-        let state = checkpoints.state(step)?;
-        let optimizer = match parts.config.phase.trains_anchor() {
-            true => {
-                let path = checkpoints.dir(step).join("optimizer.safetensors");
-                Some(Optimizer::load(&path, &parts.anchor)?)
+    /// The other workers learn of an error that keeps this one from beginning.
+    fn start(
+        mut parts: Parts<S>,
+        begin: impl FnOnce(&Parts<S>) -> Result<(Option<Optimizer>, TrainState)>,
+    ) -> Result<Self> {
+        match parts.check().and_then(|()| begin(&parts)) {
+            Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
+            Err(error) => {
+                parts.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+                Err(error)
             }
-            false => None,
-        };
-        Ok((optimizer, state))
+        }
     }
 
     fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {
@@ -237,15 +228,15 @@ impl<S: BlockStore> Trainer<S> {
         while self.state.step < self.config.steps {
             let step = self.state.step + 1;
             let mut laps = Laps::start();
-            let batch = match next.take() {
-                Some(batch) => batch,
-                None => loader.next(step)?,
+            let (batch, share) = match next.take() {
+                Some(work) => work,
+                None => self.shared(loader.next(step)?),
             };
             if step < self.config.steps {
-                next = Some(loader.next(step + 1)?);
+                next = Some(self.shared(loader.next(step + 1)?));
             }
             let data_ms = laps.lap_ms();
-            let mut line = self.step_before(&batch, next.as_ref())?;
+            let mut line = self.step_before((&batch, &share), next.as_ref())?;
             line.time.data_ms = data_ms;
             let last = step == self.config.steps;
             if let Some(metrics) = &mut metrics {
@@ -302,27 +293,26 @@ impl<S: BlockStore> Trainer<S> {
     /// When the loss or the gradient is not finite, and then nothing was applied; and when another worker
     /// fails.
     pub fn step(&mut self, batch: &Batch) -> Result<StepMetrics> {
-        self.step_before(batch, None)
+        self.step_before((batch, &self.share(batch)), None)
     }
 
     /// A step, whose blocks may be on their way, and those of the next one from when that can be.
-    fn step_before(&mut self, batch: &Batch, next: Option<&Batch>) -> Result<StepMetrics> {
+    fn step_before(
+        &mut self,
+        (batch, share): (&Batch, &Share),
+        next: Option<&(Batch, Share)>,
+    ) -> Result<StepMetrics> {
         let step = self.state.step + 1;
         let (mut laps, mut time) = (Laps::start(), StepTime::default());
-        let share = self.share(batch);
-        let next_ids = next.filter(|_| self.memory.is_some()).map(|next| self.share(next).ids(next));
-        let blocks = match &mut self.memory {
-            Some(memory) => {
-                let blocks = memory.blocks(step, || share.ids(batch), minding(&mut self.workers, step))?;
-                if let Some(ids) = next_ids.clone().filter(|_| memory.staleness() > 0) {
-                    memory.begin_fetch(step + 1, ids);
-                }
-                blocks
+        let mut blocks = vec![];
+        if let Some(memory) = &mut self.memory {
+            blocks = memory.blocks(step, || share.ids(batch), minding(&mut self.workers, step))?;
+            if let Some((next, share)) = next.filter(|_| memory.staleness() > 0) {
+                memory.begin_fetch(step + 1, || share.ids(next));
             }
-            None => vec![],
-        };
+        }
         time.fetch_ms = laps.lap_ms();
-        let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, &share, &blocks)?;
+        let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, share, &blocks)?;
         time.compute_ms = laps.lap_ms();
         let Workers { mesh, replicated, stop, .. } = &mut self.workers;
         let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
@@ -339,8 +329,8 @@ impl<S: BlockStore> Trainer<S> {
         if let Some(memory) = &mut self.memory {
             let rank = self.workers.rank_at_bank;
             memory.push(step, rank, block_gradients, minding(&mut self.workers, step))?;
-            if let Some(ids) = next_ids {
-                memory.begin_fetch(step + 1, ids);
+            if let Some((next, share)) = next {
+                memory.begin_fetch(step + 1, || share.ids(next));
             }
         }
         time.push_ms = laps.lap_ms();
@@ -372,7 +362,13 @@ impl<S: BlockStore> Trainer<S> {
     /// Who computes what of a batch.
     fn share(&self, batch: &Batch) -> Share {
         let spec = self.memory.as_ref().map(|memory| memory.bank().store().spec());
-        Share::new(batch, self.config.micro_batch, spec, &self.workers.mesh)
+        let Workers { mesh, .. } = &self.workers;
+        Share::new(batch, self.config.micro_batch, spec, (mesh.rank(), mesh.world_size()))
+    }
+
+    fn shared(&self, batch: Batch) -> (Batch, Share) {
+        let share = self.share(&batch);
+        (batch, share)
     }
 
     /// Losses and gradients of this worker's micro-batches, each computed by itself and added up as all
