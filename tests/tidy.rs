@@ -275,6 +275,15 @@ fn only_the_program_reads_the_environment_and_uses_anyhow() {
     }
 }
 
+/// `cargo run` at the top, as the README has it, knows which of the programs is meant.
+#[test]
+fn one_program_is_run_unless_told() {
+    let packages = packages();
+    let defaults: Vec<&str> =
+        packages.values().filter_map(|package| package["default_run"].as_str()).collect();
+    assert_eq!(defaults, ["anchorage"]);
+}
+
 #[test]
 fn only_the_service_knows_grpc() {
     for (name, package) in packages() {

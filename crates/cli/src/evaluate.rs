@@ -7,7 +7,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use cluster_tree::{ClusterPath, ClusterTree};
 use corpus::Corpus;
-use eval::{Agreement, Answer, AskOptions, HeldOut, MemoryMode, N_BUCKETS, Question, TRAIN, ask, held_out};
+use eval::{
+    Agreement, Answer, AskOptions, HeldOut, MemoryMode, N_BUCKETS, Question, Sample, TRAIN, ask, held_out,
+};
 use generate::{Options, Prompt};
 
 use crate::config::EvalSection;
@@ -197,7 +199,8 @@ impl Asked<'_> {
             0 => self.corpus.n_validation(),
             n => n.min(self.corpus.n_validation()),
         };
-        let held_out = held_out(&model, self.corpus, mode, (n, self.section.batch), self.leaves)?;
+        let held_out =
+            held_out(&model, self.corpus, mode, &Sample::whole(n, self.section.batch), self.leaves)?;
         let path = |(i, own): (usize, &ClusterPath)| mode.path(own, (i as u64, self.leaves));
         let paths = self.routed.iter().enumerate().map(path).collect::<eval::Result<Vec<_>>>()?;
         let options = AskOptions {

@@ -220,8 +220,55 @@ fn traffic(
     }
 }
 
-/// The formulas. Times of one step: products at the site's efficiency; gradients of the anchor by reduce-scatter
-/// and all-gather, 2 (W - 1) / W of their bytes; blocks over the slower of both sides' networks, and the
+/// The levels of a bank with their part of a step.
+fn levels(config: &Config, spec: Option<&BlockSpec>, traffic: &[LevelTraffic]) -> Vec<LevelPlan> {
+    let Some(spec) = spec else { return vec![] };
+    let level = |level: usize| LevelPlan {
+        level,
+        blocks: spec.n_blocks(level) + 1,
+        block_bytes: 4 * spec.block_len(level) as u64,
+        replicated: config.memory.replicated.contains(&level),
+        unique: traffic[level].unique,
+        by_worker: traffic[level].by_worker,
+    };
+    spec.levels().map(level).collect()
+}
+
+/// Bytes of a step.
+struct Moved {
+    /// From shards, to all workers.
+    fetched: f64,
+    /// To shards.
+    pushed: f64,
+    /// Both ways, one path for each sequence.
+    naive: f64,
+    /// From each worker to the others.
+    exchanged: f64,
+}
+
+/// Gradients of the anchor go by reduce-scatter and all-gather, 2 (W - 1) / W of their bytes from each worker;
+/// parts of blocks' gradients to the worker who adds them up; sums of replicated levels to all.
+fn moved(config: &Config, levels: &[LevelPlan], workers: f64, anchor_parameters: u64) -> Moved {
+    let pushed_share = if config.memory.push_dtype == Dtype::Bf16 { 0.5 } else { 1.0 };
+    let sum = |of: &dyn Fn(&LevelPlan) -> f64| -> f64 {
+        levels.iter().map(|level| of(level) * level.block_bytes as f64).sum()
+    };
+    let of_anchor = match config.train.phase.trains_anchor() {
+        true => 2.0 * (workers - 1.0) / workers * 4.0 * anchor_parameters as f64,
+        false => 0.0,
+    };
+    let parts = sum(&|level| level.by_worker - level.unique) / workers;
+    let copies = sum(&|level| if level.replicated { level.unique } else { 0.0 }) * (workers - 1.0) / workers;
+    Moved {
+        fetched: sum(&|level| if level.replicated { 0.0 } else { level.by_worker }),
+        pushed: sum(&|level| level.unique) * pushed_share,
+        naive: sum(&|_| config.train.batch_size as f64) * (1.0 + pushed_share),
+        exchanged: of_anchor + parts + copies,
+    }
+}
+
+/// The formulas. Times of one step: products at the site's efficiency; what workers exchange over their network;
+/// blocks over the slower of both sides' networks, and the
 /// shards' updates at their memory's speed. With staleness the way to the shards and back lies behind a step's
 /// products; without, it is added.
 fn compute(
@@ -235,38 +282,11 @@ fn compute(
     let anchor = config.anchor.config(vocab_size);
     let len = config.corpus.seq_len as usize;
     let memory_width = spec.map_or(0, |spec| spec.width.iter().sum());
-    let push_bytes = if config.memory.push_dtype == Dtype::Bf16 { 2.0 } else { 4.0 };
-    let is_replicated = |level: usize| config.memory.replicated.contains(&level);
-    let levels: Vec<LevelPlan> = spec
-        .into_iter()
-        .flat_map(|spec| {
-            spec.levels().map(|level| LevelPlan {
-                level,
-                blocks: spec.n_blocks(level) + 1,
-                block_bytes: 4 * spec.block_len(level) as u64,
-                replicated: is_replicated(level),
-                unique: traffic[level].unique,
-                by_worker: traffic[level].by_worker,
-            })
-        })
-        .collect();
+    let levels = levels(config, spec, traffic);
     let sum = |of: &dyn Fn(&LevelPlan) -> f64| levels.iter().map(of).sum::<f64>();
     let bytes = |level: &LevelPlan| level.block_bytes as f64;
-    let fetched_bytes = sum(&|level| if level.replicated { 0.0 } else { level.by_worker * bytes(level) });
-    let pushed_bytes = sum(&|level| level.unique * bytes(level) * push_bytes / 4.0);
-    let naive_bytes = sum(&|level| train.batch_size as f64 * bytes(level) * (1.0 + push_bytes / 4.0));
-    // Parts of blocks' gradients to the worker who adds them up, and sums of replicated levels to all.
-    let block_parts = sum(&|level| (level.by_worker - level.unique) * bytes(level)) / workers;
-    let copies = sum(&|level| match level.replicated {
-        true => level.unique * bytes(level) * (workers - 1.0) / workers,
-        false => 0.0,
-    });
     let anchor_parameters = anchor.n_parameters();
-    let anchor_bytes = match train.phase.trains_anchor() {
-        true => 2.0 * (workers - 1.0) / workers * 4.0 * anchor_parameters as f64,
-        false => 0.0,
-    };
-    let exchanged = anchor_bytes + block_parts + copies;
+    let Moved { fetched, pushed, naive, exchanged } = moved(config, &levels, workers, anchor_parameters);
 
     let tokens_per_step = (train.batch_size * len) as f64;
     let of_anchor = anchor.training_flops(len, 0) as f64;
@@ -277,9 +297,8 @@ fn compute(
     let peak = workers * site.worker.tflops * 1e12;
     let compute_s = flops / (peak * site.worker.efficiency);
     let exchange_s = exchanged / (site.worker.network_gb_s * 1e9);
-    let moved = fetched_bytes + pushed_bytes;
-    let worker_network_s = moved / (workers * site.worker.network_gb_s * 1e9);
-    let shard_network_s = moved / (shards * site.shard.network_gb_s * 1e9);
+    let worker_network_s = (fetched + pushed) / (workers * site.worker.network_gb_s * 1e9);
+    let shard_network_s = (fetched + pushed) / (shards * site.shard.network_gb_s * 1e9);
     let updated = sum(&|level| level.unique * bytes(level) / 4.0);
     let shard_update_s = updated * UPDATE_BYTES / (shards * site.shard.memory_gb_s * 1e9);
     let to_shards_s = worker_network_s.max(shard_network_s) + shard_update_s;
@@ -321,9 +340,9 @@ fn compute(
         fetch_parameters: spec.map_or(0, |spec| spec.fetch_len()),
         bank_parameters,
         levels,
-        fetched_bytes,
-        pushed_bytes,
-        naive_bytes,
+        fetched_bytes: fetched,
+        pushed_bytes: pushed,
+        naive_bytes: naive,
         exchanged_bytes_per_worker: exchanged,
         worker_gib: held.total() as f64 / GIB,
         copies_gib: copied / GIB,

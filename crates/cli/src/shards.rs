@@ -239,9 +239,11 @@ pub(crate) fn bring_to(
         let is_there = remote.is_after(step).await?;
         if begins && !is_there {
             let applied = remote.applied().await?;
-            let (shard, found) = applied.into_iter().enumerate().find(|&(_, found)| found != step).unwrap_or((0, step));
+            let other = applied.into_iter().enumerate().find(|&(_, found)| found != step);
+            let (shard, found) = other.unwrap_or((0, step));
             bail!(
-                "shard {shard} of memory.shards: expected step {step} and nothing pushed, for a run that begins, found step {found}"
+                "shard {shard} of memory.shards: expected step {step} and nothing pushed, for a run that begins, \
+                 found step {found}"
             );
         }
         if !is_there {

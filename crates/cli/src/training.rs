@@ -38,29 +38,16 @@ const EMBEDDER: &str = "embedder.safetensors";
 /// worker or a shard fails it goes back to that, as all others do, and waits for who takes the place.
 pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
     let stop = Stop::when_told()?;
-    let prepared = match ranks.rank {
-        0 => prepare(config)?,
-        // Joining, they wait for the first.
-        _ => Prepared::of(config),
-    };
-    let dir = &config.run.dir;
-    fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
-    let _held = match ranks.rank {
-        0 => match atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))? {
-            Some(held) => Some(held),
-            None => bail!("{}: another process is training this run", dir.display()),
-        },
-        _ => None,
-    };
+    let mut worker = Worker { config, ranks, held: None };
     let (mut failures, mut newest) = (0, None);
     loop {
-        let error = match attempt(config, &prepared, ranks, &stop.flag) {
+        let error = match worker.attempt(&stop.flag) {
             // What was saved before is what the next start goes on from.
             Err(_) if stop.is_set() => return Ok(Ended::Stopped),
             Err(error) if is_transient(&error) => error,
             ended => return ended,
         };
-        let checkpoint = Checkpoints::of(dir).latest()?;
+        let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
         if std::mem::replace(&mut newest, checkpoint) != checkpoint {
             failures = 0;
         }
@@ -113,36 +100,123 @@ fn is_transient(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Trains with all others until the end, or until something fails.
-fn attempt(config: &Config, prepared: &Prepared, ranks: &Ranks, stop: &Arc<AtomicBool>) -> Result<Ended> {
-    let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
-    let CollectiveSection { join_s, patience_s, .. } = config.collective;
-    let mut mesh = collective::join(&TcpOptions {
-        rank,
-        world_size,
-        master: master.clone(),
-        job: format!("{job} {}", config.run.dir.display()),
-        join: Duration::from_secs(join_s),
-        stop: Arc::clone(stop),
-        patience: Duration::from_secs(patience_s),
-    })?;
-    let (parts, sizes) = match assemble(config, prepared, ranks, &mut mesh) {
-        Ok(assembled) => assembled,
-        Err(error) => {
-            mesh.give_up(&format!("{error:#}"), !is_transient(&error));
-            return Err(error);
+/// One worker of a run.
+struct Worker<'a> {
+    config: &'a Config,
+    ranks: &'a Ranks,
+    /// The run's folder, which the first worker holds once the corpus is prepared.
+    held: Option<fs::File>,
+}
+
+impl Worker<'_> {
+    /// Trains with all others until the end, or until something fails.
+    fn attempt(&mut self, stop: &Arc<AtomicBool>) -> Result<Ended> {
+        let Self { config, ranks, .. } = *self;
+        let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
+        let CollectiveSection { join_s, patience_s, .. } = config.collective;
+        let mut mesh = collective::join(&TcpOptions {
+            rank,
+            world_size,
+            master: master.clone(),
+            job: format!("{job} {}", config.run.dir.display()),
+            join: Duration::from_secs(join_s),
+            stop: Arc::clone(stop),
+            patience: Duration::from_secs(patience_s),
+        })?;
+        let (parts, sizes) = match self.assemble(&mut mesh) {
+            Ok(assembled) => assembled,
+            Err(error) => {
+                mesh.give_up(&format!("{error:#}"), !is_transient(&error));
+                return Err(error);
+            }
+        };
+        let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
+        let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
+        let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
+        let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
+        let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
+        let trainer = match resumed {
+            Some(step) => Trainer::resume(parts, step)?,
+            None => Trainer::new(parts, tokens_before)?,
+        };
+        run(config, trainer, &sizes, (rank, world_size))
+    }
+
+    /// Opens all that a worker trains with; returns a line about its sizes too. The others wait for the first.
+    fn assemble(&mut self, mesh: &mut Mesh) -> Result<(Assembled, String)> {
+        let Self { config, ranks, .. } = *self;
+        let checkpoints = Checkpoints::of(&config.run.dir);
+        let has_memory = config.train.phase.has_memory();
+        let on_shards = has_memory && !config.memory.shards.is_empty();
+        let led = match ranks.rank {
+            0 => mesh.at_work(|| self.make_ready(on_shards))?,
+            _ => None,
+        };
+        let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
+        let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
+        let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
+        if (&first.version, &first.keys) != (&mine.version, &mine.keys) {
+            let key = first.keys.iter().find(|(key, value)| mine.keys.get(*key) != Some(value));
+            let (key, value) = key.map_or(("version", first.version.as_str()), |(key, value)| (key, value));
+            let found = mine.keys.get(key).map_or(mine.version.as_str(), String::as_str);
+            bail!(
+                "{key} is {found} for rank {} and {value} for rank 0: expected one configuration",
+                ranks.rank
+            );
         }
-    };
-    let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
-    let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
-    let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
-    let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
-    let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
-    let trainer = match resumed {
-        Some(step) => Trainer::resume(parts, step)?,
-        None => Trainer::new(parts, tokens_before)?,
-    };
-    run(config, trainer, &sizes, (rank, world_size))
+        let resumed = first.resumed;
+        let (tree, tokenizer) = belongings(config)?;
+        let corpus = Arc::new(Corpus::open(&Prepared::of(config).dir)?);
+        corpus.check_tokenizer(&tokenizer)?;
+        let place = device_of(ranks.local_rank)?;
+        let (anchor, tokens_before) = match resumed {
+            Some(step) => (load_anchor(config, &tokenizer, (&checkpoints.dir(step), &place))?, 0),
+            None => initial_anchor(config, &tokenizer, &place)?,
+        };
+        let spec = block_spec(config, &tree);
+        let memory = match (has_memory, on_shards) {
+            (false, _) => None,
+            (true, true) => {
+                let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
+                let identity = bank_identity(config, &tree, &tokenizer);
+                Some(shards::train_on_shards(config, identity, place, step)?)
+            }
+            (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
+        };
+        let memory_sizes = match has_memory {
+            true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
+            false => String::new(),
+        };
+        let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
+        let is_replicated = |level| !on_shards || config.memory.replicated.contains(&level);
+        let replicated = (0..spec.n_levels()).map(is_replicated).collect();
+        Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
+    }
+
+    /// What the first worker does for all: prepares the corpus, makes the run's folder and brings the shards to
+    /// where the run goes on, which is returned.
+    fn make_ready(&mut self, on_shards: bool) -> Result<Option<u64>> {
+        let Self { config, ranks, .. } = *self;
+        let dir = &config.run.dir;
+        if self.held.is_none() {
+            prepare(config)?;
+            fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
+            self.held = atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))?;
+            if self.held.is_none() {
+                bail!("{}: another process is training this run", dir.display());
+            }
+        }
+        let resumed = Checkpoints::of(dir).latest()?;
+        begin(config, &Prepared::of(config), resumed)?;
+        if on_shards {
+            let begins = !dir.join("config.toml").exists();
+            let goal = (Step(resumed.unwrap_or(0)), begins);
+            let (tree, tokenizer) = belongings(config)?;
+            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal)?;
+        }
+        write_config(config)?;
+        Ok(resumed)
+    }
 }
 
 /// What workers tell each other first.
@@ -166,67 +240,6 @@ struct Assembled {
     replicated: Vec<bool>,
 }
 
-/// Opens all that a worker trains with; returns a line about its sizes too. The first worker makes the run's
-/// folder and brings the shards to where the run goes on, and the others wait for that.
-fn assemble(
-    config: &Config,
-    prepared: &Prepared,
-    ranks: &Ranks,
-    mesh: &mut Mesh,
-) -> Result<(Assembled, String)> {
-    let dir = &config.run.dir;
-    let checkpoints = Checkpoints::of(dir);
-    let has_memory = config.train.phase.has_memory();
-    let on_shards = has_memory && !config.memory.shards.is_empty();
-    let mut led = None;
-    if ranks.rank == 0 {
-        let resumed = checkpoints.latest()?;
-        begin(config, prepared, resumed)?;
-        if on_shards {
-            let begins = !dir.join("config.toml").exists();
-            let goal = (Step(resumed.unwrap_or(0)), begins);
-            shards::bring_to(config, bank_identity(config)?, ranks.world_size, goal)?;
-        }
-        write_config(config)?;
-        led = resumed;
-    }
-    let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
-    let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
-    let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
-    if (&first.version, &first.keys) != (&mine.version, &mine.keys) {
-        let key = first.keys.iter().find(|(key, value)| mine.keys.get(*key) != Some(value));
-        let (key, value) = key.map_or(("version", first.version.as_str()), |(key, value)| (key, value));
-        let found = mine.keys.get(key).map_or(mine.version.as_str(), String::as_str);
-        bail!("{key} is {found} for rank {} and {value} for rank 0: expected one configuration", ranks.rank);
-    }
-    let resumed = first.resumed;
-    let (tree, tokenizer) = belongings(config)?;
-    let corpus = Arc::new(Corpus::open(&prepared.dir)?);
-    corpus.check_tokenizer(&tokenizer)?;
-    let place = device_of(ranks.local_rank)?;
-    let (anchor, tokens_before) = match resumed {
-        Some(step) => (load_anchor(config, &tokenizer, (&checkpoints.dir(step), &place))?, 0),
-        None => initial_anchor(config, &tokenizer, &place)?,
-    };
-    let spec = block_spec(config, &tree);
-    let memory = match (has_memory, on_shards) {
-        (false, _) => None,
-        (true, true) => {
-            let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
-            Some(shards::train_on_shards(config, bank_identity(config)?, place, step)?)
-        }
-        (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
-    };
-    let memory_sizes = match has_memory {
-        true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
-        false => String::new(),
-    };
-    let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
-    let is_replicated = |level| !on_shards || config.memory.replicated.contains(&level);
-    let replicated = (0..spec.n_levels()).map(is_replicated).collect();
-    Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
-}
-
 /// The tree and the tokenizer that a run's folder holds.
 fn belongings(config: &Config) -> Result<(ClusterTree, Tokenizer)> {
     let dir = &config.run.dir;
@@ -234,11 +247,10 @@ fn belongings(config: &Config) -> Result<(ClusterTree, Tokenizer)> {
 }
 
 /// What the shards of a run must be.
-fn bank_identity(config: &Config) -> Result<(BlockSpec, Identity)> {
-    let (tree, tokenizer) = belongings(config)?;
-    let spec = block_spec(config, &tree);
-    let identity = Identity::new(&config.memory.bank, &spec, hashes(&tree, &tokenizer));
-    Ok((spec, identity))
+fn bank_identity(config: &Config, tree: &ClusterTree, tokenizer: &Tokenizer) -> (BlockSpec, Identity) {
+    let spec = block_spec(config, tree);
+    let identity = Identity::new(&config.memory.bank, &spec, hashes(tree, tokenizer));
+    (spec, identity)
 }
 
 /// The bank of a run that keeps it in its own process.

@@ -58,7 +58,6 @@ pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
         common: set.iter().flat_map(|setting| ["--set".into(), setting.clone()]).collect(),
         path,
         processes: Supervisor::new(config.collective.retries),
-        names: vec![],
     };
     if *shards > 0 && config.shard.store.is_none() {
         // What the run is told itself, too: it is where the bank's checkpoints are.
@@ -67,7 +66,11 @@ pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
     }
     let mut addresses = vec![];
     for shard in 0..*shards {
-        addresses.push(job.start_shard(shard, (*shards, *workers), &stop)?);
+        match job.start_shard(shard, (*shards, *workers), &stop) {
+            Ok(address) => addresses.push(address),
+            Err(_) if stop.is_set() => return Ok(Ended::Stopped),
+            Err(error) => return Err(error),
+        }
     }
     if !addresses.is_empty() {
         job.set(&format!("memory.shards={addresses:?}"));
@@ -85,7 +88,6 @@ struct Job<'a> {
     common: Vec<String>,
     path: &'a Path,
     processes: Supervisor,
-    names: Vec<String>,
 }
 
 impl Job<'_> {
@@ -93,19 +95,15 @@ impl Job<'_> {
         self.common.extend(["--set".to_owned(), setting.to_owned()]);
     }
 
-    fn start(
-        &mut self,
-        name: String,
-        args: Vec<String>,
-        variables: Vec<(String, String)>,
-    ) -> Result<PathBuf> {
-        let log = self.logs.join(format!("{}.log", name.replace(' ', "-")));
+    fn start(&mut self, name: &str, args: Vec<String>, variables: Vec<(String, String)>) -> Result<()> {
+        let (program, log) = (self.program.clone(), self.log(name));
         let is_worker = name.starts_with("worker");
-        let (program, log_of_role) = (self.program.clone(), log.clone());
-        let role = Role { name: name.clone(), program, args, variables, log: log_of_role, is_worker };
-        self.processes.start(role)?;
-        self.names.push(name);
-        Ok(log)
+        Ok(self.processes.start(Role { name: name.to_owned(), program, args, variables, log, is_worker })?)
+    }
+
+    /// Where a role's output goes.
+    fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{}.log", name.replace(' ', "-")))
     }
 
     fn args(&self, command: &str, more: &[String]) -> Vec<String> {
@@ -128,9 +126,9 @@ impl Job<'_> {
             .map(str::to_owned)
             .collect::<Vec<_>>();
         let name = format!("shard {shard}");
-        let log = self.logs.join(format!("shard-{shard}.log"));
+        let log = self.log(&name);
         let begin = fs::metadata(&log).map_or(0, |found| found.len());
-        self.start(name.clone(), self.args("shard", &more), vec![])?;
+        self.start(&name, self.args("shard", &more), vec![])?;
         let deadline = Instant::now() + START;
         loop {
             if stop.is_set() {
@@ -166,7 +164,7 @@ impl Job<'_> {
                 ("ANCHORAGE_JOB", job.clone()),
             ];
             let variables = variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-            self.start(format!("worker {rank}"), self.args("train", &[]), variables)?;
+            self.start(&format!("worker {rank}"), self.args("train", &[]), variables)?;
         }
         Ok(())
     }
@@ -197,25 +195,23 @@ fn watch(config: &Config, job: &mut Job, stop: &Stop) -> Result<Ended> {
     let (mut newest, mut is_told, mut last) = (checkpoints.latest()?, false, StepMetrics::default());
     loop {
         if stop.is_set() && !std::mem::replace(&mut is_told, true) {
-            job.processes.tell_to_stop(true);
+            job.processes.stop_workers();
         }
         match job.processes.look()? {
-            Some(Event::Over(ended)) => {
+            Some(Event::Over { is_stopped }) => {
                 metrics.read(&mut last);
-                let ended = match ended {
-                    launch::Ended::Done => Ended::Done,
-                    launch::Ended::Stopped => Ended::Stopped,
-                };
-                progress.finish(match ended {
-                    Ended::Done => format!("{} steps, loss {:.4}", last.step, last.loss),
-                    Ended::Stopped => {
-                        format!("saved and stopped at step {}", checkpoints.latest()?.unwrap_or(0))
+                let (ended, line) = match is_stopped {
+                    false => (Ended::Done, format!("{} steps, loss {:.4}", last.step, last.loss)),
+                    true => {
+                        let step = checkpoints.latest()?.unwrap_or(0);
+                        (Ended::Stopped, format!("saved and stopped at step {step}"))
                     }
-                });
+                };
+                progress.finish(line);
                 return Ok(ended);
             }
             Some(Event::StartedAgain { role, ended }) => {
-                progress.tell(&format!("{} ended with {ended} and is started again", job.names[role]));
+                progress.tell(&format!("{role} ended with {ended} and is started again"));
             }
             None => {}
         }

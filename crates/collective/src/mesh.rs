@@ -3,7 +3,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -69,23 +69,20 @@ impl Link {
         Self { out, arriving, early: VecDeque::new(), heard, began }
     }
 
-    /// The next frame; an error of the kind `TimedOut` when nothing came for longer than `patience`.
-    fn receive(&mut self, patience: Duration) -> io::Result<Frame> {
+    /// For how long nothing has been heard.
+    fn silence(&self) -> Duration {
+        self.began.elapsed().saturating_sub(Duration::from_millis(self.heard.load(Ordering::Relaxed)))
+    }
+
+    /// The next frame, if one comes before `limit` is over.
+    fn receive(&mut self, limit: Duration) -> io::Result<Option<Frame>> {
         if let Some(frame) = self.early.pop_front() {
-            return frame;
+            return frame.map(Some);
         }
-        let asked = self.began.elapsed();
-        loop {
-            let heard = Duration::from_millis(self.heard.load(Ordering::Relaxed)).max(asked);
-            let left = (heard + patience).saturating_sub(self.began.elapsed());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            match self.arriving.recv_timeout(left) {
-                Ok(frame) => return frame,
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(ended()),
-            }
+        match self.arriving.recv_timeout(limit) {
+            Ok(frame) => frame.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(ended()),
         }
     }
 
@@ -128,11 +125,13 @@ pub struct Mesh {
     is_over: bool,
     /// When the others last heard that this one is at work.
     told: Instant,
+    /// What is waited for beside the others, and since when.
+    waits: Option<(Call, Instant)>,
 }
 
 impl Mesh {
     pub(crate) fn new(rank: usize, links: Vec<Option<Link>>, patience: Duration) -> Self {
-        Self { rank, links, patience, is_over: false, told: Instant::now() }
+        Self { rank, links, patience, is_over: false, told: Instant::now(), waits: None }
     }
 
     /// Of a job of one worker.
@@ -158,6 +157,7 @@ impl Mesh {
     /// began with.
     pub fn exchange(&mut self, call: &Call, messages: Vec<Bytes>) -> Result<Vec<Bytes>> {
         debug_assert_eq!(messages.len(), self.world_size());
+        self.waits = None;
         for (link, message) in self.links.iter_mut().zip(&messages) {
             if let Some(link) = link {
                 link.out.send(Frame::Message(call.clone(), message.clone()));
@@ -168,10 +168,7 @@ impl Mesh {
             match self.receive(rank, call) {
                 Ok(Some(message)) => *slot = message,
                 Ok(None) => {}
-                Err(error) => {
-                    self.give_up(&error.to_string(), !error.is_transient());
-                    return Err(error);
-                }
+                Err(error) => return Err(self.fail(error)),
             }
         }
         Ok(received)
@@ -193,25 +190,64 @@ impl Mesh {
         self.all_gather(call, Bytes::new()).map(|_| ())
     }
 
-    /// Fails when another worker has given up or is gone, without waiting: for who waits for something else,
-    /// which may never come then. The others learn that this one is at work, and do not call it late.
+    /// Fails when another worker has given up, is gone or is silent for too long, without waiting: for who
+    /// waits for something else, which may never come then, and asks again and again. The others learn that
+    /// this one is at work, and do not call it late.
     ///
     /// # Errors
     /// As [`Mesh::exchange`].
     pub fn check(&mut self, call: &Call) -> Result<()> {
+        self.tell();
+        let since = match self.waits.take() {
+            Some((before, since)) if before == *call => since,
+            _ => Instant::now(),
+        };
+        self.waits = Some((call.clone(), since));
+        for rank in 0..self.links.len() {
+            let Some(link) = &mut self.links[rank] else { continue };
+            let (is_over, silence) = (link.is_over(), link.silence().min(since.elapsed()));
+            let found = match is_over {
+                true => self.receive(rank, call).map(drop),
+                false if silence > self.patience => Err(self.late(rank, call)),
+                false => Ok(()),
+            };
+            found.map_err(|error| self.fail(error))?;
+        }
+        Ok(())
+    }
+
+    /// Does what only this worker does and may take longer than the others' patience: they hear that it is
+    /// at work.
+    pub fn at_work<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        if self.world_size() == 1 {
+            return work();
+        }
+        std::thread::scope(|scope| {
+            let (working, is_done) = channel::<()>();
+            let every = self.patience / 8;
+            scope.spawn(move || {
+                while is_done.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                    self.tell();
+                }
+            });
+            let done = work();
+            drop(working);
+            done
+        })
+    }
+
+    /// Lets the others hear that this one is at work, if they have not lately.
+    fn tell(&mut self) {
         if self.told.elapsed() > self.patience / 4 {
             self.told = Instant::now();
             self.links.iter_mut().flatten().for_each(|link| link.out.is_alive());
         }
-        for rank in 0..self.links.len() {
-            if self.links[rank].as_mut().is_some_and(Link::is_over)
-                && let Err(error) = self.receive(rank, call)
-            {
-                self.give_up(&error.to_string(), !error.is_transient());
-                return Err(error);
-            }
-        }
-        Ok(())
+    }
+
+    /// The others learn why this one goes no further.
+    fn fail(&mut self, error: Error) -> Error {
+        self.give_up(&error.to_string(), !error.is_transient());
+        error
     }
 
     /// Tells the others why this worker goes no further, and whether that is final: that it would not help
@@ -225,16 +261,31 @@ impl Mesh {
 
     /// The message of one rank; `None` from this one.
     fn receive(&mut self, rank: usize, call: &Call) -> Result<Option<Bytes>> {
-        let Some(link) = &mut self.links[rank] else { return Ok(None) };
-        let (waiting, call) = (self.rank, call.clone());
-        match link.receive(self.patience) {
-            Ok(Frame::Message(found, message)) if found == call => Ok(Some(message)),
-            Ok(Frame::Message(found, _)) => Err(Error::OutOfStep { rank, waiting, expected: call, found }),
-            Ok(Frame::GiveUp { reason, is_final }) => Err(Error::GaveUp { rank, reason, is_final }),
-            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
-                Err(Error::Late { rank, waiting, seconds: self.patience.as_secs(), call })
+        let (asked, waiting) = (Instant::now(), self.rank);
+        loop {
+            let Some(link) = &mut self.links[rank] else { return Ok(None) };
+            match link.receive(self.patience / 8) {
+                Ok(Some(Frame::Message(found, message))) if found == *call => return Ok(Some(message)),
+                Ok(Some(Frame::Message(found, _))) => {
+                    return Err(Error::OutOfStep { rank, waiting, expected: call.clone(), found });
+                }
+                Ok(Some(Frame::GiveUp { reason, is_final })) => {
+                    return Err(Error::GaveUp { rank, reason, is_final });
+                }
+                Ok(None) if link.silence().min(asked.elapsed()) > self.patience => {
+                    return Err(self.late(rank, call));
+                }
+                // The others may wait for this one in turn.
+                Ok(None) => self.tell(),
+                Err(error) => {
+                    let reason = error.to_string();
+                    return Err(Error::Gone { rank, waiting, reason, call: call.clone() });
+                }
             }
-            Err(error) => Err(Error::Gone { rank, waiting, reason: error.to_string(), call }),
         }
+    }
+
+    fn late(&self, rank: usize, call: &Call) -> Error {
+        Error::Late { rank, waiting: self.rank, seconds: self.patience.as_secs(), call: call.clone() }
     }
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use collective::{Call, Error, Leaves, Mesh, TcpOptions, TreeSum, all_reduce, join, local};
@@ -29,14 +29,22 @@ fn tcp(world_size: usize, patience: Duration) -> Vec<TcpOptions> {
 
 /// Runs `work` on every worker of a job, over channels or sockets, and returns what each made.
 fn on_all<T: Send>(world_size: usize, sockets: bool, work: impl Fn(&mut Mesh) -> T + Sync) -> Vec<T> {
+    on_all_patient((world_size, PATIENCE), sockets, work)
+}
+
+fn on_all_patient<T: Send>(
+    (world_size, patience): (usize, Duration),
+    sockets: bool,
+    work: impl Fn(&mut Mesh) -> T + Sync,
+) -> Vec<T> {
     let work = &work;
     std::thread::scope(|scope| {
         let threads: Vec<_> = match sockets {
-            true => tcp(world_size, PATIENCE)
+            true => tcp(world_size, patience)
                 .into_iter()
                 .map(|options| scope.spawn(move || work(&mut join(&options).unwrap())))
                 .collect(),
-            false => local(world_size, PATIENCE)
+            false => local(world_size, patience)
                 .into_iter()
                 .map(|mut mesh| scope.spawn(move || work(&mut mesh)))
                 .collect(),
@@ -234,6 +242,40 @@ fn a_worker_of_another_job_is_refused_and_does_not_disturb() {
     assert!(error.contains("for ranks [1, 2]"), "{error}");
     let error = join(&TcpOptions { rank: 3, ..short }).err().unwrap().to_string();
     assert_eq!(error, "rank is 3, expected a rank below the world size 3");
+}
+
+/// What one does for all may take longer than the others' patience; not that nothing is heard of it.
+#[test]
+fn one_that_is_at_work_is_waited_for_and_one_that_is_silent_is_not() {
+    let patience = Duration::from_millis(400);
+    let wait = |patience: Duration| std::thread::park_timeout(patience);
+    for sockets in [false, true] {
+        let errors = on_all_patient((3, patience), sockets, |mesh| {
+            let call = Call::new("begin", 1);
+            if mesh.rank() == 0 {
+                mesh.at_work(|| wait(3 * patience));
+            }
+            mesh.barrier(&call).unwrap();
+            // For shards, say: the one who waits lets the others hear of it.
+            let begin = Instant::now();
+            while mesh.rank() == 1 && begin.elapsed() < 3 * patience {
+                mesh.check(&Call::new("memory", 1)).unwrap();
+                wait(patience / 10);
+            }
+            mesh.barrier(&call).unwrap();
+            if mesh.rank() == 2 {
+                wait(3 * patience);
+                return String::new();
+            }
+            loop {
+                if let Err(error) = mesh.check(&Call::new("memory", 2)) {
+                    return error.to_string();
+                }
+                wait(patience / 10);
+            }
+        });
+        assert!(errors[..2].iter().all(|error| error.contains("rank 2 is late")), "{errors:?}");
+    }
 }
 
 /// Who waits for something else hears of it too, also when messages came before.

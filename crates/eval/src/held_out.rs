@@ -23,6 +23,15 @@ impl TokenSum {
         self.tokens += 1;
     }
 
+    /// The sums of sequences, added in their order.
+    pub fn total(sequences: &[Self]) -> Self {
+        let add = |sum: Self, sequence: &Self| Self {
+            nats: sum.nats + sequence.nats,
+            tokens: sum.tokens + sequence.tokens,
+        };
+        sequences.iter().fold(Self::default(), add)
+    }
+
     /// Nats per token.
     pub fn mean(&self) -> f64 {
         self.nats / self.tokens as f64
@@ -45,8 +54,26 @@ pub struct HeldOut {
     pub sequences: Vec<TokenSum>,
 }
 
-/// The loss of `model` on `n` held-out sequences, `batch` at a time; fewer than all are spread evenly, as
-/// they are stored leaf by leaf. A random path is one of `leaves`.
+/// Which of the held-out sequences.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// How many; fewer than all are spread evenly, as they are stored leaf by leaf.
+    pub n: u64,
+    /// How many at a time.
+    pub batch: usize,
+    /// Which part of them, and of how many: that of a worker, by its rank. All parts' sequences, one part after
+    /// the other, are those of the whole.
+    pub part: (usize, usize),
+}
+
+impl Sample {
+    /// All of `n`, `batch` at a time.
+    pub fn whole(n: u64, batch: usize) -> Self {
+        Self { n, batch, part: (0, 1) }
+    }
+}
+
+/// The loss of `model` on held-out sequences. A random path is one of `leaves`.
 ///
 /// A sequence's own path is that of its documents' windows, which were embedded whole: what is scored had a
 /// part in choosing its memory, by at most ln(leaves) nats a window.
@@ -57,22 +84,25 @@ pub fn held_out<S: BlockStore>(
     model: &Model<S>,
     corpus: &Corpus,
     mode: MemoryMode,
-    (n, batch): (u64, usize),
+    sample: &Sample,
     leaves: &[ClusterPath],
 ) -> Result<HeldOut> {
     let all = corpus.n_validation();
-    let n = n.min(all);
-    let sequences = (0..n).map(|i| corpus.validation(i * all / n)).collect::<corpus::Result<Vec<_>>>()?;
+    let (n, (part, parts)) = (sample.n.min(all), sample.part);
+    let batches = n.div_ceil(sample.batch as u64);
+    let begin = |part: usize| (part as u64 * batches / parts as u64 * sample.batch as u64).min(n);
+    let indices: Vec<u64> = (begin(part)..begin(part + 1)).collect();
     let mut result = HeldOut::default();
-    for (chunk, sequences) in sequences.chunks(batch).enumerate() {
-        let rerouted = |(i, sequence): (usize, &Sequence)| -> Result<Sequence> {
-            let index = (chunk * batch + i) as u64;
+    for indices in indices.chunks(sample.batch) {
+        let rerouted = |&index: &u64| -> Result<Sequence> {
+            let sequence = corpus.validation(index * all / n)?;
             let path = mode.path(&sequence.path, (index, leaves))?;
-            Ok(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence.clone() })
+            Ok(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence })
         };
-        let sequences = sequences.iter().enumerate().map(rerouted).collect::<Result<Vec<_>>>()?;
+        let sequences = indices.iter().map(rerouted).collect::<Result<Vec<_>>>()?;
         add_batch(model, corpus, (mode, &Batch::new(sequences, corpus.eot())), &mut result)?;
     }
+    result.total = TokenSum::total(&result.sequences);
     Ok(result)
 }
 
@@ -93,7 +123,6 @@ fn add_batch<S: BlockStore>(
         let mut sum = TokenSum::default();
         for &(_, document, nats) in sequence.iter().filter(|(target, ..)| *target != IGNORE) {
             sum.add(nats);
-            result.total.add(nats);
             if let Some(label) = corpus.label(document)? {
                 result.by_label.entry(label.to_string()).or_default().add(nats);
             }

@@ -7,7 +7,7 @@ use anchor::{Anchor, AnchorConfig, Compute, FetchedMemory, Gradients, Input, Tar
 use candle_core::{DType, Device};
 use cluster_tree::ClusterPath;
 use corpus::{Corpus, IGNORE, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use eval::{AskOptions, Error, HeldOut, MemoryMode, Question, ask, held_out, read_questions};
+use eval::{AskOptions, Error, HeldOut, MemoryMode, Question, Sample, ask, held_out, read_questions};
 use generate::Model;
 use memory_bank::{LocalBank, Step};
 
@@ -82,7 +82,9 @@ fn each_kind_of_memory_has_a_loss_of_its_own() {
     let model = Model { anchor: &anchor, bank: Some(&bank), step: Step(1) };
     let n = corpus.n_validation();
     let leaves = [0, 1, 2, 3].map(leaf);
-    let measure = |mode, batch| -> HeldOut { held_out(&model, &corpus, mode, (n, batch), &leaves).unwrap() };
+    let measure = |mode, batch| -> HeldOut {
+        held_out(&model, &corpus, mode, &Sample::whole(n, batch), &leaves).unwrap()
+    };
     let modes = [MemoryMode::None, MemoryMode::Generic, MemoryMode::Fetched, MemoryMode::Random];
     let results = modes.map(|mode| measure(mode, 3));
     for (i, result) in results.iter().enumerate() {
@@ -97,6 +99,14 @@ fn each_kind_of_memory_has_a_loss_of_its_own() {
         let other_batch = measure(modes[i], 8).total;
         assert_eq!(other_batch.tokens, result.total.tokens);
         assert!((other_batch.nats / result.total.nats - 1.0).abs() < 1e-5, "the batch changes nothing");
+        // Workers that share the sequences measure what one does, also those that find none left.
+        for parts in [2, 3, 40] {
+            let of_part = |part| {
+                let sample = Sample { part: (part, parts), ..Sample::whole(n, 3) };
+                held_out(&model, &corpus, modes[i], &sample, &leaves).unwrap().sequences
+            };
+            assert_eq!((0..parts).flat_map(of_part).collect::<Vec<_>>(), result.sequences);
+        }
     }
     for (i, mode) in modes.iter().enumerate() {
         let expected = reference(&model, &corpus, *mode);
@@ -133,11 +143,12 @@ fn without_a_bank_only_the_plain_anchor_can_be_measured() {
     let tokenizer = tokenizer();
     let (anchor, corpus) = (anchor(&tokenizer).freeze(), corpus(dir.path(), &tokenizer));
     let model: Model<LocalBank> = Model { anchor: &anchor, bank: None, step: Step(0) };
-    assert!(held_out(&model, &corpus, MemoryMode::None, (2, 2), &[]).unwrap().total.tokens > 0);
-    let error = held_out(&model, &corpus, MemoryMode::Fetched, (2, 2), &[]).unwrap_err().to_string();
+    assert!(held_out(&model, &corpus, MemoryMode::None, &Sample::whole(2, 2), &[]).unwrap().total.tokens > 0);
+    let error =
+        held_out(&model, &corpus, MemoryMode::Fetched, &Sample::whole(2, 2), &[]).unwrap_err().to_string();
     assert!(error.ends_with("asked of a run that has no memory bank"), "{error}");
     let n = corpus.n_validation();
-    let all = |n: u64| held_out(&model, &corpus, MemoryMode::None, (n, 2), &[]).unwrap().total;
+    let all = |n: u64| held_out(&model, &corpus, MemoryMode::None, &Sample::whole(n, 2), &[]).unwrap().total;
     assert_eq!(all(n), all(n + 1), "more than there are is all");
 }
 

@@ -7,7 +7,7 @@ mod supervisor;
 
 pub use error::{Error, Result};
 pub use ranks::Ranks;
-pub use supervisor::{Ended, Event, Role, Supervisor};
+pub use supervisor::{Event, Role, Supervisor};
 
 /// What a process exits with that has saved and wants to be started again: `EX_TEMPFAIL` of sysexits.h, by
 /// which Slurm and others know a job to requeue.

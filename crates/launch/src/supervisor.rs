@@ -31,22 +31,16 @@ pub struct Role {
 pub enum Event {
     /// It ended, and was started again.
     StartedAgain {
-        /// Its place in the job.
-        role: usize,
+        /// Its name.
+        role: String,
         /// Its exit code or signal.
         ended: String,
     },
-    /// The job is over.
-    Over(Ended),
-}
-
-/// How a job ended.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub enum Ended {
-    /// All workers are done.
-    Done,
-    /// Its workers have saved and want to be started again.
-    Stopped,
+    /// All workers have ended: they are done, or have saved and want to be started again.
+    Over {
+        /// Whether any of them wants that.
+        is_stopped: bool,
+    },
 }
 
 /// Processes of one job on this machine. Only one that has ended is started again: one that does not answer
@@ -72,19 +66,14 @@ impl Supervisor {
         Self { roles: vec![], retries, is_stopping: false }
     }
 
-    /// Starts a role; returns its place in the job.
+    /// Starts a role.
     ///
     /// # Errors
     /// When its program or its log cannot be opened.
-    pub fn start(&mut self, role: Role) -> Result<usize> {
+    pub fn start(&mut self, role: Role) -> Result<()> {
         let child = spawn(&role)?;
         self.roles.push(Running { role, child, started_again: 0, ended: None });
-        Ok(self.roles.len() - 1)
-    }
-
-    /// The process of a role.
-    pub fn id(&self, role: usize) -> u32 {
-        self.roles[role].child.id()
+        Ok(())
     }
 
     /// Looks who has ended, without waiting. Ends that nobody asked for are made good by another process.
@@ -116,15 +105,15 @@ impl Supervisor {
             }
             running.child = spawn(&running.role)?;
             running.started_again += 1;
-            return Ok(Some(Event::StartedAgain { role: place, ended: text(status) }));
+            let role = running.role.name.clone();
+            return Ok(Some(Event::StartedAgain { role, ended: text(status) }));
         }
         let mut workers = self.roles.iter().filter(|running| running.role.is_worker).peekable();
         if workers.peek().is_none() || workers.clone().any(|running| running.ended.is_none()) {
             return Ok(None);
         }
         let stopped = |running: &Running| running.ended.and_then(|status| status.code()) != Some(0);
-        let ended = if workers.any(stopped) { Ended::Stopped } else { Ended::Done };
-        Ok(Some(Event::Over(ended)))
+        Ok(Some(Event::Over { is_stopped: workers.any(stopped) }))
     }
 
     /// The job has come further: what went wrong before counts no more.
@@ -132,18 +121,15 @@ impl Supervisor {
         self.roles.iter_mut().for_each(|running| running.started_again = 0);
     }
 
-    /// Asks workers, or all others, to stop.
-    pub fn tell_to_stop(&mut self, workers: bool) {
+    /// Asks the workers to stop.
+    pub fn stop_workers(&mut self) {
         self.is_stopping = true;
-        for running in self.roles.iter_mut().filter(|running| running.role.is_worker == workers) {
-            running.signal(Signal::TERM);
-        }
+        self.roles.iter_mut().filter(|running| running.role.is_worker).for_each(Running::stop);
     }
 
-    /// Asks those that serve to stop and waits for them; kills who takes longer than `limit`.
+    /// Asks everyone to stop, and waits; kills who takes longer than `limit`.
     pub fn finish(mut self, limit: Duration) {
-        self.tell_to_stop(false);
-        self.tell_to_stop(true);
+        self.roles.iter_mut().for_each(Running::stop);
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline && self.roles.iter_mut().any(Running::is_running) {
             std::thread::park_timeout(Duration::from_millis(10));
@@ -165,13 +151,13 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    fn signal(&mut self, signal: Signal) {
+    fn stop(&mut self) {
         // One that is over and waited for has no process any more, and its number may be another's.
         if self.ended.is_none()
             && self.is_running()
             && let Some(pid) = Pid::from_raw(self.child.id() as i32)
         {
-            let _ = kill_process(pid, signal);
+            let _ = kill_process(pid, Signal::TERM);
         }
     }
 }
@@ -248,12 +234,12 @@ mod tests {
         let once = "echo $GREETING; if [ -e $0.once ]; then exit 0; fi; : > $0.once; kill -9 $$";
         let mut first = role(folder.path(), "worker 0", once, true);
         first.args.push(folder.path().join("state").display().to_string());
-        let place = job.start(first).unwrap();
+        job.start(first).unwrap();
         job.start(role(folder.path(), "shard 0", "trap 'exit 0' TERM; while :; do sleep 0.05; done", false))
             .unwrap();
         let event = wait(&mut job).unwrap();
-        assert_eq!(event, Event::StartedAgain { role: place, ended: "signal 9".into() });
-        assert_eq!(wait(&mut job).unwrap(), Event::Over(Ended::Done));
+        assert_eq!(event, Event::StartedAgain { role: "worker 0".into(), ended: "signal 9".into() });
+        assert_eq!(wait(&mut job).unwrap(), Event::Over { is_stopped: false });
         job.finish(Duration::from_secs(10));
         assert_eq!(std::fs::read_to_string(folder.path().join("worker 0")).unwrap(), "hello\nhello\n");
     }
@@ -286,7 +272,7 @@ mod tests {
             std::thread::park_timeout(Duration::from_millis(5));
         }
         assert_eq!(job.look().unwrap(), None);
-        job.tell_to_stop(true);
-        assert_eq!(wait(&mut job).unwrap(), Event::Over(Ended::Stopped));
+        job.stop_workers();
+        assert_eq!(wait(&mut job).unwrap(), Event::Over { is_stopped: true });
     }
 }

@@ -14,6 +14,7 @@ mod share;
 mod tensorboard;
 mod traffic;
 mod trainer;
+mod validation;
 
 pub use checkpoint::{Checkpoints, TrainState};
 pub use config::{Assign, Phase, TrainConfig};

@@ -16,7 +16,7 @@ use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::pipe::MemoryPipe;
 use crate::share::{Share, Sums};
-use crate::{Error, Result, TrainConfig};
+use crate::{Error, Result, TrainConfig, validation};
 
 /// What a trainer is made of.
 pub struct Parts<S> {
@@ -239,27 +239,25 @@ impl<S: BlockStore> Trainer<S> {
             let mut line = self.step_before((&batch, &share), next.as_ref())?;
             line.time.data_ms = data_ms;
             let last = step == self.config.steps;
-            if let Some(metrics) = &mut metrics {
-                let saves = last || self.is_stopping || due(step, self.config.save_every);
-                let validates = last || due(step, self.config.validate_every);
-                if saves || validates {
-                    self.reach()?;
-                }
-                if saves {
-                    self.check_update(&batch)?;
-                }
-                if validates {
-                    line.validation_loss = self.validation_loss()?;
-                }
-                if last || line.validation_loss.is_some() || due(step, self.config.log_every) {
-                    line = metrics.write(line)?;
-                }
-                progress(&line);
-                if saves {
-                    self.save()?;
-                }
-            } else {
-                progress(&line);
+            let saves = metrics.is_some() && (last || self.is_stopping || due(step, self.config.save_every));
+            let validates = last || due(step, self.config.validate_every);
+            if saves || validates {
+                self.reach()?;
+            }
+            if saves {
+                self.check_update(&batch)?;
+            }
+            if validates {
+                line.validation_loss = self.validation_loss()?;
+            }
+            if let Some(metrics) = &mut metrics
+                && (last || line.validation_loss.is_some() || due(step, self.config.log_every))
+            {
+                line = metrics.write(line)?;
+            }
+            progress(&line);
+            if saves {
+                self.save()?;
             }
             if self.is_stopping && !last {
                 return self.settle(Ended::Stopped);
@@ -426,24 +424,16 @@ impl<S: BlockStore> Trainer<S> {
         self.check_finite(self.state.step, "loss after the update", loss)
     }
 
-    /// Mean loss on some held-out sequences, with the memory that they were trained to fetch.
-    fn validation_loss(&self) -> Result<Option<f64>> {
-        let n = match self.config.validate_sequences {
-            0 => self.corpus.n_validation(),
-            n => n.min(self.corpus.n_validation()),
-        };
-        if n == 0 {
+    /// Mean loss on some held-out sequences, if there are any.
+    fn validation_loss(&mut self) -> Result<Option<f64>> {
+        if self.corpus.n_validation() == 0 {
             return Ok(None);
         }
-        let memory = match (&self.memory, self.config.assign) {
-            (None, _) => eval::MemoryMode::None,
-            (Some(_), crate::Assign::AlwaysOn) => eval::MemoryMode::Generic,
-            (Some(_), crate::Assign::Fetched) => eval::MemoryMode::Fetched,
-        };
-        let held_out =
-            eval::held_out(&self.model(), &self.corpus, memory, (n, self.config.micro_batch), &[])?;
-        let loss = held_out.total.mean();
-        self.check_finite(self.state.step, "held-out loss", loss)?;
+        let (step, mesh) = (self.state.step, &self.workers.mesh);
+        let part = (mesh.rank(), mesh.world_size());
+        let mine = validation::losses(&self.model(), &self.corpus, &self.config, part)?;
+        let loss = validation::total(&mut self.workers.mesh, step, &mine)?.mean();
+        self.check_finite(step, "held-out loss", loss)?;
         Ok(Some(loss))
     }
 
@@ -464,10 +454,13 @@ impl<S: BlockStore> Trainer<S> {
         let step = self.state.step;
         self.reach()?;
         let dir = self.checkpoints.begin(step)?;
-        self.anchor.save(&dir.join("anchor.safetensors"))?;
-        if let Some(optimizer) = &self.optimizer {
-            optimizer.save(&dir.join("optimizer.safetensors"))?;
-        }
+        self.workers.mesh.at_work(|| {
+            self.anchor.save(&dir.join("anchor.safetensors"))?;
+            match &self.optimizer {
+                Some(optimizer) => optimizer.save(&dir.join("optimizer.safetensors")),
+                None => Ok(()),
+            }
+        })?;
         if let Some(memory) = &mut self.memory {
             memory.save(step, minding(&mut self.workers, step))?;
         }

@@ -43,6 +43,16 @@ async fn start_again(served: Served, objects: &Arc<InMemory>, bulk: bool) -> Ser
     Served::start_at(listener, shard, serving(objects, bulk).await)
 }
 
+/// A shard of one worker after two steps, which it has saved.
+async fn saved_at_2(bulk: bool) -> (Arc<InMemory>, Served, RemoteBank) {
+    let objects = Arc::new(InMemory::new());
+    let served = start(&objects, 1, bulk).await;
+    let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
+    push(&bank, 1..=2, 1).await;
+    bank.save(Step(2)).await.unwrap();
+    (objects, served, bank)
+}
+
 /// A wait for what never comes fails a test.
 async fn soon<T>(work: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(60), work).await.expect("an answer")
@@ -59,11 +69,7 @@ async fn push(bank: &RemoteBank, steps: std::ops::RangeInclusive<u64>, world_siz
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shard_that_comes_back_with_less_than_it_was_given_says_so_at_once() {
     for bulk in [false, true] {
-        let objects = Arc::new(InMemory::new());
-        let served = start(&objects, 1, bulk).await;
-        let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
-        push(&bank, 1..=2, 1).await;
-        bank.save(Step(2)).await.unwrap();
+        let (objects, served, bank) = saved_at_2(bulk).await;
         let reader = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
         soon(reader.fetch(Step(0), &all_ids())).await.unwrap();
         push(&bank, 3..=3, 1).await;
@@ -90,11 +96,7 @@ async fn a_shard_that_comes_back_with_less_than_it_was_given_says_so_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shard_that_comes_back_with_all_that_it_was_given_is_gone_on_with() {
     for bulk in [false, true] {
-        let objects = Arc::new(InMemory::new());
-        let served = start(&objects, 1, bulk).await;
-        let bank = RemoteBank::connect(remote(std::slice::from_ref(&served))).await.unwrap();
-        push(&bank, 1..=2, 1).await;
-        bank.save(Step(2)).await.unwrap();
+        let (objects, served, bank) = saved_at_2(bulk).await;
         let _served = start_again(served, &objects, bulk).await;
         push(&bank, 3..=3, 1).await;
         let found = soon(bank.fetch(Step(3), &all_ids())).await.unwrap();
