@@ -48,6 +48,17 @@ validate_sequences = 4
 patience_s = 60
 """
 
+# Of the job of which a shard is killed: a small model, and a bank of 3.2 GB of weights and 6.4 GB of moments, of
+# which those of the blocks that were updated are there.
+LARGE_BANK = [
+    "corpus.prepared=prepared-large",
+    "tree.branching=[16, 16]",
+    "memory.width=[64, 1024]",
+    "anchor.n_layers=4",
+    "anchor.ffn_width=256",
+    "train.batch_size=8",
+]
+
 PARTS = ("throughput", "recovery")
 TARGETS = {
     "tokens_2_workers_2_shards": (">=", 0.85),
@@ -72,12 +83,14 @@ class Bench:
         return os.path.join(self.folder, *names)
 
     def prepare(self):
-        steps, save_every = (12, 4) if self.args.quick else (48, 16)
+        self.save_every = 4 if self.args.quick else 16
         with open(self.path("run.toml"), "w") as file:
-            file.write(CONFIG.format(steps=steps, save_every=save_every))
+            file.write(CONFIG.format(steps=3 * self.save_every, save_every=self.save_every))
         quiet = {"cwd": self.folder, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run(self.command("corpus", "facts", "facts", "--set", "families=64"), **quiet)
         subprocess.run(self.command("prepare", "run.toml"), **quiet)
+        self.large = [] if self.args.quick else [word for setting in LARGE_BANK for word in ("--set", setting)]
+        subprocess.run(self.command("prepare", "run.toml", *self.large), **quiet)
 
     def begin(self, *words):
         """Starts a run in a folder of its own; returns that and the process."""
@@ -134,42 +147,64 @@ class Bench:
         """From the kill of a shard to the first step that is done anew, against the job begun anew from the same
         checkpoint: from its command to its first step."""
         for i in range(self.args.rounds):
-            name, job = self.begin("up", "run.toml", "--workers", 2, "--shards", 2)
-            save_every = 4 if self.args.quick else 16
+            shape = ["up", "run.toml", "--workers", 2, "--shards", 8, *self.large]
+            name, job = self.begin(*shape)
+            save_every = self.save_every
             while len(self.lines(name)) < save_every + 2:
                 time.sleep(0.005)
             start = time.monotonic()
             os.kill(self.child(job.pid, b"--shard\0001\0"), signal.SIGKILL)
-            # It goes back to the checkpoint: lines after it go, and come again.
-            while len(self.lines(name)) > save_every:
-                time.sleep(0.002)
-            while len(self.lines(name)) <= save_every:
-                time.sleep(0.002)
+            self.wait_for_step_after(name, save_every)
             recovered = time.monotonic() - start
-            job.send_signal(signal.SIGINT)
-            job.wait()
-            before = len(self.lines(name))
+            # The same loss without anyone who takes the place: all end, and the job is begun anew.
+            while len(self.lines(name)) < 2 * save_every + 2:
+                time.sleep(0.005)
             start = time.monotonic()
+            self.kill(job)
             again = subprocess.Popen(
-                self.command("up", "run.toml", "--workers", 2, "--shards", 2, "--set", f"run.dir={name}"),
+                self.command(*shape, "--set", f"run.dir={name}"),
                 cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
-            while len(self.lines(name)) <= before:
-                time.sleep(0.002)
+            self.wait_for_step_after(name, 2 * save_every)
             restarted = time.monotonic() - start
             again.send_signal(signal.SIGINT)
             again.wait()
             self.figures.setdefault("recovery_vs_restart", []).append(recovered / restarted)
             self.say(f"round {i + 1}: a shard killed {recovered:.2f} s, the job begun anew {restarted:.2f} s")
 
+    def wait_for_step_after(self, name, checkpoint):
+        """A job goes back: its lines after the checkpoint go, and come again."""
+        while len(self.lines(name)) > checkpoint:
+            time.sleep(0.002)
+        while len(self.lines(name)) <= checkpoint:
+            time.sleep(0.002)
+
     def child(self, pid, marks):
         """The process of a job whose command line holds `marks`."""
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            for child in file.read().split():
-                with open(f"/proc/{child}/cmdline", "rb") as command:
-                    if marks in command.read():
-                        return int(child)
+        for child in self.children(pid):
+            with open(f"/proc/{child}/cmdline", "rb") as command:
+                if marks in command.read():
+                    return child
         raise RuntimeError(f"no process with {marks}")
+
+    def children(self, pid):
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+
+    def kill(self, job):
+        """Ends a job and all its processes at once."""
+
+        def is_running(pid):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+            return False
+
+        processes = self.children(job.pid)
+        for process in [job.pid, *processes]:
+            os.kill(process, signal.SIGKILL)
+        job.wait()
+        while any(map(is_running, processes)):
+            time.sleep(0.002)
 
 
 def main():

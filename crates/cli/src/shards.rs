@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
@@ -14,7 +16,7 @@ use memory_bank::{
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
-use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, RemoteStats};
+use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, RemoteStats, Retry};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
 
 use crate::config::{Config, environment};
@@ -222,7 +224,32 @@ fn worker_options(
     world_size: usize,
 ) -> Result<RemoteOptions> {
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
-    Ok(RemoteOptions { world_size: Some(world_size), ..options })
+    // A job that goes back waits for the shard that is started again.
+    let retry = Retry { most_ms: 250, ..options.retry };
+    Ok(RemoteOptions { world_size: Some(world_size), retry, ..options })
+}
+
+/// The shards, which may have to read their blocks before they serve.
+async fn connect_to_all(options: RemoteOptions, join_s: u64) -> Result<RemoteBank> {
+    let begin = Instant::now();
+    loop {
+        match RemoteBank::connect(options.clone()).await {
+            Err(error @ memory_bank::Error::Remote { is_transient: true, .. }) => {
+                if begin.elapsed().as_secs() > join_s {
+                    // What is no error of a shard is final.
+                    bail!("memory.shards: waited {join_s} s (collective.join_s): {error}");
+                }
+                eprintln!("waiting for the shards: {error}");
+            }
+            connected => return Ok(connected?),
+        }
+    }
+}
+
+async fn until(stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
@@ -232,10 +259,14 @@ pub(crate) fn bring_to(
     identity: (BlockSpec, Identity),
     world_size: usize,
     (step, begins): (Step, bool),
+    stop: &AtomicBool,
 ) -> Result<()> {
     let options = worker_options(config, identity, world_size)?;
     tokio::runtime::Runtime::new()?.block_on(async {
-        let remote = RemoteBank::connect(options).await?;
+        let remote = tokio::select! {
+            connected = connect_to_all(options, config.collective.join_s) => connected?,
+            () = until(stop) => bail!("told to stop"),
+        };
         let is_there = remote.is_after(step).await?;
         if begins && !is_there {
             let applied = remote.applied().await?;

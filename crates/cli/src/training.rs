@@ -123,7 +123,7 @@ impl Worker<'_> {
             stop: Arc::clone(stop),
             patience: Duration::from_secs(patience_s),
         })?;
-        let (parts, sizes) = match self.assemble(&mut mesh) {
+        let (parts, sizes) = match self.assemble(&mut mesh, stop) {
             Ok(assembled) => assembled,
             Err(error) => {
                 mesh.give_up(&format!("{error:#}"), !is_transient(&error));
@@ -143,13 +143,13 @@ impl Worker<'_> {
     }
 
     /// Opens all that a worker trains with; returns a line about its sizes too. The others wait for the first.
-    fn assemble(&mut self, mesh: &mut Mesh) -> Result<(Assembled, String)> {
+    fn assemble(&mut self, mesh: &mut Mesh, stop: &AtomicBool) -> Result<(Assembled, String)> {
         let Self { config, ranks, .. } = *self;
         let checkpoints = Checkpoints::of(&config.run.dir);
         let has_memory = config.train.phase.has_memory();
         let on_shards = has_memory && !config.memory.shards.is_empty();
         let led = match ranks.rank {
-            0 => mesh.at_work(|| self.make_ready(on_shards))?,
+            0 => mesh.at_work(|| self.make_ready(on_shards, stop))?,
             _ => None,
         };
         let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
@@ -195,7 +195,7 @@ impl Worker<'_> {
 
     /// What the first worker does for all: prepares the corpus, makes the run's folder and brings the shards to
     /// where the run goes on, which is returned.
-    fn make_ready(&mut self, on_shards: bool) -> Result<Option<u64>> {
+    fn make_ready(&mut self, on_shards: bool, stop: &AtomicBool) -> Result<Option<u64>> {
         let Self { config, ranks, .. } = *self;
         let dir = &config.run.dir;
         if self.held.is_none() {
@@ -212,7 +212,7 @@ impl Worker<'_> {
             let begins = !dir.join("config.toml").exists();
             let goal = (Step(resumed.unwrap_or(0)), begins);
             let (tree, tokenizer) = belongings(config)?;
-            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal)?;
+            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal, stop)?;
         }
         write_config(config)?;
         Ok(resumed)

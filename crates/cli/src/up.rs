@@ -5,12 +5,11 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use launch::{Event, Role, Supervisor};
-use serde_json::Value;
 use train::{Checkpoints, Ended, StepMetrics};
 
 use crate::ConfigArgs;
@@ -33,8 +32,6 @@ pub(crate) struct UpArgs {
 
 /// Between two looks at the processes.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a shard may take to serve: it reads its blocks first.
-const START: Duration = Duration::from_secs(600);
 /// How long those that serve may take to stop.
 const STOP: Duration = Duration::from_secs(30);
 
@@ -64,18 +61,16 @@ pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
         let url = std::path::absolute(config.run.dir.join("bank"))?;
         job.set(&format!("shard.store.url={:?}", url.display().to_string()));
     }
-    let mut addresses = vec![];
-    for shard in 0..*shards {
-        match job.start_shard(shard, (*shards, *workers), &stop) {
-            Ok(address) => addresses.push(address),
-            Err(_) if stop.is_set() => return Ok(Ended::Stopped),
-            Err(error) => return Err(error),
-        }
+    let ports = free_ports(1 + *shards)?;
+    let addresses: Vec<String> = ports[1..].iter().map(|port| format!("127.0.0.1:{port}")).collect();
+    for (shard, address) in addresses.iter().enumerate() {
+        job.start_shard(shard, address, (*shards, *workers))?;
     }
     if !addresses.is_empty() {
         job.set(&format!("memory.shards={addresses:?}"));
     }
-    job.start_workers(*workers)?;
+    // They wait for shards that still read their blocks.
+    job.start_workers(*workers, ports[0])?;
     let ended = watch(&config, &mut job, &stop);
     job.processes.finish(STOP);
     ended
@@ -115,42 +110,18 @@ impl Job<'_> {
             .collect()
     }
 
-    /// Starts a shard on a port that is free now and is its own from then on; returns its address once it
-    /// serves.
-    fn start_shard(&mut self, shard: usize, (of, workers): (usize, usize), stop: &Stop) -> Result<String> {
-        let address = format!("127.0.0.1:{}", free_port()?);
+    /// Starts a shard that serves on `address`.
+    fn start_shard(&mut self, shard: usize, address: &str, (of, workers): (usize, usize)) -> Result<()> {
         let text = |n: usize| n.to_string();
         let more = ["--shard", &text(shard), "--of", &text(of), "--workers", &text(workers)]
             .into_iter()
-            .chain(["--listen", &address, "--log", "json"])
+            .chain(["--listen", address, "--log", "json"])
             .map(str::to_owned)
             .collect::<Vec<_>>();
-        let name = format!("shard {shard}");
-        let log = self.log(&name);
-        let begin = fs::metadata(&log).map_or(0, |found| found.len());
-        self.start(&name, self.args("shard", &more), vec![])?;
-        let deadline = Instant::now() + START;
-        loop {
-            if stop.is_set() {
-                bail!("stopped before {name} served");
-            }
-            if let Some(line) = lines(&log, begin)?.into_iter().find(|line| line.contains("\"serving\"")) {
-                let line: Value =
-                    serde_json::from_str(&line).with_context(|| format!("{}", log.display()))?;
-                let address =
-                    line["grpc"].as_str().with_context(|| format!("{}: no address", log.display()))?;
-                return Ok(address.to_owned());
-            }
-            if Instant::now() > deadline {
-                bail!("{name} did not serve within {} s: its log is {}", START.as_secs(), log.display());
-            }
-            self.processes.look()?;
-            std::thread::park_timeout(LOOK);
-        }
+        self.start(&format!("shard {shard}"), self.args("shard", &more), vec![])
     }
 
-    fn start_workers(&mut self, workers: usize) -> Result<()> {
-        let port = free_port()?;
+    fn start_workers(&mut self, workers: usize, port: u16) -> Result<()> {
         // Another job that is given the same port is not taken for this one.
         let job = format!("{}-{port}", std::process::id());
         for rank in 0..workers {
@@ -170,20 +141,26 @@ impl Job<'_> {
     }
 }
 
-/// A port that nobody listens on and that the system gives to nobody by itself: it has to be free again when
+/// Ports that nobody listens on and that the system gives to nobody by itself: they have to be free again when
 /// a role is started again.
-fn free_port() -> Result<u16> {
+fn free_ports(n: usize) -> Result<Vec<u16>> {
     const FIRST: u16 = 10_000;
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let given = range.split_whitespace().next().and_then(|first| first.parse().ok()).unwrap_or(32_768);
-    let n = given.max(FIRST + 1) - FIRST;
+    let all = given.max(FIRST + 1) - FIRST;
     // Jobs that begin at the same time look in different places.
     let start = RandomState::new().build_hasher().finish();
-    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    let mut ports = (0..n).map(|i| FIRST + (start.wrapping_add(u64::from(i)) % u64::from(n)) as u16);
-    ports
-        .find(is_free)
-        .with_context(|| format!("ports {FIRST} to {given}: expected one that is free, found none"))
+    let port = |i: u16| FIRST + (start.wrapping_add(u64::from(i)) % u64::from(all)) as u16;
+    let listen = |i: u16| TcpListener::bind(("127.0.0.1", port(i)));
+    // All are held until the last is found.
+    let held: Vec<TcpListener> = (0..all).filter_map(|i| listen(i).ok()).take(n).collect();
+    if held.len() < n {
+        bail!("ports {FIRST} to {given}: expected {n} that are free, found {}", held.len());
+    }
+    Ok(held
+        .iter()
+        .map(|listener| listener.local_addr().map(|address| address.port()))
+        .collect::<Result<_, _>>()?)
 }
 
 /// Shows how far the job is until it is over.

@@ -1,6 +1,7 @@
 //! One saved state of a bank, and blocks read from it.
 
 use std::cmp::Reverse;
+use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -113,7 +114,7 @@ impl Checkpoint {
     /// # Errors
     /// When `identity`, or the seed of `options`, is not the checkpoint's, and on damaged files.
     pub async fn load(&self, identity: &Identity, options: ShardOptions) -> Result<Shard> {
-        self.load_levels(identity, options, |_| true).await
+        self.load_rest(identity, options, |_| true, vec![]).await
     }
 
     /// As [`Checkpoint::load`], of some levels; the blocks of others are in their initial state.
@@ -126,15 +127,49 @@ impl Checkpoint {
         options: ShardOptions,
         takes: impl Fn(usize) -> bool + Send,
     ) -> Result<Shard> {
+        self.load_rest(identity, options, takes, vec![]).await
+    }
+
+    /// As [`Checkpoint::load`], for a shard that saved this checkpoint or began with it: it still holds the
+    /// blocks `held`, those that were not updated since, and only the others are read.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`], and when a block of `held` is not the checkpoint's.
+    pub async fn load_onto(
+        &self,
+        identity: &Identity,
+        options: ShardOptions,
+        held: Vec<(ClusterId, Row)>,
+    ) -> Result<Shard> {
+        self.load_rest(identity, options, |_| true, held).await
+    }
+
+    async fn load_rest(
+        &self,
+        identity: &Identity,
+        options: ShardOptions,
+        takes: impl Fn(usize) -> bool + Send,
+        held: Vec<(ClusterId, Row)>,
+    ) -> Result<Shard> {
         self.check_same(identity)?;
         if options.seed != identity.seed {
             return Err(mismatch(self.place(), "seed", options.seed, identity.seed));
         }
         options.placement.validate()?;
         let optimizer = self.optimizer().await?;
-        let mut rows = Vec::new();
+        for (id, row) in &held {
+            let found = self.find(*id)?.map_or(0, |entry| optimizer.steps(&entry, usize::from(id.level)));
+            if found != row.steps {
+                return Err(mismatch(self.place(), &format!("updates of block {id}"), row.steps, found));
+            }
+        }
+        let held_ids: HashSet<ClusterId> = held.iter().map(|&(id, _)| id).collect();
+        let mut rows = held;
         for level in self.spec().levels().filter(|&level| takes(level)) {
-            let owned = |entry: &&Entry| options.placement.owns(self.id(level, entry));
+            let owned = |entry: &&Entry| {
+                let id = self.id(level, entry);
+                options.placement.owns(id) && !held_ids.contains(&id)
+            };
             let mut entries: Vec<Entry> = self.entries(level).iter().filter(owned).copied().collect();
             // In the order of the files, so that neighbours are read together.
             entries.sort_by_key(|entry| (entry.segment, entry.place));
@@ -145,7 +180,7 @@ impl Checkpoint {
             let (values, m, v) = state.await?;
             let states = values.into_iter().zip(m).zip(v).zip(&entries);
             rows.extend(states.map(|(((values, m), v), entry)| {
-                let steps = optimizer.level(entry, level).steps[entry.place as usize];
+                let steps = optimizer.steps(entry, level);
                 (self.id(level, entry), Row { values, m, v, steps, last: self.step() })
             }));
         }
@@ -289,6 +324,11 @@ impl fmt::Debug for Checkpoint {
 impl Indices {
     pub(crate) fn level(&self, entry: &Entry, level: usize) -> &crate::segment::LevelIndex {
         &self.segments[entry.segment as usize].1[level]
+    }
+
+    /// Updates of a block of a level.
+    pub(crate) fn steps(&self, entry: &Entry, level: usize) -> u64 {
+        self.level(entry, level).steps[entry.place as usize]
     }
 }
 

@@ -178,6 +178,12 @@ impl Shard {
         Snapshot { step: self.applied, placement: self.options.placement, rows }
     }
 
+    /// The blocks whose last update is that of step `until` or an earlier one; shared as in a snapshot.
+    pub fn unchanged_since(&self, until: Step) -> Vec<(ClusterId, Row)> {
+        let rows = self.snapshot(Step(0)).rows;
+        rows.into_iter().filter(|(_, row)| row.last <= until).collect()
+    }
+
     /// Steps that some rank has pushed and that wait for another.
     pub fn lag(&self) -> usize {
         self.pending.iter().rposition(|ranks| ranks.iter().any(Option::is_some)).map_or(0, |last| last + 1)

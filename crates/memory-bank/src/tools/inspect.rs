@@ -51,7 +51,7 @@ pub async fn inspect_checkpoint(checkpoint: &Checkpoint) -> Result<Inspection> {
     for level in spec.levels() {
         let (n_blocks, len) = (spec.n_blocks(level), spec.block_len(level));
         let entries = checkpoint.entries(level);
-        let updates = |entry: &Entry| optimizer.level(entry, level).steps[entry.place as usize];
+        let updates = |entry: &Entry| optimizer.steps(entry, level);
         let mut m3_squared = 0f64;
         let column = Column { level, tensor: 0 };
         let mut pieces =

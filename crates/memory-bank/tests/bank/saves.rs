@@ -1,5 +1,7 @@
 //! Saves of many shards: restored on other numbers of them, built on each other, raced for.
 
+use std::sync::Arc;
+
 use cluster_tree::ClusterId;
 use memory_bank::{
     Access, BankStore, Block, BlockStore, Error, MappedBank, Placement, ShardRecord, Step, StoreBank,
@@ -317,5 +319,47 @@ fn a_restore_of_another_bank_is_refused() {
         assert!(text.ends_with("seed is 7, expected 8"), "{text}");
         assert!(saved.record(Placement { shard: 0, n_shards: 2 }).is_none());
         assert_eq!(saved.record(Placement::WHOLE), shards.records[0]);
+    });
+}
+
+#[test]
+fn a_shard_that_goes_back_keeps_what_was_not_updated_since() {
+    run(async {
+        for n_shards in [1, 3] {
+            let store = open(&in_memory(), small_parts()).await;
+            let mut shards = Shards::new(n_shards);
+            shards.train(2);
+            let saved = shards.save(&store).await.unwrap();
+            shards.train(4);
+            let (mut n_kept, mut n_read) = (0, 0);
+            for shard in 0..n_shards {
+                let held = shards.live[shard].with(|shard| shard.unchanged_since(Step(2))).unwrap();
+                let options = shard_options(shard, n_shards);
+                let restored = saved.load_onto(&identity(), options, held.clone()).await.unwrap();
+                let rows = restored.snapshot(Step(0)).rows;
+                for (id, row) in &held {
+                    let (_, found) = rows.iter().find(|(found, _)| found == id).unwrap();
+                    assert!(Arc::ptr_eq(&row.values, &found.values) && Arc::ptr_eq(&row.v, &found.v));
+                }
+                (n_kept, n_read) = (n_kept + held.len(), n_read + rows.len() - held.len());
+                shards.live[shard].replace(restored).unwrap();
+            }
+            assert!(n_kept > 0 && n_read > 0, "{n_kept} {n_read}");
+            assert!(shards.state() == expected(2));
+            shards.train(5);
+            assert!(shards.state() == expected(5));
+        }
+        // Blocks of another history are noticed.
+        let store = open(&in_memory(), small_parts()).await;
+        let mut shards = Shards::new(1);
+        shards.train(2);
+        let saved = shards.save(&store).await.unwrap();
+        shards.train(5);
+        let held = shards.live[0].with(|shard| shard.unchanged_since(Step(5))).unwrap();
+        let text = saved.load_onto(&identity(), shard_options(0, 1), held).await.unwrap_err().to_string();
+        assert!(
+            text.contains("updates of block ") && text.contains(" is ") && text.contains(", expected "),
+            "{text}"
+        );
     });
 }

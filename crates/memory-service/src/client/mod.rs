@@ -229,9 +229,12 @@ impl RemoteBank {
         let restore = async |shard: &ShardClient, step| {
             shard.restore(step).await.map_err(|status| remote(&shard.address, status))
         };
-        // The first one says which checkpoint is the newest.
-        let step = restore(&self.shards[0], step).await?;
-        try_join_all(self.shards[1..].iter().map(|shard| restore(shard, Some(step)))).await?;
+        // Unless told, the first one says which checkpoint is the newest.
+        let (step, rest) = match step {
+            Some(step) => (step, &self.shards[..]),
+            None => (restore(&self.shards[0], None).await?, &self.shards[1..]),
+        };
+        try_join_all(rest.iter().map(|shard| restore(shard, Some(step)))).await?;
         Ok(step)
     }
 

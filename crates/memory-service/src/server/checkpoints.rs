@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use memory_bank::{BankStore, ShardRecord, Snapshot, Step};
+use memory_bank::{BankStore, Shard, ShardRecord, Snapshot, Step};
 use tokio::sync::Mutex;
 use tonic::Status;
 
@@ -83,7 +83,7 @@ impl Checkpoints {
     /// Replaces the shard's blocks by those of a checkpoint, the newest unless told; the run goes on from
     /// there, so later checkpoints are given up. Returns its step, and the life of the blocks that begins.
     pub(crate) async fn restore(&self, host: &Host, step: Option<Step>) -> Result<(Step, u64), Status> {
-        let live = host.live()?;
+        let (start, live) = (Instant::now(), host.live()?);
         let mut saved = self.saved.lock().await;
         let checkpoint = match step {
             Some(step) => self.store.checkpoint(step).await.map_err(status)?,
@@ -93,19 +93,27 @@ impl Checkpoints {
             }
         };
         let step = checkpoint.manifest().step;
-        let options = live.with(|shard| *shard.options()).map_err(status)?;
+        let record = checkpoint.record(host.placement);
+        let is_own = record.is_some() && (record == saved.base || record == saved.last);
+        // What was not updated since need not be read again.
+        let look =
+            |shard: &Shard| (*shard.options(), if is_own { shard.unchanged_since(step) } else { vec![] });
+        let (options, held) = live.with(look).map_err(status)?;
+        let n_held = held.len();
         // Until this function ends, also when its caller goes away in the middle of it.
         let _not_ready = NotReady::begin(host);
         let restored = async {
-            let shard = checkpoint.load(&self.identity, options).await?;
+            let shard = checkpoint.load_onto(&self.identity, options, held).await?;
             self.store.discard_after(step).await?;
             Ok(shard)
         };
         // After a failure the blocks are those from before.
         let life = host.replace(restored.await.map_err(status)?)?;
-        *saved = Saved { base: checkpoint.record(host.placement), last: None };
+        *saved = Saved { base: record, last: None };
         host.metrics.applied.set(step.0 as i64);
-        tracing::info!(step = step.0, "restored");
+        let seconds = start.elapsed().as_secs_f64();
+        let n_read = live.with(|shard| shard.n_touched().iter().sum::<usize>()).map_err(status)? - n_held;
+        tracing::info!(step = step.0, seconds, read = n_read, held = n_held, "restored");
         Ok((step, life))
     }
 }
