@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -150,34 +151,36 @@ class Bench:
             shape = ["up", "run.toml", "--workers", 2, "--shards", 8, *self.large]
             name, job = self.begin(*shape)
             save_every = self.save_every
-            while len(self.lines(name)) < save_every + 2:
-                time.sleep(0.005)
+            self.wait_for(job, lambda: len(self.lines(name)) >= save_every + 2)
             start = time.monotonic()
             os.kill(self.child(job.pid, b"--shard\0001\0"), signal.SIGKILL)
-            self.wait_for_step_after(name, save_every)
+            self.wait_for_step_after(job, name, save_every)
             recovered = time.monotonic() - start
             # The same loss without anyone who takes the place: all end, and the job is begun anew.
-            while len(self.lines(name)) < 2 * save_every + 2:
-                time.sleep(0.005)
+            self.wait_for(job, lambda: len(self.lines(name)) >= 2 * save_every + 2)
             start = time.monotonic()
             self.kill(job)
             again = subprocess.Popen(
                 self.command(*shape, "--set", f"run.dir={name}"),
                 cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
-            self.wait_for_step_after(name, 2 * save_every)
+            self.wait_for_step_after(again, name, 2 * save_every)
             restarted = time.monotonic() - start
-            again.send_signal(signal.SIGINT)
-            again.wait()
+            self.kill(again)
+            shutil.rmtree(self.path(name))
             self.figures.setdefault("recovery_vs_restart", []).append(recovered / restarted)
             self.say(f"round {i + 1}: a shard killed {recovered:.2f} s, the job begun anew {restarted:.2f} s")
 
-    def wait_for_step_after(self, name, checkpoint):
+    def wait_for(self, job, condition):
+        while not condition():
+            if job.poll() is not None:
+                raise RuntimeError(f"the job ended with {job.returncode}")
+            time.sleep(0.002)
+
+    def wait_for_step_after(self, job, name, checkpoint):
         """A job goes back: its lines after the checkpoint go, and come again."""
-        while len(self.lines(name)) > checkpoint:
-            time.sleep(0.002)
-        while len(self.lines(name)) <= checkpoint:
-            time.sleep(0.002)
+        self.wait_for(job, lambda: len(self.lines(name)) <= checkpoint)
+        self.wait_for(job, lambda: len(self.lines(name)) > checkpoint)
 
     def child(self, pid, marks):
         """The process of a job whose command line holds `marks`."""

@@ -9,7 +9,9 @@ use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
 use train::{Phase, TrainConfig};
 
-use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, ShardSection, TreeSection};
+use sections::{
+    AnchorSection, CorpusSection, MemorySection, ObserveSection, RunSection, ShardSection, TreeSection,
+};
 pub(crate) use sections::{
     CollectiveSection, EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment,
 };
@@ -26,6 +28,7 @@ pub(crate) struct Config {
     pub(crate) memory: MemorySection,
     pub(crate) shard: ShardSection,
     pub(crate) collective: CollectiveSection,
+    pub(crate) observe: ObserveSection,
     pub(crate) train: TrainConfig,
     pub(crate) retrieve: RetrieveSection,
     pub(crate) eval: EvalSection,
@@ -97,6 +100,10 @@ impl Config {
             if found == 0 {
                 bail!("collective.{key}: expected at least 1, found 0");
             }
+        }
+        self.observe.endpoint(0)?;
+        if let Some(peak) = self.observe.peak_tflops.filter(|peak| !(peak.is_finite() && *peak > 0.0)) {
+            bail!("observe.peak_tflops: expected more than 0, found {peak}");
         }
         if self.tree.beam == 0 {
             bail!("tree.beam: expected at least 1, found 0");

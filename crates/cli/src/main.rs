@@ -13,6 +13,7 @@ mod report;
 mod routing;
 mod run;
 mod shards;
+mod status;
 mod study;
 mod summary;
 mod training;
@@ -85,6 +86,8 @@ enum Command {
     /// Train with several workers and memory shards, processes of this machine that are started, watched and
     /// started again when they are killed.
     Up(up::UpArgs),
+    /// Show the workers and shards of a run that trains.
+    Top(status::top::TopArgs),
     /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
     /// standard input.
     Route {
@@ -238,6 +241,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::load(&args.config, &args.set)?;
             return Ok(exit_code(training::train(&config, &Ranks::of(variable)?)?));
         }
+        Command::Top(args) => status::top::top(&args)?,
         Command::Up(args) => return Ok(exit_code(up::up(&args)?)),
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => {

@@ -10,7 +10,7 @@ use corpus::{Corpus, Tokenizer};
 use memory_bank::BlockSpec;
 use memory_service::Dtype;
 use serde::{Deserialize, Serialize};
-use train::{LevelTraffic, Phase};
+use train::LevelTraffic;
 
 use crate::ConfigArgs;
 use crate::config::Config;
@@ -289,11 +289,7 @@ fn compute(
     let Moved { fetched, pushed, naive, exchanged } = moved(config, &levels, workers, anchor_parameters);
 
     let tokens_per_step = (train.batch_size * len) as f64;
-    let of_anchor = anchor.training_flops(len, 0) as f64;
-    let of_memory = anchor.training_flops(len, memory_width) as f64 - of_anchor;
-    // A frozen anchor has no gradients of its weights: two of three products remain.
-    let of_anchor = if train.phase == Phase::Frozen { of_anchor * 2.0 / 3.0 } else { of_anchor };
-    let flops = tokens_per_step * (of_anchor + of_memory);
+    let flops = tokens_per_step * train.phase.flops_per_token(&anchor, len, memory_width);
     let peak = workers * site.worker.tflops * 1e12;
     let compute_s = flops / (peak * site.worker.efficiency);
     let exchange_s = exchanged / (site.worker.network_gb_s * 1e9);

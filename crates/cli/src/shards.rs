@@ -16,7 +16,7 @@ use memory_bank::{
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
-use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, RemoteStats, Retry};
+use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, Retry};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
 
 use crate::config::{Config, environment};
@@ -103,11 +103,11 @@ pub(crate) enum Bank {
 }
 
 impl Bank {
-    /// What has gone between this process and the shards, if there are any.
-    pub(crate) fn remote_stats(&self) -> Option<RemoteStats> {
+    /// The shards, if there are any.
+    pub(crate) fn remote(&self) -> Option<&RemoteBank> {
         match self {
-            Self::Remote(bank) => Some(bank.stats()),
-            Self::Replicated(bank) => Some(bank.shards().stats()),
+            Self::Remote(bank) => Some(bank),
+            Self::Replicated(bank) => Some(bank.shards()),
             Self::Local(_) | Self::Tiered(_) => None,
         }
     }

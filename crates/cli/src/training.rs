@@ -15,7 +15,7 @@ use cluster_tree::ClusterTree;
 use collective::{Call, Mesh, TcpOptions};
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use launch::Ranks;
-use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, Step};
 use memory_service::{Identity, RemoteStats};
 use serde::{Deserialize, Serialize};
 use signal_hook::SigId;
@@ -27,6 +27,7 @@ use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::run::{device_of, hashes, write_whole};
 use crate::shards::{self, Bank};
+use crate::status::{Observer, Rates};
 
 /// Files that a run copies from its prepared corpus, so that it routes and generates on its own.
 const COPIED: [&str; 4] = ["tokenizer.json", "tree.safetensors", "fingerprint.json", EMBEDDER];
@@ -38,24 +39,164 @@ const EMBEDDER: &str = "embedder.safetensors";
 /// worker or a shard fails it goes back to that, as all others do, and waits for who takes the place.
 pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
     let stop = Stop::when_told()?;
-    let mut worker = Worker { config, ranks, held: None };
-    let (mut failures, mut newest) = (0, None);
-    loop {
-        let error = match worker.attempt(&stop.flag) {
-            // What was saved before is what the next start goes on from.
-            Err(_) if stop.is_set() => return Ok(Ended::Stopped),
-            Err(error) if is_transient(&error) => error,
-            ended => return ended,
+    let observer = Observer::start(config, ranks)?;
+    let mut worker = Worker { config, ranks, observer: &observer, held: None };
+    let ended = worker.train(&stop);
+    observer.tell(match &ended {
+        Ok(Ended::Done) => "done".to_owned(),
+        Ok(Ended::Stopped) => "saved and stopped".to_owned(),
+        Err(error) => format!("failed: {error:#}"),
+    });
+    ended
+}
+
+/// One worker of a run.
+struct Worker<'a> {
+    config: &'a Config,
+    ranks: &'a Ranks,
+    observer: &'a Observer,
+    /// The run's folder, which the first worker holds once the corpus is prepared.
+    held: Option<fs::File>,
+}
+
+impl Worker<'_> {
+    fn train(&mut self, stop: &Stop) -> Result<Ended> {
+        let config = self.config;
+        let (mut failures, mut newest) = (0, None);
+        loop {
+            let error = match self.attempt(&stop.flag) {
+                // What was saved before is what the next start goes on from.
+                Err(_) if stop.is_set() => return Ok(Ended::Stopped),
+                Err(error) if is_transient(&error) => error,
+                ended => return ended,
+            };
+            self.observer.back(&format!("{error:#}"));
+            let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
+            if std::mem::replace(&mut newest, checkpoint) != checkpoint {
+                failures = 0;
+            }
+            failures += 1;
+            if failures > config.collective.retries {
+                return Err(
+                    error.context(format!("failed {failures} times since step {}", newest.unwrap_or(0)))
+                );
+            }
+            eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+        }
+    }
+
+    /// Trains with all others until the end, or until something fails.
+    fn attempt(&mut self, stop: &Arc<AtomicBool>) -> Result<Ended> {
+        let Self { config, ranks, .. } = *self;
+        let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
+        let CollectiveSection { join_s, patience_s, .. } = config.collective;
+        self.observer.tell("waiting for all workers");
+        let mut mesh = collective::join(&TcpOptions {
+            rank,
+            world_size,
+            master: master.clone(),
+            job: format!("{job} {}", config.run.dir.display()),
+            join: Duration::from_secs(join_s),
+            stop: Arc::clone(stop),
+            patience: Duration::from_secs(patience_s),
+        })?;
+        let (parts, sizes) = match self.assemble(&mut mesh, stop) {
+            Ok(assembled) => assembled,
+            Err(error) => {
+                mesh.give_up(&format!("{error:#}"), !is_transient(&error));
+                return Err(error);
+            }
         };
-        let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
-        if std::mem::replace(&mut newest, checkpoint) != checkpoint {
-            failures = 0;
+        let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
+        let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
+        let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
+        let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
+        let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
+        let trainer = match resumed {
+            Some(step) => Trainer::resume(parts, step)?,
+            None => Trainer::new(parts, tokens_before)?,
+        };
+        run(self, trainer, &sizes)
+    }
+
+    /// Opens all that a worker trains with; returns a line about its sizes too. The others wait for the first.
+    fn assemble(&mut self, mesh: &mut Mesh, stop: &AtomicBool) -> Result<(Assembled, String)> {
+        let Self { config, ranks, .. } = *self;
+        let checkpoints = Checkpoints::of(&config.run.dir);
+        let has_memory = config.train.phase.has_memory();
+        let on_shards = has_memory && !config.memory.shards.is_empty();
+        let led = match ranks.rank {
+            0 => mesh.at_work(|| self.make_ready(on_shards, stop))?,
+            _ => None,
+        };
+        let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
+        let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
+        let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
+        if (&first.version, &first.keys) != (&mine.version, &mine.keys) {
+            let key = first.keys.iter().find(|(key, value)| mine.keys.get(*key) != Some(value));
+            let (key, value) = key.map_or(("version", first.version.as_str()), |(key, value)| (key, value));
+            let found = mine.keys.get(key).map_or(mine.version.as_str(), String::as_str);
+            bail!(
+                "{key} is {found} for rank {} and {value} for rank 0: expected one configuration",
+                ranks.rank
+            );
         }
-        failures += 1;
-        if failures > config.collective.retries {
-            return Err(error.context(format!("failed {failures} times since step {}", newest.unwrap_or(0))));
+        let resumed = first.resumed;
+        self.observer.write_from_now();
+        self.observer.tell("reading its part");
+        let (tree, tokenizer) = belongings(config)?;
+        let corpus = Arc::new(Corpus::open(&Prepared::of(config).dir)?);
+        corpus.check_tokenizer(&tokenizer)?;
+        let place = device_of(ranks.local_rank)?;
+        let (anchor, tokens_before) = match resumed {
+            Some(step) => (load_anchor(config, &tokenizer, (&checkpoints.dir(step), &place))?, 0),
+            None => initial_anchor(config, &tokenizer, &place)?,
+        };
+        let spec = block_spec(config, &tree);
+        let memory = match (has_memory, on_shards) {
+            (false, _) => None,
+            (true, true) => {
+                let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
+                let identity = bank_identity(config, &tree, &tokenizer);
+                Some(shards::train_on_shards(config, identity, place, step)?)
+            }
+            (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
+        };
+        let memory_sizes = match has_memory {
+            true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
+            false => String::new(),
+        };
+        let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
+        let is_replicated = |level| !on_shards || config.memory.replicated.contains(&level);
+        let replicated = (0..spec.n_levels()).map(is_replicated).collect();
+        Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
+    }
+
+    /// What the first worker does for all: prepares the corpus, makes the run's folder and brings the shards to
+    /// where the run goes on, which is returned.
+    fn make_ready(&mut self, on_shards: bool, stop: &AtomicBool) -> Result<Option<u64>> {
+        let Self { config, ranks, .. } = *self;
+        let dir = &config.run.dir;
+        if self.held.is_none() {
+            self.observer.tell("preparing the corpus");
+            prepare(config)?;
+            fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
+            self.held = atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))?;
+            if self.held.is_none() {
+                bail!("{}: another process is training this run", dir.display());
+            }
         }
-        eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+        let resumed = Checkpoints::of(dir).latest()?;
+        begin(config, &Prepared::of(config), resumed)?;
+        if on_shards {
+            let begins = !dir.join("config.toml").exists();
+            let goal = (Step(resumed.unwrap_or(0)), begins);
+            let (tree, tokenizer) = belongings(config)?;
+            self.observer.tell(format!("bringing the shards to step {}", goal.0.0));
+            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal, stop)?;
+        }
+        write_config(config)?;
+        Ok(resumed)
     }
 }
 
@@ -98,125 +239,6 @@ fn is_transient(error: &anyhow::Error) -> bool {
             || cause.downcast_ref::<collective::Error>().is_some_and(collective::Error::is_transient)
             || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { is_transient: true, .. }))
     })
-}
-
-/// One worker of a run.
-struct Worker<'a> {
-    config: &'a Config,
-    ranks: &'a Ranks,
-    /// The run's folder, which the first worker holds once the corpus is prepared.
-    held: Option<fs::File>,
-}
-
-impl Worker<'_> {
-    /// Trains with all others until the end, or until something fails.
-    fn attempt(&mut self, stop: &Arc<AtomicBool>) -> Result<Ended> {
-        let Self { config, ranks, .. } = *self;
-        let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
-        let CollectiveSection { join_s, patience_s, .. } = config.collective;
-        let mut mesh = collective::join(&TcpOptions {
-            rank,
-            world_size,
-            master: master.clone(),
-            job: format!("{job} {}", config.run.dir.display()),
-            join: Duration::from_secs(join_s),
-            stop: Arc::clone(stop),
-            patience: Duration::from_secs(patience_s),
-        })?;
-        let (parts, sizes) = match self.assemble(&mut mesh, stop) {
-            Ok(assembled) => assembled,
-            Err(error) => {
-                mesh.give_up(&format!("{error:#}"), !is_transient(&error));
-                return Err(error);
-            }
-        };
-        let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated } = parts;
-        let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
-        let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
-        let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
-        let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
-        let trainer = match resumed {
-            Some(step) => Trainer::resume(parts, step)?,
-            None => Trainer::new(parts, tokens_before)?,
-        };
-        run(config, trainer, &sizes, (rank, world_size))
-    }
-
-    /// Opens all that a worker trains with; returns a line about its sizes too. The others wait for the first.
-    fn assemble(&mut self, mesh: &mut Mesh, stop: &AtomicBool) -> Result<(Assembled, String)> {
-        let Self { config, ranks, .. } = *self;
-        let checkpoints = Checkpoints::of(&config.run.dir);
-        let has_memory = config.train.phase.has_memory();
-        let on_shards = has_memory && !config.memory.shards.is_empty();
-        let led = match ranks.rank {
-            0 => mesh.at_work(|| self.make_ready(on_shards, stop))?,
-            _ => None,
-        };
-        let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
-        let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
-        let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
-        if (&first.version, &first.keys) != (&mine.version, &mine.keys) {
-            let key = first.keys.iter().find(|(key, value)| mine.keys.get(*key) != Some(value));
-            let (key, value) = key.map_or(("version", first.version.as_str()), |(key, value)| (key, value));
-            let found = mine.keys.get(key).map_or(mine.version.as_str(), String::as_str);
-            bail!(
-                "{key} is {found} for rank {} and {value} for rank 0: expected one configuration",
-                ranks.rank
-            );
-        }
-        let resumed = first.resumed;
-        let (tree, tokenizer) = belongings(config)?;
-        let corpus = Arc::new(Corpus::open(&Prepared::of(config).dir)?);
-        corpus.check_tokenizer(&tokenizer)?;
-        let place = device_of(ranks.local_rank)?;
-        let (anchor, tokens_before) = match resumed {
-            Some(step) => (load_anchor(config, &tokenizer, (&checkpoints.dir(step), &place))?, 0),
-            None => initial_anchor(config, &tokenizer, &place)?,
-        };
-        let spec = block_spec(config, &tree);
-        let memory = match (has_memory, on_shards) {
-            (false, _) => None,
-            (true, true) => {
-                let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
-                let identity = bank_identity(config, &tree, &tokenizer);
-                Some(shards::train_on_shards(config, identity, place, step)?)
-            }
-            (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
-        };
-        let memory_sizes = match has_memory {
-            true => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
-            false => String::new(),
-        };
-        let sizes = format!("{} parameters{memory_sizes}", anchor.config().n_parameters());
-        let is_replicated = |level| !on_shards || config.memory.replicated.contains(&level);
-        let replicated = (0..spec.n_levels()).map(is_replicated).collect();
-        Ok((Assembled { resumed, tokens_before, corpus, anchor, memory, replicated }, sizes))
-    }
-
-    /// What the first worker does for all: prepares the corpus, makes the run's folder and brings the shards to
-    /// where the run goes on, which is returned.
-    fn make_ready(&mut self, on_shards: bool, stop: &AtomicBool) -> Result<Option<u64>> {
-        let Self { config, ranks, .. } = *self;
-        let dir = &config.run.dir;
-        if self.held.is_none() {
-            prepare(config)?;
-            fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
-            self.held = atomic_file::lock(dir).with_context(|| format!("{}", dir.display()))?;
-            if self.held.is_none() {
-                bail!("{}: another process is training this run", dir.display());
-            }
-        }
-        let resumed = Checkpoints::of(dir).latest()?;
-        begin(config, &Prepared::of(config), resumed)?;
-        if on_shards {
-            let begins = !dir.join("config.toml").exists();
-            let goal = (Step(resumed.unwrap_or(0)), begins);
-            let (tree, tokenizer) = belongings(config)?;
-            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal, stop)?;
-        }
-        write_config(config)?;
-        Ok(resumed)
-    }
 }
 
 /// What workers tell each other first.
@@ -277,18 +299,23 @@ fn own_bank(
 }
 
 /// Trains to the last step, the first worker under a progress bar; `sizes` is told with the last line.
-fn run(
-    config: &Config,
-    mut trainer: Trainer<Bank>,
-    sizes: &str,
-    (rank, world_size): (usize, usize),
-) -> Result<Ended> {
-    let ended = match rank {
-        0 => lead(config, &mut trainer, sizes, world_size == 1)?,
-        _ => trainer.run(&mut |_| ())?,
+fn run(worker: &Worker, mut trainer: Trainer<Bank>, sizes: &str) -> Result<Ended> {
+    let Worker { config, ranks, observer, .. } = *worker;
+    let remote = trainer.memory().and_then(|bank| bank.store().remote()).cloned();
+    let memory_width = trainer.memory().map_or(0, |bank| bank.store().spec().width.iter().sum());
+    let len = config.corpus.seq_len as usize;
+    let flops_per_token = config.train.phase.flops_per_token(trainer.anchor().config(), len, memory_width);
+    let peak_flops = config.observe.peak_tflops.map(|peak| peak * 1e12 * ranks.world_size as f64);
+    observer.train(trainer.state(), Rates { flops_per_token, peak_flops }, remote.clone());
+    let ended = match ranks.rank {
+        0 => lead(config, &mut trainer, (sizes, ranks.world_size == 1), observer),
+        _ => trainer.run(&mut |metrics| observer.step(metrics)).map_err(Into::into),
     };
-    if let Some(stats) = trainer.memory().and_then(|bank| bank.store().remote_stats()) {
-        let RemoteStats { received_bytes, sent_bytes, retries, .. } = stats;
+    observer.let_go();
+    let ended = ended?;
+    if let Some(remote) = remote {
+        let RemoteStats { received_bytes, sent_bytes, retries, .. } = remote.stats();
+        let rank = ranks.rank;
         eprintln!(
             "worker {rank}: {received_bytes} bytes of blocks fetched, {sent_bytes} bytes pushed, {retries} requests tried again"
         );
@@ -297,7 +324,12 @@ fn run(
 }
 
 /// Trains as the first worker.
-fn lead(config: &Config, trainer: &mut Trainer<Bank>, sizes: &str, is_alone: bool) -> Result<Ended> {
+fn lead(
+    config: &Config,
+    trainer: &mut Trainer<Bank>,
+    (sizes, is_alone): (&str, bool),
+    observer: &Observer,
+) -> Result<Ended> {
     let name = config.run.dir.file_name().map_or("train".into(), |name| name.to_string_lossy().into_owned());
     let begin = trainer.state();
     if begin.step >= config.train.steps {
@@ -311,6 +343,7 @@ fn lead(config: &Config, trainer: &mut Trainer<Bank>, sizes: &str, is_alone: boo
     let mut progress = Progress::new(&name, config.train.steps);
     let mut last = StepMetrics::default();
     let ended = trainer.run(&mut |metrics| {
+        observer.step(metrics);
         if metrics.tokens_per_s > 0.0 {
             last = metrics.clone();
         }

@@ -12,7 +12,7 @@ pub mod security;
 mod server;
 mod wire;
 
-pub use client::{RemoteBank, RemoteOptions, RemoteStats, Retry, Save};
+pub use client::{RemoteBank, RemoteOptions, RemoteStats, Retry, Save, ShardStat};
 pub use codec::{FetchPiece, Payload, PushPiece};
 pub use identity::Identity;
 pub use server::{

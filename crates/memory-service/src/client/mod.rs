@@ -108,6 +108,17 @@ pub struct RemoteStats {
     pub push_us: u64,
 }
 
+/// How a shard is.
+#[derive(Copy, Clone, PartialEq, Eq, Debug)]
+pub struct ShardStat {
+    /// The last step applied.
+    pub applied: Step,
+    /// Steps that some rank has pushed and that wait for another.
+    pub pending: u64,
+    /// Blocks updated at least once.
+    pub touched: u64,
+}
+
 #[derive(Default)]
 struct Counters {
     received: AtomicU64,
@@ -245,6 +256,24 @@ impl RemoteBank {
             async move { bank.retry(&shard, || shard.stat()).await.map(|stat| Step(stat.applied)) }
         };
         try_join_all(self.shards.iter().map(applied)).await
+    }
+
+    /// How every shard is, with its address: each is asked once and for no longer than `limit`.
+    pub async fn shard_stats(&self, limit: Duration) -> Vec<(String, Result<ShardStat>)> {
+        let look = |shard: &Arc<ShardClient>| {
+            let shard = Arc::clone(shard);
+            async move {
+                let late = |_| Status::deadline_exceeded(format!("no answer within {limit:?}"));
+                let stat = tokio::time::timeout(limit, shard.stat()).await.map_err(late).flatten();
+                let found = stat.map(|stat| ShardStat {
+                    applied: Step(stat.applied),
+                    pending: stat.pending,
+                    touched: stat.n_touched.iter().sum(),
+                });
+                (shard.address.clone(), found.map_err(|status| remote(&shard.address, status)))
+            }
+        };
+        join_all(self.shards.iter().map(look)).await
     }
 
     /// Whether every shard is exactly after `step`: none has anything of the next one either.
