@@ -130,8 +130,8 @@ fn a_job_goes_on_whoever_is_killed() {
 fn a_job_that_is_interrupted_saves_and_goes_on_in_another_shape() {
     let work = Workdir::new();
     work.ok(&[&["train", "run.toml"], &LONG[..]].concat());
-    let begin = |workers| {
-        let args = [up("1", workers, "run.dir=again"), LONG.to_vec()].concat();
+    let begin = |shards, workers| {
+        let args = [up(shards, workers, "run.dir=again"), LONG.to_vec()].concat();
         work.command(&args).spawn().unwrap()
     };
     let interrupt = |job: Child, what: &str| {
@@ -141,15 +141,18 @@ fn a_job_that_is_interrupted_saves_and_goes_on_in_another_shape() {
         assert_eq!(output.status.code(), Some(75), "{err}");
         assert!(err.contains("saved and stopped at step"), "{err}");
     };
-    let mut job = begin("2");
+    let mut job = begin("1", "2");
     wait_for_lines(&mut job, &work.path("again"), 5);
     interrupt(job, "-INT");
     let steps = || fs::read_dir(work.path("again/checkpoints")).unwrap().count();
     assert!(steps() > 0);
-    let lines = metrics(&work.path("again")).len();
-    let mut job = begin("3");
-    wait_for_lines(&mut job, &work.path("again"), lines + 5);
-    interrupt(job, "-TERM");
+    // Without shards, every worker with the whole bank, and with them again.
+    for (shards, workers) in [("0", "2"), ("1", "3")] {
+        let lines = metrics(&work.path("again")).len();
+        let mut job = begin(shards, workers);
+        wait_for_lines(&mut job, &work.path("again"), lines + 5);
+        interrupt(job, "-TERM");
+    }
     // Other shards, another worker and another placement: the checkpoint knows none of it.
     let copies = vec!["--set", "memory.replicated=[0]"];
     work.ok(&[up("2", "2", "run.dir=again"), copies, LONG.to_vec()].concat());

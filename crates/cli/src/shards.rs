@@ -11,8 +11,9 @@ use clap::Subcommand;
 use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
-    Access, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, LevelStats, LocalBank, Placement,
-    Replicated, Shard, ShardOptions, Step, StoreBank, StoreOptions, TierSource, Tiered,
+    Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
+    LevelStats, LocalBank, Placement, Replicated, Shard, ShardOptions, Step, StoreBank, StoreOptions,
+    TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
@@ -198,22 +199,11 @@ async fn copy_of(
     levels: &[bool],
     step: Step,
 ) -> Result<Shard> {
-    let options = ShardOptions {
-        seed: identity.seed,
-        adamw: config.train.memory_adamw(),
-        world_size: 1,
-        staleness: config.train.staleness,
-        placement: Placement::WHOLE,
-    };
+    let options = whole(config, identity.seed);
     if step == Step(0) {
         return Ok(Shard::new(identity.spec, options)?);
     }
-    let Some(store) = &config.shard.store else {
-        bail!(
-            "shard.store.url: expected where the shards save, for the levels of memory.replicated, found nothing"
-        );
-    };
-    let store = shard_host::open_store(store, &config.memory.bank, &environment(), Access::Read).await?;
+    let store = open_store(config, Access::Read, "for the levels of memory.replicated").await?;
     Ok(store.checkpoint(step).await?.load_levels(&identity, options, |level| levels[level]).await?)
 }
 
@@ -227,6 +217,65 @@ fn worker_options(
     // A job that goes back waits for the shard that is started again.
     let retry = Retry { most_ms: 250, ..options.retry };
     Ok(RemoteOptions { world_size: Some(world_size), retry, ..options })
+}
+
+/// Where the shards save.
+async fn open_store(config: &Config, access: Access, what_for: &str) -> Result<BankStore> {
+    let Some(store) = &config.shard.store else {
+        bail!("shard.store.url: expected where the shards save, {what_for}, found nothing");
+    };
+    Ok(shard_host::open_store(store, &config.memory.bank, &environment(), access).await?)
+}
+
+/// The bank that the shards have saved at `step`, for a run that goes on without them.
+pub(crate) fn take_over(
+    config: &Config,
+    (spec, options): (BlockSpec, BankOptions),
+    step: Step,
+) -> Result<LocalBank> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let store = open_store(config, Access::Read, "for a run that goes on without them").await?;
+        Ok(LocalBank::resume_from(&store.checkpoint(step).await?, spec, options).await?)
+    })
+}
+
+/// Puts the bank that a run without shards has saved in `memory` where shards find it, unless it is there: the
+/// run goes on with them. All of it is in memory meanwhile.
+pub(crate) fn hand_over(
+    config: &Config,
+    (spec, identity): (BlockSpec, Identity),
+    memory: &Path,
+    step: Step,
+) -> Result<()> {
+    let (seed, hashes) = (config.memory.seed, identity.hashes);
+    let identity = memory_bank::Identity { spec, seed, hashes };
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let saved = Checkpoint::open_folder(memory).await?;
+        saved.check_same(&identity)?;
+        let store = open_store(config, Access::Write, "for a run that goes on with them").await?;
+        if store.steps().await?.contains(&step) {
+            if store.checkpoint(step).await?.is_same(&saved) {
+                return Ok(());
+            }
+            // Of a line of checkpoints that the run has left.
+            store.discard_after(Step(step.0 - 1)).await?;
+        }
+        let shard = saved.load(&identity, whole(config, seed)).await?;
+        let record = store.write(&identity, shard.snapshot(Step(0)), None).await?;
+        store.commit(step, &[record]).await?;
+        Ok(())
+    })
+}
+
+/// A shard that owns all blocks.
+fn whole(config: &Config, seed: u64) -> ShardOptions {
+    ShardOptions {
+        seed,
+        adamw: config.train.memory_adamw(),
+        world_size: 1,
+        staleness: config.train.staleness,
+        placement: Placement::WHOLE,
+    }
 }
 
 /// The shards, which may have to read their blocks before they serve.

@@ -192,6 +192,10 @@ impl Worker<'_> {
             let begins = !dir.join("config.toml").exists();
             let goal = (Step(resumed.unwrap_or(0)), begins);
             let (tree, tokenizer) = belongings(config)?;
+            let memory = Checkpoints::of(dir).dir(goal.0.0).join("memory");
+            if memory.join("manifest.json").exists() {
+                shards::hand_over(config, bank_identity(config, &tree, &tokenizer), &memory, goal.0)?;
+            }
             self.observer.tell(format!("bringing the shards to step {}", goal.0.0));
             shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal, stop)?;
         }
@@ -292,7 +296,14 @@ fn own_bank(
         hashes: hashes(tree, tokenizer),
     };
     let bank = match resumed {
-        Some(step) => LocalBank::resume(&checkpoints.dir(step).join("memory"), spec, options)?,
+        Some(step) => {
+            let memory = checkpoints.dir(step).join("memory");
+            // One that was saved by shards is with them.
+            match memory.exists() || config.shard.store.is_none() {
+                true => LocalBank::resume(&memory, spec, options)?,
+                false => shards::take_over(config, (spec, options), Step(step))?,
+            }
+        }
         None => LocalBank::create(spec, options)?,
     };
     Ok(Blocking::new(Arc::new(Bank::Local(bank)))?)

@@ -56,8 +56,8 @@ pub(crate) fn up(args: &UpArgs) -> Result<Ended> {
         path,
         processes: Supervisor::new(config.collective.retries),
     };
-    if *shards > 0 && config.shard.store.is_none() {
-        // What the run is told itself, too: it is where the bank's checkpoints are.
+    if config.train.phase.has_memory() && config.shard.store.is_none() {
+        // Where the bank's checkpoints are while it is on shards.
         let url = std::path::absolute(config.run.dir.join("bank"))?;
         job.set(&format!("shard.store.url={:?}", url.display().to_string()));
     }

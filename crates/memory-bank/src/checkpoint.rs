@@ -187,6 +187,23 @@ impl Checkpoint {
         Shard::with_rows(identity.spec.clone(), options, self.step(), rows)
     }
 
+    /// Whether it holds the same blocks as another one: their weights, by their checksums.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let sums = |checkpoint: &Self| -> Vec<(u32, u32)> {
+            let of_level = |level: usize| {
+                let sum = move |entry: &Entry| {
+                    let index = checkpoint.values().level(entry, level);
+                    (entry.row, index.checksums[0][entry.place as usize])
+                };
+                checkpoint.entries(level).iter().map(sum)
+            };
+            checkpoint.spec().levels().flat_map(of_level).collect()
+        };
+        self.manifest().identity() == other.manifest().identity()
+            && self.step() == other.step()
+            && sums(self) == sums(other)
+    }
+
     /// What the next save of a shard restored from this may build on: `None` when the bank was saved by
     /// another number of shards.
     pub fn record(&self, placement: Placement) -> Option<ShardRecord> {

@@ -8,8 +8,8 @@ use tokio::sync::Mutex;
 
 use crate::blocking::blocking;
 use crate::{
-    AdamW, Block, BlockSpec, BlockStore, Error, Gradients, Identity, Live, MappedBank, Placement, Result,
-    Shard, ShardOptions, Step, folder,
+    AdamW, Block, BlockSpec, BlockStore, Checkpoint, Error, Gradients, Identity, Live, MappedBank, Placement,
+    Result, Shard, ShardOptions, Step, folder,
 };
 
 /// How a bank is trained and where its checkpoints go.
@@ -66,6 +66,12 @@ impl LocalBank {
     pub fn resume(memory_folder: &Path, spec: BlockSpec, options: BankOptions) -> Result<Self> {
         let identity = Identity { spec, seed: options.seed, hashes: options.hashes.clone() };
         Ok(Self::live(folder::resume(memory_folder, &identity, options.shard())?, options))
+    }
+
+    /// As [`LocalBank::resume`], of a checkpoint anywhere, also one that shards have saved.
+    pub async fn resume_from(checkpoint: &Checkpoint, spec: BlockSpec, options: BankOptions) -> Result<Self> {
+        let identity = Identity { spec, seed: options.seed, hashes: options.hashes.clone() };
+        Ok(Self::live(checkpoint.load(&identity, options.shard()).await?, options))
     }
 
     /// The bank that a `memory` folder holds, mapped to be fetched from only: a [`MappedBank`].
