@@ -270,11 +270,24 @@ fn a_job_tells_how_it_is() {
         (&status["rank"], &status["world_size"], &status["steps"]),
         (&1.into(), &2.into(), &60.into())
     );
+    for key in ["mfu", "tokens_per_s", "seconds_left"] {
+        assert!(status[key].as_f64() > Some(0.0), "{key} {status}");
+    }
     let text = ask(1, "/metrics");
-    for name in ["step", "loss", "mfu_ratio", "goodput_ratio", "tokens_total", "rollbacks_total"] {
+    for name in ["step", "loss", "mfu_ratio", "goodput_ratio", "tokens_seen", "rollbacks_total"] {
         assert!(text.contains(&format!("anchorage_worker_{name}{{rank=\"1\"}} ")), "{name}\n{text}");
     }
     assert!(text.contains("anchorage_worker_spent_seconds_total{rank=\"1\",cause=\"fetch\"} "), "{text}");
+    // The first one asks the shards, once a second.
+    let has_shards = || {
+        let status: Value = serde_json::from_str(&ask(0, "/status")).unwrap();
+        let shards = status["shards"].as_array().unwrap();
+        shards.len() == 2 && shards.iter().all(|shard| shard["applied"].as_u64() > Some(0))
+    };
+    while !has_shards() {
+        assert!(job.try_wait().unwrap().is_none(), "the job has ended");
+        std::thread::park_timeout(LOOK);
+    }
     signal(process_of(&job, "worker", 1), "-KILL");
     assert!(job.wait().unwrap().success());
 
@@ -286,10 +299,8 @@ fn a_job_tells_how_it_is() {
         for key in ["step", "tokens_seen", "loss", "validation_loss", "gradient_norm"] {
             assert_eq!(worker[key], last[key], "{key}");
         }
-        for part in ["goodput", "mfu"] {
-            let part = worker[part].as_f64().unwrap();
-            assert!(part > 0.0 && part < 1.0, "{worker}");
-        }
+        let goodput = worker["goodput"].as_f64().unwrap();
+        assert!(goodput > 0.0 && goodput < 1.0, "{worker}");
         assert_eq!(worker["checkpoint"], 60);
         let spent = worker["spent"].as_object().unwrap();
         let total: f64 = spent.values().map(|ms| ms.as_f64().unwrap()).sum();
@@ -303,9 +314,7 @@ fn a_job_tells_how_it_is() {
     assert!(workers[0]["fetched_bytes"].as_u64() > workers[1]["fetched_bytes"].as_u64());
     // The second one is another process since then.
     assert_eq!((&workers[0]["rollbacks"], &workers[1]["rollbacks"]), (&1.into(), &0.into()));
-    for shard in workers[0]["shards"].as_array().unwrap() {
-        assert!(shard["applied"].as_u64().unwrap() > 0 && shard["error"].is_null(), "{shard}");
-    }
+    assert_eq!(workers[0]["shards"].as_array().unwrap().len(), 2);
     let (out, _) = work.ok(&["top", "again"]);
     assert!(out.starts_with("again: step 60 of 60 (100.0 %), loss "), "{out}");
     work.fails(

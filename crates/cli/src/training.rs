@@ -20,7 +20,7 @@ use memory_service::{Identity, RemoteStats};
 use serde::{Deserialize, Serialize};
 use signal_hook::SigId;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use train::{Checkpoints, Ended, Parts, StepMetrics, Trainer, Workers};
+use train::{Checkpoints, Ended, Parts, StepMetrics, TrainConfig, Trainer, Workers};
 
 use crate::config::{CollectiveSection, Config};
 use crate::prepare::{Prepared, prepare};
@@ -70,7 +70,6 @@ impl Worker<'_> {
                 Err(error) if is_transient(&error) => error,
                 ended => return ended,
             };
-            self.observer.back(&format!("{error:#}"));
             let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
             if std::mem::replace(&mut newest, checkpoint) != checkpoint {
                 failures = 0;
@@ -82,6 +81,7 @@ impl Worker<'_> {
                 );
             }
             eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+            self.observer.back(&format!("{error:#}"));
         }
     }
 
@@ -103,7 +103,9 @@ impl Worker<'_> {
         let (parts, sizes) = match self.assemble(&mut mesh, stop) {
             Ok(assembled) => assembled,
             Err(error) => {
-                mesh.give_up(&format!("{error:#}"), !is_transient(&error));
+                // Who was told to stop goes on later, and the others with it.
+                let is_final = !is_transient(&error) && !stop.load(Ordering::Relaxed);
+                mesh.give_up(&format!("{error:#}"), is_final);
                 return Err(error);
             }
         };
@@ -129,7 +131,12 @@ impl Worker<'_> {
             0 => mesh.at_work(|| self.make_ready(on_shards, stop))?,
             _ => None,
         };
-        let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys: decisive(config)? };
+        let mut keys = decisive(config)?;
+        // They share the validation, too.
+        let TrainConfig { validate_every, validate_sequences, .. } = config.train;
+        keys.insert("train.validate_every".into(), validate_every.to_string());
+        keys.insert("train.validate_sequences".into(), validate_sequences.to_string());
+        let mine = Begin { resumed: led, version: env!("CARGO_PKG_VERSION").into(), keys };
         let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(&mine)?.into())?;
         let first: Begin = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
         if (&first.version, &first.keys) != (&mine.version, &mine.keys) {

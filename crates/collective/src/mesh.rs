@@ -222,6 +222,8 @@ impl Mesh {
         if self.world_size() == 1 {
             return work();
         }
+        // The others have had other things to do meanwhile.
+        self.waits = None;
         std::thread::scope(|scope| {
             let (working, is_done) = channel::<()>();
             let every = self.patience / 8;

@@ -247,24 +247,24 @@ fn a_worker_of_another_job_is_refused_and_does_not_disturb() {
 /// What one does for all may take longer than the others' patience; not that nothing is heard of it.
 #[test]
 fn one_that_is_at_work_is_waited_for_and_one_that_is_silent_is_not() {
-    let patience = Duration::from_millis(400);
+    let patience = Duration::from_secs(1);
     let wait = |patience: Duration| std::thread::park_timeout(patience);
     for sockets in [false, true] {
         let errors = on_all_patient((3, patience), sockets, |mesh| {
             let call = Call::new("begin", 1);
             if mesh.rank() == 0 {
-                mesh.at_work(|| wait(3 * patience));
+                mesh.at_work(|| wait(2 * patience));
             }
             mesh.barrier(&call).unwrap();
             // For shards, say: the one who waits lets the others hear of it.
             let begin = Instant::now();
-            while mesh.rank() == 1 && begin.elapsed() < 3 * patience {
+            while mesh.rank() == 1 && begin.elapsed() < 2 * patience {
                 mesh.check(&Call::new("memory", 1)).unwrap();
                 wait(patience / 10);
             }
             mesh.barrier(&call).unwrap();
             if mesh.rank() == 2 {
-                wait(3 * patience);
+                wait(2 * patience);
                 return String::new();
             }
             loop {

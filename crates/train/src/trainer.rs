@@ -453,13 +453,13 @@ impl<S: BlockStore> Trainer<S> {
     pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
         self.reach()?;
-        let dir = self.checkpoints.begin(step)?;
-        self.workers.mesh.at_work(|| {
+        let dir = self.workers.mesh.at_work(|| {
+            let dir = self.checkpoints.begin(step)?;
             self.anchor.save(&dir.join("anchor.safetensors"))?;
-            match &self.optimizer {
-                Some(optimizer) => optimizer.save(&dir.join("optimizer.safetensors")),
-                None => Ok(()),
+            if let Some(optimizer) = &self.optimizer {
+                optimizer.save(&dir.join("optimizer.safetensors"))?;
             }
+            Ok::<_, Error>(dir)
         })?;
         if let Some(memory) = &mut self.memory {
             memory.save(step, minding(&mut self.workers, step))?;
@@ -467,7 +467,7 @@ impl<S: BlockStore> Trainer<S> {
         let path = dir.join("state.json");
         let state = serde_json::to_string_pretty(&self.state).map_err(|e| Error::file(&path, e))?;
         write_whole(&path, state.as_bytes())?;
-        self.checkpoints.finish(step, self.config.keep)
+        self.workers.mesh.at_work(|| self.checkpoints.finish(step, self.config.keep))
     }
 }
 

@@ -377,7 +377,7 @@ pub(crate) struct MemorySection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct CollectiveSection {
-    /// Seconds to wait for all workers to come.
+    /// Seconds to wait for all workers to come, and for all shards to serve.
     pub(crate) join_s: u64,
     /// Seconds after which a worker that is waited for is late, and the step given up.
     pub(crate) patience_s: u64,

@@ -71,6 +71,7 @@ fn registry(status: &Status) -> Registry {
         ("step", "Last step", Some(status.step as f64)),
         ("steps", "Steps of the whole run", Some(status.steps as f64)),
         ("checkpoint_step", "Newest checkpoint", status.checkpoint.map(|step| step as f64)),
+        ("tokens_seen", "Targets scored since the run began", Some(status.tokens_seen as f64)),
         ("loss", "Loss of the last step, nats", Some(status.loss)),
         ("validation_loss", "Last loss on held-out documents, nats", status.validation_loss),
         ("gradient_norm", "Of the anchor, before clipping", Some(status.gradient_norm)),
@@ -88,7 +89,6 @@ fn registry(status: &Status) -> Registry {
         }
     }
     let counters = [
-        ("tokens", "Targets scored since the run began", status.tokens_seen),
         ("rollbacks", "Returns to a checkpoint", status.rollbacks),
         ("fetched_bytes", "Blocks from shards", status.fetched_bytes),
         ("pushed_bytes", "Gradients to shards", status.pushed_bytes),

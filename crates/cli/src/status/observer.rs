@@ -98,9 +98,11 @@ impl Observer {
         Ok(Self { seen, ending: Some(ending), thread: Some(thread) })
     }
 
-    /// Says what the worker does now.
+    /// Says what the worker does now, which is not training.
     pub(crate) fn tell(&self, state: impl Into<String>) {
-        self.seen.lock().status.state = state.into();
+        let mut now = self.seen.lock();
+        now.status.state = state.into();
+        now.stand_still();
     }
 
     /// The run's folder is one that this worker trains: its file is written from now on.
@@ -139,6 +141,7 @@ impl Observer {
         let mut now = self.seen.lock();
         now.status.rollbacks += 1;
         now.status.state = format!("went back: {why}");
+        now.stand_still();
     }
 }
 
@@ -211,6 +214,14 @@ impl Status {
 }
 
 impl Now {
+    /// No rate is told while nothing is trained.
+    fn stand_still(&mut self) {
+        self.recent.clear();
+        let status = &mut self.status;
+        (status.tokens_per_s, status.mfu, status.seconds_left) = (0.0, status.mfu.map(|_| 0.0), None);
+        status.recent = Spent::default();
+    }
+
     fn step(&mut self, metrics: &StepMetrics) {
         let now = Instant::now();
         let seconds = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());

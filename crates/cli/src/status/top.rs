@@ -80,12 +80,14 @@ fn view(run: &str, workers: &[Status], now: f64) -> String {
     if let Some(loss) = first.validation_loss {
         let _ = write!(text, ", held out {loss:.4}");
     }
-    let _ = write!(text, ", {:.0} tokens/s", first.tokens_per_s);
-    if let Some(mfu) = first.mfu {
-        let _ = write!(text, ", MFU {:.1} %", 100.0 * mfu);
+    if first.tokens_per_s > 0.0 {
+        let _ = write!(text, ", {:.0} tokens/s", first.tokens_per_s);
+        if let Some(mfu) = first.mfu {
+            let _ = write!(text, ", MFU {:.1} %", 100.0 * mfu);
+        }
     }
     let _ = write!(text, ", goodput {:.1} %", 100.0 * first.goodput);
-    if let Some(left) = first.seconds_left.filter(|_| first.state == "training") {
+    if let Some(left) = first.seconds_left {
         let _ = write!(text, ", {} left", duration(left));
     }
     match first.checkpoint {
