@@ -289,6 +289,7 @@ async fn connect_to_all(options: RemoteOptions, join_s: u64) -> Result<RemoteBan
                     bail!("memory.shards: waited {join_s} s (collective.join_s): {error}");
                 }
                 eprintln!("waiting for the shards: {error}");
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
             connected => return Ok(connected?),
         }

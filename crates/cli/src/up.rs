@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{BufRead, BufReader, Seek, SeekFrom};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -91,14 +91,10 @@ impl Job<'_> {
     }
 
     fn start(&mut self, name: &str, args: Vec<String>, variables: Vec<(String, String)>) -> Result<()> {
-        let (program, log) = (self.program.clone(), self.log(name));
+        let (program, log) =
+            (self.program.clone(), self.logs.join(format!("{}.log", name.replace(' ', "-"))));
         let is_worker = name.starts_with("worker");
         Ok(self.processes.start(Role { name: name.to_owned(), program, args, variables, log, is_worker })?)
-    }
-
-    /// Where a role's output goes.
-    fn log(&self, name: &str) -> PathBuf {
-        self.logs.join(format!("{}.log", name.replace(' ', "-")))
     }
 
     fn args(&self, command: &str, more: &[String]) -> Vec<String> {
@@ -222,20 +218,17 @@ impl Tail {
             return;
         }
         let begin = if n_bytes < self.read { 0 } else { self.read };
-        let found = lines(&self.path, begin).unwrap_or_default();
+        let found = self.lines(begin).unwrap_or_default();
         if let Some(line) = found.iter().rev().find_map(|line| serde_json::from_str(line).ok()) {
             *last = line;
         }
         self.read = n_bytes;
     }
-}
 
-/// The lines of a file from a byte on.
-fn lines(path: &Path, begin: u64) -> Result<Vec<String>> {
-    let read = || {
-        let mut file = File::open(path)?;
+    /// The lines from a byte on.
+    fn lines(&self, begin: u64) -> io::Result<Vec<String>> {
+        let mut file = File::open(&self.path)?;
         file.seek(SeekFrom::Start(begin))?;
-        BufReader::new(file).lines().collect::<std::io::Result<_>>()
-    };
-    read().with_context(|| format!("{}", path.display()))
+        BufReader::new(file).lines().collect()
+    }
 }

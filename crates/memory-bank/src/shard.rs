@@ -169,19 +169,13 @@ impl Shard {
     /// The blocks updated after step `since`, as they are now. Their arrays are shared, so this takes
     /// time by the number of blocks and not by their size.
     pub fn snapshot(&self, since: Step) -> Snapshot {
-        let level = |(level, rows): (usize, &BTreeMap<u32, Row>)| -> Vec<(ClusterId, Row)> {
-            let id = |index| ClusterId { level: level as u8, index };
-            let updated = rows.iter().filter(|(_, row)| row.last > since);
-            updated.map(|(&index, row)| (id(index), row.clone())).collect()
-        };
-        let rows = self.rows.iter().enumerate().flat_map(level).collect();
+        let rows = self.rows_where(|row| row.last > since);
         Snapshot { step: self.applied, placement: self.options.placement, rows }
     }
 
     /// The blocks whose last update is that of step `until` or an earlier one; shared as in a snapshot.
     pub fn unchanged_since(&self, until: Step) -> Vec<(ClusterId, Row)> {
-        let rows = self.snapshot(Step(0)).rows;
-        rows.into_iter().filter(|(_, row)| row.last <= until).collect()
+        self.rows_where(|row| row.last <= until)
     }
 
     /// Steps that some rank has pushed and that wait for another.
@@ -192,6 +186,16 @@ impl Shard {
     /// Number of updated blocks by level.
     pub fn n_touched(&self) -> Vec<usize> {
         self.rows.iter().map(BTreeMap::len).collect()
+    }
+
+    /// Some of the updated blocks, in the order of ids.
+    fn rows_where(&self, takes: impl Fn(&Row) -> bool) -> Vec<(ClusterId, Row)> {
+        let mut found = Vec::new();
+        for (level, rows) in self.rows.iter().enumerate() {
+            let taken = rows.iter().filter(|(_, row)| takes(row));
+            found.extend(taken.map(|(&index, row)| (ClusterId { level: level as u8, index }, row.clone())));
+        }
+        found
     }
 
     pub(crate) fn row(&self, id: ClusterId) -> Option<&Row> {

@@ -16,8 +16,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Status;
 use super::observer::Seen;
+use super::{Spent, Status};
 
 pub(super) fn bind(address: SocketAddr) -> Result<TcpListener> {
     let listen = || {
@@ -100,7 +100,7 @@ fn registry(status: &Status) -> Registry {
         registry.register(name, help, counter);
     }
     let spent = Family::<Vec<(&str, &str)>, Seconds>::default();
-    for (cause, ms) in status.spent.causes() {
+    for (cause, ms) in Spent::CAUSES.into_iter().zip(status.spent.values()) {
         spent.get_or_create(&vec![("cause", cause)]).inc_by(ms / 1e3);
     }
     registry.register_with_unit("spent", "Time of steps by what it went on", Unit::Seconds, spent);

@@ -7,6 +7,7 @@ pub(crate) mod top;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use train::StepTime;
@@ -95,53 +96,40 @@ pub(crate) struct Spent {
 }
 
 impl Spent {
+    const CAUSES: [&str; 7] = ["data", "fetch", "compute", "reduce", "push", "update", "other"];
+
     /// Of a step that took `seconds` in all.
     fn of(time: &StepTime, seconds: f64) -> Self {
         let StepTime { data_ms, fetch_ms, compute_ms, reduce_ms, push_ms, update_ms } = *time;
-        let known = data_ms + fetch_ms + compute_ms + reduce_ms + push_ms + update_ms;
-        Self {
-            data: data_ms,
-            fetch: fetch_ms,
-            compute: compute_ms,
-            reduce: reduce_ms,
-            push: push_ms,
-            update: update_ms,
-            other: (1e3 * seconds - known).max(0.0),
-        }
+        let known = [data_ms, fetch_ms, compute_ms, reduce_ms, push_ms, update_ms];
+        let [data, fetch, compute, reduce, push, update] = known;
+        let other = (1e3 * seconds - known.iter().sum::<f64>()).max(0.0);
+        Self { data, fetch, compute, reduce, push, update, other }
     }
 
-    fn causes(&self) -> [(&'static str, f64); 7] {
+    /// In the order of `CAUSES`.
+    fn values(&self) -> [f64; 7] {
         let Self { data, fetch, compute, reduce, push, update, other } = *self;
-        [
-            ("data", data),
-            ("fetch", fetch),
-            ("compute", compute),
-            ("reduce", reduce),
-            ("push", push),
-            ("update", update),
-            ("other", other),
-        ]
+        [data, fetch, compute, reduce, push, update, other]
     }
 
     fn total(&self) -> f64 {
-        self.causes().iter().map(|(_, ms)| ms).sum()
+        self.values().iter().sum()
     }
 
-    fn add(&mut self, other: &Self) {
-        self.data += other.data;
-        self.fetch += other.fetch;
-        self.compute += other.compute;
-        self.reduce += other.reduce;
-        self.push += other.push;
-        self.update += other.update;
-        self.other += other.other;
+    /// This and `by` times another.
+    fn plus(&self, by: f64, more: &Self) -> Self {
+        let (sum, more) = (self.values(), more.values());
+        let [data, fetch, compute, reduce, push, update, other] =
+            std::array::from_fn(|i| sum[i] + by * more[i]);
+        Self { data, fetch, compute, reduce, push, update, other }
     }
+}
 
-    fn scaled(mut self, by: f64) -> Self {
-        let Self { data, fetch, compute, reduce, push, update, other } = &mut self;
-        [data, fetch, compute, reduce, push, update, other].into_iter().for_each(|ms| *ms *= by);
-        self
-    }
+/// Between two writes of a worker's file: those of all workers together are some 30 a second at most, which a
+/// cluster's file system bears.
+fn every(world_size: usize) -> Duration {
+    Duration::from_secs(1 + world_size as u64 / 32)
 }
 
 /// Where the workers of a run tell how they are.

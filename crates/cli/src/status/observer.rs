@@ -10,11 +10,9 @@ use memory_service::{RemoteBank, RemoteStats, ShardStat};
 use tokio::sync::oneshot;
 use train::{Checkpoints, StepMetrics, TrainState};
 
-use super::{ShardStatus, Spent, Status, http, write};
+use super::{ShardStatus, Spent, Status, every, http, write};
 use crate::config::Config;
 
-/// Between two writes of the file.
-const EVERY: Duration = Duration::from_secs(1);
 /// How long the shards may take to say how they are.
 const SHARDS: Duration = Duration::from_secs(2);
 /// Steps that rates are of.
@@ -84,9 +82,9 @@ impl Observer {
             if let Some(listener) = endpoint {
                 tokio::spawn(http::serve(Arc::clone(&watched), listener));
             }
-            let mut is_last = false;
+            let (every, mut is_last) = (every(watched.lock().status.world_size), false);
             while !is_last {
-                is_last = tokio::time::timeout(EVERY, &mut ended).await.is_ok();
+                is_last = tokio::time::timeout(every, &mut ended).await.is_ok();
                 watched.look().await;
                 if watched.lock().is_its_run {
                     let _ = write(&watched.run_dir, &watched.status());
@@ -149,7 +147,7 @@ impl Drop for Observer {
     fn drop(&mut self) {
         drop(self.ending.take());
         if let Some(thread) = self.thread.take() {
-            // It looks now and then whether this has come.
+            // It looks and writes once more.
             let _ = thread.join();
         }
     }
@@ -233,20 +231,18 @@ impl Now {
         }
         self.unsaved.insert(metrics.step, seconds);
         self.useful_s += seconds;
-        let (mut all, mut sum) = ((0, 0.0), Spent::default());
-        for Recent { tokens, seconds, spent } in &self.recent {
-            all = (all.0 + tokens, all.1 + seconds);
-            sum.add(spent);
-        }
         let n = self.recent.len().max(1) as f64;
+        let tokens: u64 = self.recent.iter().map(|recent| recent.tokens).sum();
+        let in_all: f64 = self.recent.iter().map(|recent| recent.seconds).sum();
+        let mean = |sum: Spent, recent: &Recent| sum.plus(1.0 / n, &recent.spent);
         let status = &mut self.status;
-        status.spent.add(&spent);
-        status.recent = sum.scaled(1.0 / n);
-        status.tokens_per_s = all.0 as f64 / f64::max(all.1, 1e-9);
+        status.spent = status.spent.plus(1.0, &spent);
+        status.recent = self.recent.iter().fold(Spent::default(), mean);
+        status.tokens_per_s = tokens as f64 / in_all.max(1e-9);
         status.mfu =
             self.rates.peak_flops.map(|peak| status.tokens_per_s * self.rates.flops_per_token / peak);
         status.seconds_left =
-            (all.1 > 0.0).then(|| all.1 / n * status.steps.saturating_sub(metrics.step) as f64);
+            (in_all > 0.0).then(|| in_all / n * status.steps.saturating_sub(metrics.step) as f64);
         (status.step, status.tokens_seen, status.loss) = (metrics.step, metrics.tokens_seen, metrics.loss);
         (status.gradient_norm, status.memory_gradient_norm) =
             (metrics.gradient_norm, metrics.memory_gradient_norm);

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::{Status, folder};
+use super::{Spent, Status, every, folder};
 
 #[derive(Args)]
 pub(crate) struct TopArgs {
@@ -25,8 +25,8 @@ pub(crate) struct TopArgs {
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
-/// A worker that has written nothing for so long is told of; it writes every second.
-const SILENT_S: f64 = 5.0;
+/// A worker that has missed so many writes is told of.
+const MISSED: f64 = 5.0;
 
 pub(crate) fn top(args: &TopArgs) -> Result<()> {
     let mut out = std::io::stdout();
@@ -94,18 +94,17 @@ fn view(run: &str, workers: &[Status], now: f64) -> String {
         Some(step) => text.push_str(&format!(", checkpoint {step}\n\n")),
         None => text.push_str(", no checkpoint\n\n"),
     }
-    let heads =
-        ["worker", "step", "ms/step", "data", "fetch", "compute", "reduce", "push", "update", "other"];
-    let mut rows = vec![heads.map(str::to_owned).to_vec()];
-    rows[0].extend(["back", "fetched", "pushed", "state"].map(str::to_owned));
+    let heads = ["worker", "step", "ms/step"].into_iter().chain(Spent::CAUSES);
+    let heads = heads.chain(["back", "fetched", "pushed", "state"]).map(str::to_owned);
+    let mut rows: Vec<Vec<String>> = vec![heads.collect()];
     for worker in workers {
         let total = worker.recent.total();
         let mut row = vec![worker.rank.to_string(), worker.step.to_string(), format!("{total:.0}")];
         let part = |ms: f64| if total > 0.0 { format!("{:.0} %", 100.0 * ms / total) } else { "-".into() };
-        row.extend(worker.recent.causes().map(|(_, ms)| part(ms)));
+        row.extend(worker.recent.values().map(part));
         row.extend([worker.rollbacks.to_string(), bytes(worker.fetched_bytes), bytes(worker.pushed_bytes)]);
         let silence = now - worker.time;
-        row.push(match silence > SILENT_S {
+        row.push(match silence > MISSED * every(worker.world_size).as_secs_f64() {
             true => format!("{}, silent for {}", worker.state, duration(silence)),
             false => worker.state.clone(),
         });
@@ -165,7 +164,7 @@ fn bytes(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::{ShardStatus, Spent};
+    use crate::status::ShardStatus;
 
     #[test]
     fn a_view_shows_every_worker_and_shard() {
