@@ -1,5 +1,6 @@
 //! One TOML is one run: a section a crate, every key known, checked once.
 
+mod job;
 mod sections;
 
 use std::path::Path;
@@ -9,12 +10,10 @@ use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
 use train::{Phase, TrainConfig};
 
-use sections::{
-    AnchorSection, CorpusSection, MemorySection, ObserveSection, RunSection, ShardSection, TreeSection,
-};
-pub(crate) use sections::{
-    CollectiveSection, EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment,
-};
+pub(crate) use job::CollectiveSection;
+use job::{ObserveSection, ShardSection};
+use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
+pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -1,11 +1,10 @@
 //! The sections of a configuration that are not a crate's own, with their defaults.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anchor::AnchorConfig;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
 use memory_bank::TierOptions;
 use serde::{Deserialize, Serialize};
@@ -371,64 +370,6 @@ pub(crate) struct MemorySection {
     pub(crate) token_file: Option<PathBuf>,
     /// Where blocks are read from, for evaluation and generation.
     pub(crate) placement: TierOptions,
-}
-
-/// How the workers of a job mind each other.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct CollectiveSection {
-    /// Seconds to wait for all workers to come, and for all shards to serve.
-    pub(crate) join_s: u64,
-    /// Seconds after which a worker that is waited for is late, and the step given up.
-    pub(crate) patience_s: u64,
-    /// How often workers and shards may fail without a checkpoint in between until the job does.
-    pub(crate) retries: usize,
-}
-
-impl Default for CollectiveSection {
-    fn default() -> Self {
-        Self { join_s: 600, patience_s: 600, retries: 3 }
-    }
-}
-
-/// What a worker tells of itself, beside its file in the run's folder.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct ObserveSection {
-    /// Address of /metrics, /status and /live; a worker on its machine's n-th device adds n to the port, unless
-    /// that is 0.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) listen: Option<SocketAddr>,
-    /// Listens on an address that others reach, though anyone may ask.
-    pub(crate) insecure: bool,
-    /// Peak of one worker's device in the precision that is trained in, TFLOP/s; utilisation is told with it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) peak_tflops: Option<f64>,
-}
-
-impl ObserveSection {
-    /// Where the worker of a device listens.
-    pub(crate) fn endpoint(&self, local_rank: usize) -> Result<Option<SocketAddr>> {
-        let Some(mut address) = self.listen else { return Ok(None) };
-        memory_service::security::check_bind(address, false, self.insecure).context("observe.listen")?;
-        if address.port() != 0 {
-            let port = usize::from(address.port()) + local_rank;
-            let port = u16::try_from(port).with_context(|| format!("observe.listen: port {port}"))?;
-            address.set_port(port);
-        }
-        Ok(Some(address))
-    }
-}
-
-/// How the shards of this run's bank are served, by `anchorage shard`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct ShardSection {
-    /// Ports, limits and who may connect.
-    pub(crate) serve: shard_host::ServeSection,
-    /// Where checkpoints go.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) store: Option<shard_host::StoreSection>,
 }
 
 impl Default for MemorySection {
