@@ -254,6 +254,8 @@ fn a_job_tells_how_it_is() {
     let args = [up("2", "2", "run.dir=again"), LONG.to_vec(), settings.to_vec()].concat();
     let mut job = work.command(&args).spawn().unwrap();
     wait_for_lines(&mut job, &work.path("again"), 8);
+    // While it is asked, the job waits for the one that is not.
+    signal(process_of(&job, "worker", 0), "-STOP");
     let log = |rank: usize| fs::read_to_string(work.path(&format!("again/logs/worker-{rank}.log"))).unwrap();
     let ask = |rank: usize, path: &str| {
         let log = log(rank);
@@ -278,6 +280,8 @@ fn a_job_tells_how_it_is() {
         assert!(text.contains(&format!("anchorage_worker_{name}{{rank=\"1\"}} ")), "{name}\n{text}");
     }
     assert!(text.contains("anchorage_worker_spent_seconds_total{rank=\"1\",cause=\"fetch\"} "), "{text}");
+    signal(process_of(&job, "worker", 1), "-STOP");
+    signal(process_of(&job, "worker", 0), "-CONT");
     // The first one asks the shards, once a second.
     let has_shards = || {
         let status: Value = serde_json::from_str(&ask(0, "/status")).unwrap();
