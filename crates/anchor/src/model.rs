@@ -64,6 +64,15 @@ struct Layer {
     ffn: Traced,              // [3, F, D]
 }
 
+impl Layer {
+    /// All of its weights.
+    fn traced(&self) -> [&Traced; 9] {
+        let Self { attention_norm, query, key, value, query_norm, key_norm, attention_output, ffn_norm, ffn } =
+            self;
+        [attention_norm, query, key, value, query_norm, key_norm, attention_output, ffn_norm, ffn]
+    }
+}
+
 /// What every block of one pass needs beside its weights and the memory.
 #[derive(Clone)]
 struct Pass {
@@ -176,7 +185,8 @@ impl Anchor {
     }
 
     /// The loss of a batch, its gradients by parameter added to `gradients`, and those of the memory's blocks,
-    /// each summed over the sequences that share it.
+    /// each summed over the sequences that share it. Of [`Gradients::leaving_to`], a layer's leave before those of
+    /// the layer below it are computed.
     ///
     /// # Errors
     /// As [`Anchor::loss`].
@@ -192,6 +202,9 @@ impl Anchor {
         ops::on_pool(|| {
             let mut tape = Tape::recording(compute.precision, gradients, n_parameters + memory.n_slots());
             let hidden = self.decoder(&mut tape, input, &pass, memory, compute.checkpoint)?;
+            if let Some(output) = &self.weights.output {
+                tape.leaves_end(output.slots());
+            }
             let (loss, _) = ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?;
             drop(hidden);
             tape.backward()?;
@@ -224,8 +237,11 @@ impl Anchor {
         memory: &FetchedMemory,
         checkpoint: bool,
     ) -> candle_core::Result<Traced> {
+        // What no layer has alone: the token embedding may be the output, too.
+        tape.leaves_end(0..self.parameters.len());
         let mut x = self.embed(tape, input)?;
         for (i, layer) in self.weights.layers.iter().enumerate() {
+            layer.traced().into_iter().for_each(|weight| tape.leaves_end(weight.slots()));
             let memory = memory.parts(i, input.len, Some(self.parameters.len()));
             x = match checkpoint {
                 true => {
@@ -235,6 +251,7 @@ impl Anchor {
                 false => pass.block(tape, &x, layer, memory, None)?,
             };
         }
+        tape.leaves_end(self.weights.final_norm.slots());
         pass.norm(tape, &x, &self.weights.final_norm)
     }
 

@@ -57,6 +57,11 @@ impl<T> TreeSum<T> {
         self.parts.push((leaves, value));
     }
 
+    /// What has been added up so far: fed to another sum over the same leaves, it ends with the same bits.
+    pub fn into_parts(self) -> Vec<(Range<usize>, T)> {
+        self.parts
+    }
+
     /// The parts that remain when no more leaves of `own` come: one when it is all of them.
     pub fn finish(mut self, mut add: impl FnMut(&mut T, T)) -> Vec<(Range<usize>, T)> {
         self.settle(self.own.end, &mut add);

@@ -5,6 +5,8 @@
 //! activations ([`Tape::checkpoint`]).
 
 use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Shape, Tensor, Var};
@@ -138,6 +140,11 @@ impl Traced {
         &self.value
     }
 
+    /// The slot of its gradient, alone; empty for a constant.
+    pub fn slots(&self) -> Range<usize> {
+        self.slot.map_or(0..0, |slot| slot..slot + 1)
+    }
+
     /// Whether no gradient flows to it.
     pub fn is_constant(&self) -> bool {
         self.slot.is_none()
@@ -148,9 +155,16 @@ impl Traced {
 #[derive(Default)]
 pub struct Gradients {
     slots: Vec<Option<Tensor>>,
+    finished: Option<Sender<(usize, Tensor)>>,
 }
 
 impl Gradients {
+    /// Gradients that leave their slots while the backward pass goes on: one by one to `finished`, with the slot,
+    /// once nothing more is added to them ([`Tape::leaves_end`]), in the same order for every pass of a model.
+    pub fn leaving_to(finished: Sender<(usize, Tensor)>) -> Self {
+        Self { slots: vec![], finished: Some(finished) }
+    }
+
     /// The gradient in a slot; `None` when no operation led to it. The next pass changes the tensor in place.
     pub fn get(&self, slot: usize) -> Option<&Tensor> {
         self.slots.get(slot)?.as_ref()
@@ -186,6 +200,23 @@ impl Gradients {
     /// never holds all of both.
     pub fn clear(&mut self) {
         self.slots.clear();
+    }
+
+    /// Lets those of some slots go.
+    fn finish(&mut self, slots: Range<usize>) {
+        for slot in slots.start..slots.end.min(self.slots.len()) {
+            if let Some(gradient) = self.take(slot) {
+                self.let_go(slot, gradient);
+            }
+        }
+    }
+
+    /// Sends a gradient to who waits for it, if somebody does.
+    pub fn let_go(&self, slot: usize, gradient: Tensor) {
+        if let Some(finished) = &self.finished {
+            // Who waits no longer has failed, and says so itself.
+            let _ = finished.send((slot, gradient));
+        }
     }
 
     fn slot(&mut self, index: usize) -> &mut Option<Tensor> {
@@ -292,13 +323,21 @@ fn add(sum: &mut [f32], x: &[f32]) {
 /// From the gradient of an operation's output to those of its inputs.
 type Backward = Box<dyn FnOnce(Tensor, &mut Gradients) -> Result<()>>;
 
+/// What the backward pass does.
+enum Operation {
+    /// Takes the gradient in the slot of an output to the inputs.
+    Backward(usize, Backward),
+    /// Lets the gradients of these leaves go.
+    Finish(Range<usize>),
+}
+
 /// Operations in the order they were done.
 pub struct Tape<'g> {
     precision: Precision,
     /// None: nothing is recorded.
     gradients: Option<&'g mut Gradients>,
     next_slot: usize,
-    operations: Vec<(usize, Backward)>,
+    operations: Vec<Operation>,
 }
 
 impl<'g> Tape<'g> {
@@ -337,8 +376,16 @@ impl<'g> Tape<'g> {
     ) -> Traced {
         let slot = self.next_slot;
         self.next_slot += 1;
-        self.operations.push((slot, Box::new(backward)));
+        self.operations.push(Operation::Backward(slot, Box::new(backward)));
         Traced { value, slot: Some(slot), again: None }
+    }
+
+    /// Says that no operation recorded before this leads to the leaves of these slots: the backward pass has
+    /// their gradients once it comes here.
+    pub fn leaves_end(&mut self, slots: Range<usize>) {
+        if self.gradients.as_ref().is_some_and(|gradients| gradients.finished.is_some()) {
+            self.operations.push(Operation::Finish(slots));
+        }
     }
 
     /// `f(x)` whose activations are not kept: the backward pass computes them again (Chen et al.,
@@ -414,9 +461,14 @@ impl<'g> Tape<'g> {
     /// Those of the operations.
     pub fn backward(self) -> Result<()> {
         let Some(gradients) = self.gradients else { return Ok(()) };
-        for (slot, backward) in self.operations.into_iter().rev() {
-            if let Some(dy) = gradients.take(slot) {
-                backward(dy, gradients)?;
+        for operation in self.operations.into_iter().rev() {
+            match operation {
+                Operation::Backward(slot, backward) => {
+                    if let Some(dy) = gradients.take(slot) {
+                        backward(dy, gradients)?;
+                    }
+                }
+                Operation::Finish(slots) => gradients.finish(slots),
             }
         }
         Ok(())

@@ -3,6 +3,7 @@
 //! The trainer sees the bank through `BlockStore` and data through `Corpus::sequence`, which is a pure
 //! function: all that resumes is [`TrainState`] and the files beside it in a checkpoint.
 
+mod buckets;
 mod checkpoint;
 mod config;
 mod error;

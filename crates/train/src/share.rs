@@ -9,24 +9,20 @@ use std::ops::Range;
 
 use anchor::{Gradients, unique_ids};
 use bytes::Bytes;
-use candle_core::Tensor;
 use cluster_tree::ClusterId;
-use collective::{Call, Leaves, Mesh, TreeSum, all_reduce};
+use collective::{Call, Leaves, Mesh, TreeSum};
 use corpus::Batch;
 use memory_bank::{Block, BlockSpec, squared_norm};
 use rayon::prelude::*;
 
 use crate::Result;
 
-/// Numbers that are summed at once: what is sent of them meanwhile is bounded, and long enough to be sent fast.
-const BUCKET: usize = 1 << 22;
-
 /// Sums of a worker's micro-batches, as [`TreeSum`] leaves them.
 pub(crate) struct Sums {
     /// Of each micro-batch.
     pub(crate) losses: Vec<f64>,
-    /// Of the anchor's parameters.
-    pub(crate) anchor: Vec<Gradients>,
+    /// Of the anchor's parameters, over all workers.
+    pub(crate) anchor: Gradients,
     /// Of each block, in the order of ids.
     pub(crate) blocks: BTreeMap<ClusterId, Vec<Vec<f32>>>,
 }
@@ -73,6 +69,11 @@ impl Share {
         };
         let touched = by_block.into_iter().map(touched).collect();
         Self { leaves, rank, micro_batch, spec: spec.cloned(), touched }
+    }
+
+    /// All micro-batches.
+    pub(crate) fn all_leaves(&self) -> Leaves {
+        self.leaves
     }
 
     /// This worker's micro-batches.
@@ -124,52 +125,6 @@ impl Share {
         // In the order of micro-batches, which is that of ranks.
         let losses = gathered.iter().flat_map(|bytes| f64s(bytes).into_iter().skip(1));
         Ok((losses.fold(0.0, |sum, loss| sum + loss), stop))
-    }
-
-    /// The gradients of the anchor's parameters over all workers, of the sums that this one has.
-    pub(crate) fn reduce_anchor(
-        &self,
-        mesh: &mut Mesh,
-        step: u64,
-        mut parts: Vec<Gradients>,
-        n_parameters: usize,
-    ) -> Result<Gradients> {
-        let Some(mut total) = parts.pop() else { return Ok(Gradients::default()) };
-        if mesh.world_size() == 1 {
-            return Ok(total);
-        }
-        let call = Call::new("anchor gradients", step);
-        let shapes: Vec<Option<Tensor>> = (0..n_parameters).map(|slot| total.get(slot).cloned()).collect();
-        let mut begin = 0;
-        while begin < n_parameters {
-            let mut end = begin;
-            let mut len = 0;
-            while end < n_parameters && (len < BUCKET || end == begin) {
-                len += shapes[end].as_ref().map_or(0, Tensor::elem_count);
-                end += 1;
-            }
-            let flat = |part: &Gradients| -> Result<Vec<f32>> {
-                let mut values = Vec::with_capacity(len);
-                for tensor in (begin..end).filter_map(|slot| part.get(slot)) {
-                    values.extend(tensor.flatten_all()?.to_vec1::<f32>()?);
-                }
-                Ok(values)
-            };
-            let own = parts.iter().chain([&total]).map(flat).collect::<Result<Vec<_>>>()?;
-            let own: Vec<&[f32]> = own.iter().map(Vec::as_slice).collect();
-            let mut sum = vec![0.0; len];
-            all_reduce(mesh, &call, self.leaves, &own, &mut sum)?;
-            let mut rest = sum.as_slice();
-            for (slot, like) in (begin..end).zip(&shapes[begin..end]) {
-                if let Some(like) = like {
-                    let (values, after) = rest.split_at(like.elem_count());
-                    total.set(slot, Tensor::from_slice(values, like.shape(), like.device())?);
-                    rest = after;
-                }
-            }
-            begin = end;
-        }
-        Ok(total)
     }
 
     /// The gradients of the step's blocks that this worker hands to the bank: those that it adds up, and all

@@ -10,6 +10,7 @@ use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step};
 
+use crate::buckets::{BUCKET, Buckets};
 use crate::checkpoint::{Checkpoints, TrainState, write_whole};
 use crate::loader::Loader;
 use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
@@ -310,13 +311,14 @@ impl<S: BlockStore> Trainer<S> {
             }
         }
         time.fetch_ms = laps.lap_ms();
-        let Sums { losses, anchor, blocks: block_sums } = self.backward(batch, share, &blocks)?;
-        time.compute_ms = laps.lap_ms();
+        let Sums { losses, anchor, blocks: block_sums } =
+            self.backward((batch, share), &blocks, &mut time)?;
+        laps.lap_ms();
+        self.gradients = anchor;
         let Workers { mesh, replicated, stop, .. } = &mut self.workers;
         let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
-        self.gradients = share.reduce_anchor(mesh, step, anchor, self.anchor.parameters().len())?;
         let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
-        time.reduce_ms = laps.lap_ms();
+        time.reduce_ms += laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
         let norm = match self.optimizer {
             Some(_) => ops::on_pool(|| gradient_norm(&self.anchor, &self.gradients))?,
@@ -370,39 +372,65 @@ impl<S: BlockStore> Trainer<S> {
     }
 
     /// Losses and gradients of this worker's micro-batches, each computed by itself and added up as all
-    /// workers' are.
-    fn backward(&mut self, batch: &Batch, share: &Share, blocks: &[Block]) -> Result<Sums> {
-        let scale = 1.0 / batch.n_scored() as f64;
-        let compute =
-            Compute { precision: self.config.precision, checkpoint: self.config.checkpoint_activations };
+    /// workers' are. Those of the anchor are summed over all workers behind the last micro-batch.
+    fn backward(
+        &mut self,
+        (batch, share): (&Batch, &Share),
+        blocks: &[Block],
+        time: &mut StepTime,
+    ) -> Result<Sums> {
+        let mut laps = Laps::start();
         // The last step's, whose memory the forward pass needs.
         self.gradients.clear();
-        let (mut losses, mut failed) = (vec![], Ok(()));
-        let (mut anchor, mut block_sums) = (share.sum(), BTreeMap::new());
-        let parts = batch.split(self.config.micro_batch).enumerate();
-        for (leaf, part) in parts.skip(share.leaves().start).take(share.leaves().len()) {
-            let memory = self.model().place(blocks, &part.paths)?;
-            let targets = Targets { targets: &part.targets, scale, z_loss: self.config.z_loss };
-            let work = (eval::input(&part), targets);
-            let mut gradients = Gradients::default();
-            let (loss, part_gradients) =
-                self.anchor.loss_and_gradients(work, &memory, compute, &mut gradients)?;
+        let step = self.state.step + 1;
+        let Self { config, anchor, memory, workers, .. } = self;
+        let bank = memory.as_ref().map(MemoryPipe::bank);
+        let (scale, z_loss) = (1.0 / batch.n_scored() as f64, config.z_loss);
+        let compute = Compute { precision: config.precision, checkpoint: config.checkpoint_activations };
+        let (mut losses, mut block_sums) = (vec![], BTreeMap::new());
+        let mut run = |leaf: usize, part: &Batch, gradients: &mut Gradients| {
+            let memory = Model { anchor, bank, step: Step(step - 1) }.place(blocks, &part.paths)?;
+            let work = (eval::input(part), Targets { targets: &part.targets, scale, z_loss });
+            let (loss, part_gradients) = anchor.loss_and_gradients(work, &memory, compute, gradients)?;
             losses.push(loss);
-            anchor.push(leaf..leaf + 1, gradients, |sum, gradients| add_to(sum, gradients, &mut failed));
             for Block { id, values } in part_gradients {
                 let sum: &mut TreeSum<Vec<f32>> = block_sums.entry(id).or_insert_with(|| share.sum());
                 sum.push_array(leaf..leaf + 1, values);
             }
+            Ok::<_, Error>(())
+        };
+        let is_shared = self.optimizer.is_some() && workers.mesh.world_size() > 1;
+        let last = share.leaves().end - 1;
+        let (mut sum, mut failed, mut total) = (share.sum(), Ok(()), Gradients::default());
+        let parts = batch.split(config.micro_batch).enumerate();
+        for (leaf, part) in parts.skip(share.leaves().start).take(share.leaves().len()) {
+            if is_shared && leaf == last {
+                let before = std::mem::replace(&mut sum, share.sum()).into_parts();
+                let buckets = Buckets {
+                    mesh: &mut workers.mesh,
+                    call: Call::new("anchor gradients", step),
+                    leaves: share.all_leaves(),
+                    before,
+                    n_parameters: anchor.parameters().len(),
+                    size: BUCKET,
+                };
+                (total, (), time.reduce_ms) =
+                    buckets.reduce_behind(|mut gradients| run(leaf, &part, &mut gradients))?;
+            } else {
+                let mut gradients = Gradients::default();
+                run(leaf, &part, &mut gradients)?;
+                sum.push(leaf..leaf + 1, gradients, |sum, gradients| add_to(sum, gradients, &mut failed));
+            }
         }
-        let anchor = anchor.finish(|sum, gradients| add_to(sum, gradients, &mut failed));
+        // Of one worker alone; the gradients of a frozen anchor are none.
+        let own = sum.finish(|sum, gradients| add_to(sum, gradients, &mut failed));
         failed?;
+        let anchor = own.into_iter().next().map_or(total, |(_, gradients)| gradients);
         let values =
             |parts: Vec<(Range<usize>, Vec<f32>)>| parts.into_iter().map(|(_, values)| values).collect();
-        Ok(Sums {
-            losses,
-            anchor: anchor.into_iter().map(|(_, gradients)| gradients).collect(),
-            blocks: block_sums.into_iter().map(|(id, sum)| (id, values(sum.finish_arrays()))).collect(),
-        })
+        let blocks = block_sums.into_iter().map(|(id, sum)| (id, values(sum.finish_arrays()))).collect();
+        time.compute_ms = laps.lap_ms() - time.reduce_ms;
+        Ok(Sums { losses, anchor, blocks })
     }
 
     fn check_finite(&self, step: u64, what: &'static str, found: f64) -> Result<()> {

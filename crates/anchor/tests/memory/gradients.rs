@@ -1,5 +1,7 @@
 //! Gradients of blocks against central finite differences in f64, and who gets a gradient at all.
 
+use std::sync::mpsc::channel;
+
 use anchor::{Anchor, Compute, FetchedMemory, Gradients, Precision};
 use candle_core::DType;
 use memory_bank::Block;
@@ -132,5 +134,34 @@ fn products_in_bf16_give_gradients_close_to_those_in_f32() {
     for (found, exact) in blocks.iter().zip(&exact) {
         let error = relative_error(&found.values, &exact.values);
         assert!(error > 0.0 && error < 3e-2, "{}: {error}", found.id);
+    }
+}
+
+#[test]
+fn gradients_that_leave_early_are_those_that_stay() {
+    let (spec, batch, paths) = (spec([4, 2]), Batch::random(3, 7, 12), [leaf(0), leaf(3), leaf(0)]);
+    let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
+    for (tied, checkpoint) in [(true, false), (true, true), (false, false)] {
+        let anchor = Anchor::new(config(tied), 7, CPU).unwrap();
+        let (work, compute) =
+            ((batch.input(), batch.targets()), Compute { checkpoint, ..Compute::default() });
+        let mut staying = Gradients::default();
+        let (_, blocks) = anchor.loss_and_gradients(work, &memory, compute, &mut staying).unwrap();
+        let (send, left) = channel();
+        let mut leaving = Gradients::leaving_to(send);
+        let (_, found) = anchor.loss_and_gradients(work, &memory, compute, &mut leaving).unwrap();
+        assert_eq!(found, blocks);
+        drop(leaving);
+        let names: Vec<&String> = anchor.parameters().keys().collect();
+        let mut order = vec![];
+        for (slot, gradient) in left {
+            assert_eq!(values(&gradient), values(staying.get(slot).unwrap()), "{}", names[slot]);
+            order.push(names[slot].split('.').take(2).collect::<Vec<_>>().join("."));
+        }
+        assert_eq!(order.len(), names.len());
+        order.dedup();
+        let first: &[&str] = if tied { &[] } else { &["output"] };
+        let rest = ["final_norm", "layers.1", "layers.0", "token_embedding"];
+        assert_eq!(order, [first, &rest].concat());
     }
 }
