@@ -201,7 +201,7 @@ fn set(table: &mut toml::Table, setting: &str) -> Result<()> {
 }
 
 /// One line for an error of the TOML crate: the file, the line, the key, and the nearest known name.
-fn explain(error: &toml::de::Error, text: Option<&str>, name: &str) -> anyhow::Error {
+pub(crate) fn explain(error: &toml::de::Error, text: Option<&str>, name: &str) -> anyhow::Error {
     let line = text.zip(error.span()).map(|(text, span)| text[..span.start].matches('\n').count() + 1);
     let place = line.map_or_else(|| name.to_string(), |line| format!("{name}: line {line}"));
     let message = error.message().replace('\n', " ");

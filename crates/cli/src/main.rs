@@ -10,12 +10,16 @@ mod progress;
 mod query;
 mod quickstart;
 mod report;
+mod roles;
 mod routing;
 mod run;
 mod shards;
+mod site;
 mod status;
 mod study;
+mod submit;
 mod summary;
+mod task;
 mod training;
 mod tree;
 mod up;
@@ -86,6 +90,16 @@ enum Command {
     /// Train with several workers and memory shards, processes of this machine that are started, watched and
     /// started again when they are killed.
     Up(up::UpArgs),
+    /// Train as a job of a site with Slurm.
+    Submit(submit::SubmitArgs),
+    /// The job that a run was submitted as.
+    Job {
+        #[command(subcommand)]
+        command: submit::JobCommand,
+    },
+    /// One process of such a job, which is started again when it is killed: its script has this on each node.
+    #[command(hide = true)]
+    Task(task::TaskArgs),
     /// Show the workers and shards of a run that trains.
     Top(status::top::TopArgs),
     /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
@@ -243,6 +257,9 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Top(args) => status::top::top(&args)?,
         Command::Up(args) => return Ok(exit_code(up::up(&args)?)),
+        Command::Submit(args) => submit::submit(&args)?,
+        Command::Job { command } => submit::job(&command)?,
+        Command::Task(args) => return Ok(exit_code(task::task(&args)?)),
         Command::Route { run, text, json } => query::route(&run, &text, json)?,
         Command::Generate(args) => {
             only_reported(&args.set)?;

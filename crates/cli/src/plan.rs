@@ -1,20 +1,21 @@
 //! `anchorage plan`: what a job holds, moves and takes, before it runs.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anchor::{Compute, TrainingShape};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use cluster_tree::ClusterTree;
 use corpus::{Corpus, Tokenizer};
 use memory_bank::BlockSpec;
 use memory_service::Dtype;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use train::LevelTraffic;
 
 use crate::ConfigArgs;
 use crate::config::Config;
 use crate::prepare::Prepared;
+use crate::site::{Site, Speeds};
 use crate::training::block_spec;
 
 #[derive(Args)]
@@ -40,56 +41,6 @@ pub(crate) struct PlanArgs {
     /// End with one line of JSON.
     #[arg(long)]
     json: bool,
-}
-
-/// What machines can do.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Site {
-    worker: WorkerSite,
-    shard: ShardSite,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WorkerSite {
-    tflops: f64,
-    efficiency: f64,
-    device_gib: f64,
-    network_gb_s: f64,
-    dollars_per_hour: f64,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ShardSite {
-    host_gib: f64,
-    network_gb_s: f64,
-    memory_gb_s: f64,
-    dollars_per_hour: f64,
-}
-
-impl Site {
-    fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-        let site: Self = toml::from_str(&text)
-            .with_context(|| format!("{}: expected a site's speeds, sizes and prices", path.display()))?;
-        let Self { worker, shard } = &site;
-        for (key, found) in [
-            ("worker.tflops", worker.tflops),
-            ("worker.efficiency", worker.efficiency),
-            ("worker.device_gib", worker.device_gib),
-            ("worker.network_gb_s", worker.network_gb_s),
-            ("shard.host_gib", shard.host_gib),
-            ("shard.network_gb_s", shard.network_gb_s),
-            ("shard.memory_gb_s", shard.memory_gb_s),
-        ] {
-            if !(found.is_finite() && found > 0.0) {
-                bail!("{}: {key}: expected a number above 0, found {found}", path.display());
-            }
-        }
-        Ok(site)
-    }
 }
 
 /// Bytes of a parameter with its two moments, in f32.
@@ -149,7 +100,7 @@ struct LevelPlan {
 
 pub(crate) fn plan(args: &PlanArgs) -> Result<()> {
     let config = Config::load(&args.config.config, &args.config.set)?;
-    let site = Site::load(&args.site)?;
+    let site = Site::load(&args.site)?.speeds(&args.site)?;
     for (flag, found) in [("--workers", args.workers), ("--shards", args.shards)] {
         if found == 0 {
             bail!("{flag}: expected at least 1, found 0");
@@ -274,7 +225,7 @@ fn moved(config: &Config, levels: &[LevelPlan], workers: f64, anchor_parameters:
 fn compute(
     args: &PlanArgs,
     config: &Config,
-    site: &Site,
+    site: &Speeds,
     (vocab_size, spec, traffic): (usize, Option<&BlockSpec>, &[LevelTraffic]),
 ) -> Plan {
     let (workers, shards) = (args.workers as f64, args.shards as f64);
@@ -359,7 +310,7 @@ fn compute(
     }
 }
 
-fn print(plan: &Plan, config: &Config, site: &Site, is_prepared: bool) {
+fn print(plan: &Plan, config: &Config, site: &Speeds, is_prepared: bool) {
     let gb = |bytes: f64| bytes / 1e9;
     let Plan { workers, shards, .. } = *plan;
     println!(

@@ -24,6 +24,46 @@ pub enum Error {
         /// What the system says.
         source: std::io::Error,
     },
+    /// A key of a site's section that no job can have; `slurm` goes before it.
+    #[error("slurm.{key}: expected {expected}, found {found}")]
+    Setting {
+        /// Below the section.
+        key: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A path that cannot be written into a script.
+    #[error("{}: expected a path that is UTF-8", path.display())]
+    NoText {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A program of the site that is not there.
+    #[error("{program}: not found; is this a machine of a site with Slurm?")]
+    Missing {
+        /// Its name.
+        program: &'static str,
+    },
+    /// A program of the site that failed.
+    #[error("{program}: {said}")]
+    Refused {
+        /// Its name.
+        program: &'static str,
+        /// What it said, in one line.
+        said: String,
+    },
+    /// A program of the site that answered something else.
+    #[error("{program}: expected {expected}, found {found}")]
+    Answer {
+        /// Its name.
+        program: &'static str,
+        /// What it should print.
+        expected: &'static str,
+        /// What it printed.
+        found: String,
+    },
     /// A role that ended and is not started again.
     #[error("{role} ended with {ended}{}: its log is {}", said(last_line), log.display())]
     Ended {

@@ -1,8 +1,10 @@
 //! A run as a job of several processes: which worker a process is, as its launcher says, and processes on
-//! this machine that are started, watched and started again.
+//! this machine that are started, watched and started again; and a run as a job of a site ([`slurm`]).
 
 mod error;
 mod ranks;
+mod shell;
+pub mod slurm;
 mod supervisor;
 
 pub use error::{Error, Result};
