@@ -82,8 +82,7 @@ impl Script<'_> {
         self.options(&mut script, &first);
         if let Some(second) = &second {
             script += "#SBATCH hetjob\n";
-            let partition = site.shard.partition.as_deref();
-            part(&mut script, second, partition, &site.shard.options);
+            self.part(&mut script, second, (&site.shard.partition, &site.shard.options));
         }
         script += "\n# Written by `anchorage submit`, which gives it to sbatch in the run's folder.\n";
         let _ = writeln!(script, "cd {} || exit", path(self.folder)?);
@@ -120,18 +119,36 @@ impl Script<'_> {
 
     /// Lines for sbatch about the whole job and about its (first) nodes.
     fn options(&self, script: &mut String, nodes: &Nodes) {
-        let Site { account, time, lead_s, partition, options, .. } = self.site;
+        let Site { lead_s, partition, options, .. } = self.site;
         let is_shown = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         let name: String = self.name.chars().map(|c| if is_shown(c) { c } else { '_' }).collect();
         let _ = write!(
             script,
             "#SBATCH --job-name={name}\n#SBATCH --requeue\n#SBATCH --open-mode=append\n\
-             #SBATCH --output=logs/job.log\n#SBATCH --signal=B:USR1@{lead_s}\n#SBATCH --time={time}\n"
+             #SBATCH --output=logs/job.log\n#SBATCH --signal=B:USR1@{lead_s}\n"
         );
-        if let Some(account) = account {
-            let _ = writeln!(script, "#SBATCH --account={account}");
+        self.part(script, nodes, (partition, options));
+    }
+
+    /// Lines for sbatch about some of the nodes.
+    fn part(&self, script: &mut String, nodes: &Nodes, (partition, options): (&Option<String>, &[String])) {
+        let Nodes { n, cpus, gpus, memory_gib } = nodes;
+        let _ = writeln!(script, "#SBATCH --time={}", self.site.time);
+        for (option, name) in [("account", &self.site.account), ("partition", partition)] {
+            if let Some(name) = name {
+                let _ = writeln!(script, "#SBATCH --{option}={name}");
+            }
         }
-        part(script, nodes, partition.as_deref(), options);
+        let _ = write!(script, "#SBATCH --nodes={n}\n#SBATCH --ntasks={n}\n#SBATCH --cpus-per-task={cpus}\n");
+        if *gpus > 0 {
+            let _ = writeln!(script, "#SBATCH --gpus-per-node={gpus}");
+        }
+        if let Some(gib) = memory_gib {
+            let _ = writeln!(script, "#SBATCH --mem={:.0}M", (gib * 1024.0).ceil());
+        }
+        for option in options {
+            let _ = writeln!(script, "#SBATCH {option}");
+        }
     }
 
     /// Where rank 0 and the shards listen.
@@ -212,24 +229,6 @@ impl Script<'_> {
     }
 }
 
-/// Lines for sbatch about nodes.
-fn part(script: &mut String, nodes: &Nodes, partition: Option<&str>, options: &[String]) {
-    let Nodes { n, cpus, gpus, memory_gib } = nodes;
-    if let Some(partition) = partition {
-        let _ = writeln!(script, "#SBATCH --partition={partition}");
-    }
-    let _ = write!(script, "#SBATCH --nodes={n}\n#SBATCH --ntasks={n}\n#SBATCH --cpus-per-task={cpus}\n");
-    if *gpus > 0 {
-        let _ = writeln!(script, "#SBATCH --gpus-per-node={gpus}");
-    }
-    if let Some(gib) = memory_gib {
-        let _ = writeln!(script, "#SBATCH --mem={:.0}M", (gib * 1024.0).ceil());
-    }
-    for option in options {
-        let _ = writeln!(script, "#SBATCH {option}");
-    }
-}
-
 fn path(path: &Path) -> Result<String> {
     let text = path.to_str().ok_or_else(|| Error::NoText { path: path.to_owned() })?;
     Ok(word(text))
@@ -238,6 +237,7 @@ fn path(path: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::super::site::tests::site;
+    use super::super::{ShardSite, WorkerSite};
     use super::*;
 
     fn script<'a>(site: &'a Site, workers: usize, shards: usize) -> Script<'a> {
@@ -305,5 +305,107 @@ srun --export=ALL --overlap --cpu-bind=none --nodes=2 --ntasks=2 --cpus-per-task
 attend $!
 "#;
         assert_eq!(after, expected);
+    }
+
+    #[test]
+    fn a_job_of_two_parts() {
+        let mut site = site();
+        site.account = Some("physics".into());
+        site.setup = vec!["module load cuda".into()];
+        site.options = vec!["--exclusive".into()];
+        site.worker = WorkerSite { per_node: 8, cpus: 12, gpus: 1, memory_gib: Some(100.0) };
+        site.shard = ShardSite {
+            per_node: 2,
+            cpus: 16,
+            memory_gib: Some(200.5),
+            partition: Some("cpu".into()),
+            options: vec!["--constraint=big".into()],
+        };
+        let (before, after) = parts(&script(&site, 64, 4));
+        let expected = r#"#!/bin/bash
+#SBATCH --job-name=tiny_run
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/job.log
+#SBATCH --signal=B:USR1@120
+#SBATCH --time=01:00:00
+#SBATCH --account=physics
+#SBATCH --partition=main
+#SBATCH --nodes=8
+#SBATCH --ntasks=8
+#SBATCH --cpus-per-task=96
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=819200M
+#SBATCH --exclusive
+#SBATCH hetjob
+#SBATCH --time=01:00:00
+#SBATCH --account=physics
+#SBATCH --partition=cpu
+#SBATCH --nodes=2
+#SBATCH --ntasks=2
+#SBATCH --cpus-per-task=32
+#SBATCH --mem=410624M
+#SBATCH --constraint=big
+
+# Written by `anchorage submit`, which gives it to sbatch in the run's folder.
+cd '/home/a b' || exit
+module load cuda
+"#;
+        assert!(before.starts_with(expected), "{before}");
+        for line in [
+            r#"mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")"#,
+            r#"mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")"#,
+            "srun --het-group=0 --export=ALL --overlap --cpu-bind=none --nodes=1 --ntasks=1 --cpus-per-task=96 ",
+            "srun --het-group=1 --export=ALL --overlap --cpu-bind=none --nodes=2 --ntasks=4 --cpus-per-task=16 ",
+            "srun --het-group=0 --export=ALL --overlap --cpu-bind=none --nodes=8 --ntasks=64 --cpus-per-task=12 ",
+        ] {
+            assert!(after.contains(line), "{line}\n{after}");
+        }
+        // Without shards there is one part, and nothing about them.
+        let text = script(&site, 3, 0).render().unwrap();
+        assert!(!text.contains("shards") && !text.contains("HET_GROUP") && !text.contains("het"), "{text}");
+        assert!(
+            text.contains("#SBATCH --nodes=1\n") && text.contains("#SBATCH --cpus-per-task=36\n"),
+            "{text}"
+        );
+    }
+
+    /// Any path and name comes to the shell, and to sbatch, as it is.
+    #[test]
+    fn paths_and_names_of_any_kind() {
+        let site = site();
+        for part in
+            ["a b", "it's", "\"", "$HOME", "`id`", "$(id)", "\\", "é", "#x", "%j", ";id;", "*", "a\nb"]
+        {
+            let [folder, program, config] =
+                ["folder", "program", "config"].map(|name| format!("/x/{part}/{part}{name}"));
+            let script = Script {
+                name: part,
+                program: Path::new(&program),
+                config: Path::new(&config),
+                folder: Path::new(&folder),
+                workers: 1,
+                shards: 1,
+                site: &site,
+            };
+            let text = script.render().unwrap();
+            let (options, rest) = text.split_once("\n\n").unwrap();
+            let is_option = |line: &str| line.starts_with('#') && !line.contains([' ', '$', '\\', '"']);
+            assert!(
+                options.lines().all(|line| is_option(&line.replacen("#SBATCH ", "#SBATCH", 1))),
+                "{options}"
+            );
+            let head = rest.split_once("\n# Of a node").unwrap().0;
+            let show = "printf '%s\\0' \"$at\" \"$anchorage\" \"$config\"";
+            let test = format!("cd() {{ at=$1; }}\n{head}\n{show}");
+            let output = std::process::Command::new("bash").args(["-c", &test]).output().unwrap();
+            let found = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(found.split_terminator('\0').collect::<Vec<_>>(), [&folder, &program, &config]);
+        }
+        let bytes: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(b"/x/\xff");
+        let refused = Script { folder: Path::new(bytes), ..script(&site, 1, 0) }.render().unwrap_err();
+        assert!(refused.to_string().contains("expected a path that is UTF-8"), "{refused}");
+        let refused = script(&site, 0, 0).render().unwrap_err().to_string();
+        assert_eq!(refused, "slurm.worker: expected at least 1 worker, found 0");
     }
 }
