@@ -43,8 +43,11 @@ SlurmctldTimeout=5
 MessageTimeout=5
 KillWait=10
 ReturnToService=1
-PartitionName=main Nodes=n[0-3] Default=YES MaxTime=INFINITE State=UP
-PartitionName=memory Nodes=n[2-3] MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n[0-3] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=memory Nodes=n[2-3] MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n[0-3] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 END
     for i in 0 1 2 3; do
         mkdir -p "$site/spool-n$i"

@@ -36,8 +36,26 @@ struct Nodes {
     memory_gib: Option<f64>,
 }
 
-/// The same in every script. `attend` waits in spite of signals for a step that must end well.
+/// The same in every script.
 const FUNCTIONS: &str = r#"
+told='' step=''
+trap 'told=1; [ -z "$step" ] || kill -USR1 "$step"' USR1
+
+# Waits for a step, which is told what this script is. A job that has saved, or was told to, is queued again, unless it
+# has been cancelled.
+attend() {
+    local ended
+    step=$1
+    [ -z "$told" ] || kill -USR1 "$step"
+    while wait "$step"; ended=$?; kill -0 "$step" 2>/dev/null; do :; done
+    [ "$ended" = 0 ] && return
+    if [ "$ended" = @REQUEUE@ ] || [ -n "$told" ]; then
+        scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING ' &&
+            scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    fi
+    exit "$ended"
+}
+
 # Of a node, as Slurm itself reaches it: its name need not be known here.
 address() {
     local shown name found
@@ -47,21 +65,6 @@ address() {
     echo "error: node $1: expected an address of $name, found none" >&2
     return 1
 }
-
-# Waits for a step, in spite of signals. A job that has saved, or was told to, is queued again unless it has been cancelled.
-attend() {
-    local ended
-    step=$1
-    while wait "$step"; ended=$?; kill -0 "$step" 2>/dev/null; do :; done
-    [ "$ended" = 0 ] && return
-    if [ "$ended" = @REQUEUE@ ] || [ -n "$told" ]; then
-        scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING ' &&
-            scontrol requeue "$SLURM_JOB_ID" && sleep 60
-    fi
-    exit "$ended"
-}
-told='' step=''
-trap 'told=1; [ -z "$step" ] || kill -USR1 "$step"' USR1
 "#;
 
 impl Script<'_> {
@@ -85,12 +88,12 @@ impl Script<'_> {
             self.part(&mut script, second, (&site.shard.partition, &site.shard.options));
         }
         script += "\n# Written by `anchorage submit`, which gives it to sbatch in the run's folder.\n";
-        let _ = writeln!(script, "cd {} || exit", path(self.folder)?);
+        script += &FUNCTIONS.replace("@REQUEUE@", &REQUEUE.to_string());
+        let _ = writeln!(script, "\ncd {} || exit", path(self.folder)?);
         for line in &site.setup {
             let _ = writeln!(script, "{line}");
         }
         let _ = writeln!(script, "anchorage={}\nconfig={}", path(self.program)?, path(self.config)?);
-        script += &FUNCTIONS.replace("@REQUEUE@", &REQUEUE.to_string());
         self.addresses(&mut script, groups, of_shards);
         self.steps(&mut script, &first, second.as_ref());
         Ok(script)
@@ -271,12 +274,13 @@ mod tests {
 #SBATCH --cpus-per-task=3
 
 # Written by `anchorage submit`, which gives it to sbatch in the run's folder.
-cd '/home/a b' || exit
-anchorage=/opt/anchorage
-config=/runs/tiny/job/config.toml
 "#;
         assert_eq!(before, expected);
         let expected = r#"
+cd '/home/a b' || exit
+anchorage=/opt/anchorage
+config=/runs/tiny/job/config.toml
+
 # One for all processes of this attempt: who is left of another is none of them.
 export ANCHORAGE_JOB="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 # Jobs that share a node have other ports.
@@ -348,10 +352,12 @@ attend $!
 #SBATCH --constraint=big
 
 # Written by `anchorage submit`, which gives it to sbatch in the run's folder.
-cd '/home/a b' || exit
-module load cuda
 "#;
-        assert!(before.starts_with(expected), "{before}");
+        assert_eq!(before, expected);
+        assert!(
+            after.starts_with("\ncd '/home/a b' || exit\nmodule load cuda\nanchorage=/opt/anchorage\n"),
+            "{after}"
+        );
         for line in [
             r#"mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")"#,
             r#"mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")"#,
@@ -389,15 +395,16 @@ module load cuda
                 site: &site,
             };
             let text = script.render().unwrap();
-            let (options, rest) = text.split_once("\n\n").unwrap();
+            let (options, _) = text.split_once("\n\n").unwrap();
             let is_option = |line: &str| line.starts_with('#') && !line.contains([' ', '$', '\\', '"']);
             assert!(
                 options.lines().all(|line| is_option(&line.replacen("#SBATCH ", "#SBATCH", 1))),
                 "{options}"
             );
-            let head = rest.split_once("\n# Of a node").unwrap().0;
+            let (_, paths) = parts(&script);
+            let (paths, _) = paths.split_once("\n# One for all").unwrap();
             let show = "printf '%s\\0' \"$at\" \"$anchorage\" \"$config\"";
-            let test = format!("cd() {{ at=$1; }}\n{head}\n{show}");
+            let test = format!("cd() {{ at=$1; }}\n{paths}\n{show}");
             let output = std::process::Command::new("bash").args(["-c", &test]).output().unwrap();
             let found = String::from_utf8(output.stdout).unwrap();
             assert_eq!(found.split_terminator('\0').collect::<Vec<_>>(), [&folder, &program, &config]);
