@@ -18,7 +18,7 @@ cpus = 2
 gpus = 1
 
 [slurm.shard]
-per_node = 1
+per_node = 2
 cpus = 1
 "#;
 
@@ -95,18 +95,20 @@ fn a_run_is_submitted_once_and_asked_after() {
     work.ok(&["job", "requeue", "run"]);
     assert_eq!(calls(&work), ["scontrol show job --oneliner 12", "scancel --batch --signal=USR1 12"]);
     work.ok(&["job", "cancel", "run"]);
-    assert_eq!(calls(&work), ["scancel 12"]);
+    assert_eq!(calls(&work), ["scontrol show job --oneliner 12", "scancel 12"]);
     answer(&work, "scontrol", &state("PENDING", "(null)"));
     work.ok(&["job", "requeue", "run"]);
     assert_eq!(calls(&work), ["scontrol show job --oneliner 12", "scontrol requeue 12"]);
 
     // Over, or forgotten: the next one goes on.
     answer(&work, "scontrol", &state("CANCELLED", "(null)"));
+    work.fails(&["job", "cancel", "run"], &["job 12: expected one that waits or runs, found it CANCELLED"]);
     answer(&work, "sbatch", "13;other\n");
     assert_eq!(work.ok(&all).0, "13\n");
     fs::write(work.path("answers/scontrol.error"), "slurm_load_jobs error: Invalid job id specified\n")
         .unwrap();
     assert_eq!(work.ok(&["job", "status", "run"]).0, "job 13: over, and forgotten by Slurm\nno step yet\n");
+    work.fails(&["job", "cancel", "run"], &["job 13: expected one that waits or runs, found none"]);
     assert_eq!(work.ok(&all).0, "13\n");
 }
 
@@ -139,13 +141,13 @@ fn what_cannot_be_submitted_is_told_and_nothing_is_written() {
     );
     work.fails(
         &[&SUBMIT[..], &["--shards", "5", "--set", "shard.serve.insecure=true"]].concat(),
-        &["site.toml: slurm.shard.per_node: expected at least 5, for 5 shards on 1 nodes, found 1"],
+        &["site.toml: slurm.shard.per_node: expected at least 5, for 5 shards on 1 nodes, found 2"],
     );
     let site = |from: &str, to: &str| fs::write(work.path("site.toml"), SITE.replace(from, to)).unwrap();
     site("lead_s", "leads");
     work.fails(&SUBMIT, &["site.toml: line 3: unknown key `leads`, did you mean `lead_s`?"]);
-    site("[slurm]", "[slurms]");
-    work.fails(&SUBMIT, &["site.toml: line 1: unknown key `slurms`, did you mean `slurm`?"]);
+    fs::write(work.path("site.toml"), format!("{SITE}[slurms]\n")).unwrap();
+    work.fails(&SUBMIT, &["site.toml: line 14: unknown key `slurms`, did you mean `slurm`?"]);
     site("lead_s = 60", "lead_s = 4000");
     work.fails(
         &SUBMIT,

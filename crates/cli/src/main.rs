@@ -187,9 +187,10 @@ enum CorpusKind {
 
 fn main() -> ExitCode {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    // Those who share a machine share its cores.
-    let n_here = variable("LOCAL_WORLD_SIZE").and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
-    ops::init_process(threads.div_ceil(n_here));
+    let number = |name| variable(name).and_then(|n| n.parse::<usize>().ok()).filter(|n| *n > 0);
+    // Those who share a machine share its cores; a job's step may be on more of them than a task is to use.
+    let threads = number("SLURM_CPUS_PER_TASK").map_or(threads, |n| n.min(threads));
+    ops::init_process(threads.div_ceil(number("LOCAL_WORLD_SIZE").unwrap_or(1)));
     if variable(launch::CHILD).is_some() {
         launch::end_with_parent();
     }

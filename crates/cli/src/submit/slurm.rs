@@ -71,7 +71,13 @@ pub(super) fn status(run: &Path, id: JobId) -> Result<()> {
 }
 
 pub(super) fn cancel(id: JobId) -> Result<()> {
-    slurm::cancel(id)?;
+    match slurm::find(id)? {
+        None => bail!("job {id}: expected one that waits or runs, found none: Slurm has forgotten it"),
+        Some(found) if found.is_over() => {
+            bail!("job {id}: expected one that waits or runs, found it {}", found.state)
+        }
+        Some(_) => slurm::cancel(id)?,
+    }
     println!("job {id} is cancelled");
     Ok(())
 }
