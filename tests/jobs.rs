@@ -24,7 +24,7 @@ fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
 }
 
 /// The run in `dir` is that in `run`, to the bit, wherever its bank is.
-fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
+pub(crate) fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
     assert!(metrics(&work.path("run")) == metrics(&work.path(dir)), "{dir}: other metrics");
     let checkpoints = |dir: &str| work.path(dir).join("checkpoints");
     let newest =

@@ -11,6 +11,7 @@ mod route_study;
 mod s3;
 mod same_tree;
 mod shards;
+mod subtrees;
 mod support;
 mod tidy;
 mod tree;

@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
-use train::{Phase, TrainConfig};
+use train::{Phase, Subtree, TrainConfig};
 
-pub(crate) use job::CollectiveSection;
+pub(crate) use job::{CollectiveSection, EngineKind};
 use job::{ObserveSection, ShardSection};
 use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
 pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
@@ -108,9 +108,17 @@ impl Config {
             bail!("tree.beam: expected at least 1, found 0");
         }
         self.retrieve.check()?;
+        self.collective.check()?;
         let (widths, levels) = (self.memory.width.len(), self.tree.branching.len());
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
+        }
+        if let (Some(Subtree::Cluster(found)), Some(n)) = (self.train.subtree, self.tree.branching.first())
+            && found as usize >= *n
+        {
+            bail!(
+                "train.subtree: expected a cluster below {n} (tree.branching) or \"generic\", found {found}"
+            );
         }
         if let Some(level) = self.memory.replicated.iter().find(|&&level| level >= levels) {
             bail!("memory.replicated: expected levels below {levels}, found {level}");

@@ -86,6 +86,8 @@ enum Command {
     /// Train with several workers and memory shards, processes of this machine that are started, watched and
     /// started again when they are killed.
     Up(up::UpArgs),
+    /// Make one run of the jobs that each trained a subtree (train.subtree).
+    Merge(training::MergeArgs),
     /// Show the workers and shards of a run that trains.
     Top(status::top::TopArgs),
     /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
@@ -241,6 +243,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::load(&args.config, &args.set)?;
             return Ok(exit_code(training::train(&config, &Ranks::of(variable)?)?));
         }
+        Command::Merge(args) => training::merge(&args)?,
         Command::Top(args) => status::top::top(&args)?,
         Command::Up(args) => return Ok(exit_code(up::up(&args)?)),
         Command::Route { run, text, json } => query::route(&run, &text, json)?,

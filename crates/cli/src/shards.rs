@@ -12,8 +12,8 @@ use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
     Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
-    LevelStats, LocalBank, Placement, Replicated, Shard, ShardOptions, Step, StoreBank, StoreOptions,
-    TierSource, Tiered,
+    LevelStats, LocalBank, MergeOptions, OnConflict, Placement, Replicated, Shard, ShardOptions, Step,
+    StoreBank, StoreOptions, TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
@@ -264,6 +264,19 @@ pub(crate) fn hand_over(
         let record = store.write(&identity, shard.snapshot(Step(0)), None).await?;
         store.commit(step, &[record]).await?;
         Ok(())
+    })
+}
+
+/// Joins banks of jobs with different blocks where the shards of a run find theirs; returns how many blocks.
+pub(crate) fn merge(config: &Config, banks: &[PathBuf]) -> Result<u64> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let store = open_store(config, Access::Write, "for the blocks of all jobs").await?;
+        let mut checkpoints = vec![];
+        for bank in banks {
+            checkpoints.push(Checkpoint::open_folder(bank).await?);
+        }
+        let options = MergeOptions { n_shards: 1, on_conflict: OnConflict::Refuse };
+        Ok(memory_bank::merge(&checkpoints, &store, options).await?.1.n_blocks)
     })
 }
 

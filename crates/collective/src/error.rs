@@ -86,13 +86,21 @@ pub enum Error {
         /// Bytes that came.
         found: usize,
     },
+    /// NCCL failed: by itself, or since the GPU of another worker is gone.
+    #[error("NCCL: {reason}, in {call}")]
+    Nccl {
+        /// The call.
+        call: Call,
+        /// What it says.
+        reason: String,
+    },
 }
 
 impl Error {
     /// Whether the job may go on from its last checkpoint, with whoever is there then.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Late { .. } | Self::Gone { .. } => true,
+            Self::Late { .. } | Self::Gone { .. } | Self::Nccl { .. } => true,
             Self::GaveUp { is_final, .. } => !is_final,
             Self::Join { is_transient, .. } => *is_transient,
             Self::Setting { .. } | Self::OutOfStep { .. } | Self::Length { .. } => false,

@@ -81,8 +81,21 @@ impl Checkpoints {
         serde_json::from_str(&text).map_err(|e| Error::file(&path, e))
     }
 
+    /// Writes the state of its step.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_state(&self, state: &TrainState) -> Result<()> {
+        let path = self.dir(state.step).join("state.json");
+        let text = serde_json::to_string_pretty(state).map_err(|e| Error::file(&path, e))?;
+        write_whole(&path, text.as_bytes())
+    }
+
     /// Removes what an interrupted save left, so that `step` can be saved anew.
-    pub(crate) fn begin(&self, step: u64) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// When folders cannot be read or made.
+    pub fn begin(&self, step: u64) -> Result<PathBuf> {
         for (step, whole) in self.folders()? {
             if !whole {
                 let dir = self.dir(step);
@@ -95,7 +108,10 @@ impl Checkpoints {
     }
 
     /// Marks `step` whole and removes all but the newest `keep`.
-    pub(crate) fn finish(&self, step: u64, keep: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// When files cannot be written or removed.
+    pub fn finish(&self, step: u64, keep: usize) -> Result<()> {
         let dir = self.dir(step);
         write_whole(&dir.join(DONE), b"")?;
         atomic_file::sync_folder(&self.root).map_err(|e| Error::file(&self.root, e))?;

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub struct StepMetrics {
     /// Optimizer steps done.
     pub step: u64,
-    /// Mean training loss of the step's tokens, nats, z-loss included.
+    /// Mean training loss of the step's tokens, nats, z-loss included; 0 of a step that has none of the subtree.
     pub loss: f64,
     /// Mean loss on held-out documents, nats, when it was computed after this step.
     #[serde(skip_serializing_if = "Option::is_none", default)]

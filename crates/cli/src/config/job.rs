@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// How the workers of a job mind each other.
@@ -13,13 +13,36 @@ pub(crate) struct CollectiveSection {
     pub(crate) join_s: u64,
     /// Seconds after which a worker that is waited for is late, and the step given up.
     pub(crate) patience_s: u64,
+    /// What sums the anchor's gradients over all workers.
+    pub(crate) engine: EngineKind,
     /// How often workers and shards may fail without a checkpoint in between until the job does.
     pub(crate) retries: usize,
 }
 
 impl Default for CollectiveSection {
     fn default() -> Self {
-        Self { join_s: 600, patience_s: 600, retries: 3 }
+        Self { join_s: 600, patience_s: 600, engine: EngineKind::Tcp, retries: 3 }
+    }
+}
+
+/// What sums gradients.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum EngineKind {
+    /// The workers, over the connections they have: the bits of one worker, for any number of them.
+    Tcp,
+    /// NCCL, on GPUs.
+    Nccl,
+}
+
+impl CollectiveSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.engine == EngineKind::Nccl && !cfg!(feature = "nccl") {
+            bail!(
+                "collective.engine: expected \"tcp\", as this program was built without nccl, found \"nccl\""
+            );
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! `anchorage train`: a run folder made or gone on with.
 
 mod folder;
+mod merge;
 mod parts;
 mod stop;
 
@@ -11,20 +12,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use collective::{Call, Mesh, TcpOptions};
+use candle_core::Device;
+use collective::{Call, Engine, Mesh, TcpOptions};
 use launch::Ranks;
 use memory_bank::{BlockStore, Step};
 use memory_service::RemoteStats;
 use serde::{Deserialize, Serialize};
 use train::{Checkpoints, Ended, Parts, StepMetrics, TrainConfig, Trainer, Workers};
 
-use crate::config::{CollectiveSection, Config};
+use crate::config::{CollectiveSection, Config, EngineKind};
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::shards::{self, Bank};
 use crate::status::{Observer, Rates};
 
 use folder::{begin, belongings, decisive, write_config};
+pub(crate) use merge::{MergeArgs, merge};
 pub(crate) use parts::block_spec;
 use parts::{Assembled, bank_identity};
 pub(crate) use stop::Stop;
@@ -105,7 +108,12 @@ impl Worker<'_> {
         };
         let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated, sizes } = parts;
         let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
-        let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
+        let engine = match config.collective.engine {
+            _ if world_size == 1 => Engine::Tcp,
+            EngineKind::Tcp => Engine::Tcp,
+            EngineKind::Nccl => on_gpus(&mut mesh, anchor.device())?,
+        };
+        let workers = Workers { mesh, engine, replicated, rank_at_bank, stop: Arc::clone(stop) };
         let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
         let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
         let trainer = match resumed {
@@ -161,6 +169,18 @@ impl Worker<'_> {
     }
 }
 
+/// Sums on the GPUs of all workers.
+#[cfg(feature = "nccl")]
+fn on_gpus(mesh: &mut Mesh, device: &Device) -> Result<Engine> {
+    Ok(Engine::Nccl(collective::Nccl::join(mesh, device.as_cuda_device()?.cuda_stream())?))
+}
+
+/// Refused when the configuration was read.
+#[cfg(not(feature = "nccl"))]
+fn on_gpus(_: &mut Mesh, _: &Device) -> Result<Engine> {
+    bail!("collective.engine: this program was built without nccl")
+}
+
 /// Whether the same may succeed from the last checkpoint, once another process is there again.
 fn is_transient(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -187,6 +207,7 @@ impl Begin {
         let TrainConfig { validate_every, validate_sequences, .. } = config.train;
         keys.insert("train.validate_every".into(), validate_every.to_string());
         keys.insert("train.validate_sequences".into(), validate_sequences.to_string());
+        keys.insert("collective.engine".into(), format!("{:?}", config.collective.engine));
         Ok(Self { resumed: None, version: env!("CARGO_PKG_VERSION").into(), keys })
     }
 

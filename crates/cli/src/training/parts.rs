@@ -85,7 +85,7 @@ pub(super) fn bank_identity(
 }
 
 /// The bank of a run that keeps it in its own process.
-fn own_bank(
+pub(super) fn own_bank(
     config: &Config,
     (tree, tokenizer): (&ClusterTree, &Tokenizer),
     resumed: Option<u64>,
