@@ -4,7 +4,14 @@ use std::fs;
 
 use crate::support::{Workdir, files};
 
-const FROZEN: [&str; 4] = ["--set", "train.phase=frozen", "--set", "train.batch_size=16"];
+const FROZEN: [&str; 6] =
+    ["--set", "train.phase=frozen", "--set", "anchor.init=anchor", "--set", "train.batch_size=16"];
+
+fn with_anchor() -> Workdir {
+    let work = Workdir::new();
+    work.ok(&["train", "run.toml", "--set", "run.dir=anchor", "--set", "train.phase=anchor"]);
+    work
+}
 
 fn merge<'a>(from: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
     [&["merge", "run.toml", "--set", "run.dir=merged"], &FROZEN[..], more, &["--from"], from].concat()
@@ -13,7 +20,7 @@ fn merge<'a>(from: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
 /// Together they are the run of one process, to the byte.
 #[test]
 fn jobs_of_subtrees_make_the_run_of_one_process() {
-    let work = Workdir::new();
+    let work = with_anchor();
     work.ok(&[&["train", "run.toml"], &FROZEN[..]].concat());
     let dirs: Vec<String> = ["0", "1", "2", "3", "generic"]
         .into_iter()
