@@ -1,11 +1,11 @@
 //! The memory bank: blocks of parameters, one per cluster of a tree, with the optimizer beside them.
 //!
 //! [`BlockSpec`] says how large every block is; [`Shard`] owns blocks and updates them, as a plain
-//! value; [`LocalBank`] puts a shard behind the [`BlockStore`] trait that training and generation
-//! see, and writes and reads its files. [`BankStore`] keeps the saves of a bank of many shards in an
-//! object store, and a [`Checkpoint`] is one of them, read into any number of shards, or served by
-//! [`StoreBank`] and [`MappedBank`]. This crate knows no tensors of a framework, and no network but
-//! that of object stores.
+//! value, and [`Offload`] has its rows on disk beyond a part of memory; [`LocalBank`] puts a shard
+//! behind the [`BlockStore`] trait that training and generation see, and writes and reads its files.
+//! [`BankStore`] keeps the saves of a bank of many shards in an object store, and a [`Checkpoint`] is
+//! one of them, read into any number of shards, or served by [`StoreBank`] and [`MappedBank`]. This
+//! crate knows no tensors of a framework, and no network but that of object stores.
 //!
 //! Shapes: L layers of the anchor, d its `d_model`, r the memory width of a level, k a branching.
 

@@ -19,7 +19,10 @@ const MOMENT: f32 = 1.0 / 1024.0;
 /// The sizes of a bank.
 #[derive(clap::Args, Clone)]
 pub(crate) struct Sizes {
-    /// Memory width by level: a block has 86,016 bytes for each.
+    /// Layers of the model.
+    #[arg(long, default_value_t = 14)]
+    layers: usize,
+    /// Memory width by level: a block has 86,016 bytes for each with 14 layers.
     #[arg(long, value_delimiter = ',', required = true)]
     width: Vec<usize>,
     #[arg(long, value_delimiter = ',', required = true)]
@@ -39,7 +42,7 @@ impl Sizes {
     pub(crate) fn spec(&self) -> BlockSpec {
         BlockSpec {
             kind: MemoryKind::Ffn,
-            n_layers: 14,
+            n_layers: self.layers,
             d_model: 512,
             width: self.width.clone(),
             branching: self.branching.clone(),
