@@ -253,8 +253,8 @@ class Bench:
         self.figures["bytes_vs_naive"] = [share]
 
     def disk_bank(self):
-        """Resident memory of two shards of 4.6 billion parameters while random paths are trained: the peak up to the
-        last step against the peak up to the 100th, by when their part of memory is full."""
+        """Resident memory of two shards of 4.6 billion parameters while random paths are trained: after the last step
+        against the 100th, by when their part of memory is full."""
         steps, every, host_mib = (60, 10, 512) if self.args.quick else (1000, 100, 2048)
         with open(self.path("bank.toml"), "w") as file:
             file.write(BANK.format(dir=json.dumps(self.path("rows")), host_mib=host_mib))
@@ -272,26 +272,26 @@ class Bench:
                 [*load, *sizes, "--steps", str(steps), "--every", str(every)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
-            peaks = []
+            looks = []
             for line in driver.stdout:
-                memory = [self.memory_gib(shard.pid) for shard in shards]
+                now, peak = map(sum, zip(*(self.memory_gib(shard.pid) for shard in shards)))
+                looks.append(now)
                 told = json.loads(line)
-                peaks.append(sum(peak for _, peak in memory))
                 rows = told["row_bytes"] / 2**30
                 self.say(
-                    f"step {told['step']}: {rows:.2f} GiB of rows, resident {sum(now for now, _ in memory):.2f} GiB, "
-                    f"at most {peaks[-1]:.2f}; {told['seen_again']} blocks were as a step had left them"
+                    f"step {told['step']}: {rows:.2f} GiB of rows, resident {now:.2f} GiB, at most {peak:.2f} so far; "
+                    f"{told['seen_again']} blocks were as a step had left them"
                 )
                 driver.stdin.write("\n")
                 driver.stdin.flush()
-            if driver.wait() != 0 or len(peaks) != steps // every:
+            if driver.wait() != 0 or len(looks) != steps // every:
                 raise RuntimeError(f"the driver ended with {driver.returncode}")
         finally:
             for shard in shards:
                 shard.kill()
                 shard.wait()
-        self.figures["disk_bank_growth"] = [peaks[-1] / peaks[0]]
-        self.figures["disk_bank_peak_gib"], self.figures["disk_bank_rows_gib"] = [peaks[-1]], [rows]
+        self.figures["disk_bank_growth"] = [looks[-1] / looks[0]]
+        self.figures["disk_bank_peak_gib"], self.figures["disk_bank_rows_gib"] = [peak], [rows]
 
     def address(self, shard, log):
         """Where a shard serves."""
