@@ -126,6 +126,39 @@ fn a_job_goes_on_whoever_is_killed() {
     }
 }
 
+/// Rows on disk show in no number: not in a bank of one process, nor on a shard that goes back when a worker is
+/// killed.
+#[test]
+fn a_bank_larger_than_the_memory_of_its_rows_is_the_one_in_memory() {
+    let work = Workdir::new();
+    // 5.7 MB of rows, of which a step may need 3.
+    let sizes = ["--set", "memory.width=[64, 128]"];
+    let in_mib = |mib: &'static str| ["--set", "shard.offload.dir=rows", "--set", mib];
+    let rows = in_mib("shard.offload.host_mib=3");
+    work.ok(&[&["train", "run.toml"], &sizes[..], &LONG[..]].concat());
+    let own = ["train", "run.toml", "--set", "run.dir=own"];
+    work.ok(&[&own[..], &sizes[..], &rows[..], &LONG[..]].concat());
+    assert_same(&work, "own", false);
+    let mut job = work
+        .command(&[&up("1", "2", "run.dir=again")[..], &sizes[..], &rows[..], &LONG[..]].concat())
+        .spawn()
+        .unwrap();
+    wait_for_lines(&mut job, &work.path("again"), 7);
+    signal(process_of(&job, "worker", 1), "-KILL");
+    let output = job.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_same(&work, "again", true);
+
+    let small = ["train", "run.toml", "--set", "run.dir=small"];
+    work.fails(
+        &[&small[..], &sizes[..], &in_mib("shard.offload.host_mib=0")].concat(),
+        &["offload.host_mib is 0, expected at least ", " blocks of step 1"],
+    );
+    let dir = ["--set", "shard.offload.host_mib=3", "--set", "shard.offload.dir=run.toml/rows"];
+    work.fails(&[&small[..], &sizes[..], &dir].concat(), &["run.toml/rows: Not a directory"]);
+    work.fails(&[&small[..], &["--set", "shard.offload.mib=3"]].concat(), &["shard.offload", "mib"]);
+}
+
 #[test]
 fn a_job_that_is_interrupted_saves_and_goes_on_in_another_shape() {
     let work = Workdir::new();

@@ -12,8 +12,8 @@ use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
     Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
-    LevelStats, LocalBank, MergeOptions, OnConflict, Placement, Replicated, Shard, ShardOptions, Step,
-    StoreBank, StoreOptions, TierSource, Tiered,
+    LevelStats, LocalBank, MergeOptions, Offload, OnConflict, Placement, Replicated, Shard, ShardOptions,
+    Step, StoreBank, StoreOptions, TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
@@ -88,7 +88,8 @@ pub(crate) fn describe(config: &Config) -> Result<ShardConfig> {
         adamw: config.train.memory_adamw(),
         hashes: hashes(&tree, &tokenizer),
     };
-    Ok(ShardConfig { bank, serve: config.shard.serve.clone(), store: config.shard.store.clone() })
+    let shard = config.shard.clone();
+    Ok(ShardConfig { bank, serve: shard.serve, store: shard.store, offload: shard.offload })
 }
 
 /// A run's bank, wherever its blocks are.
@@ -240,7 +241,7 @@ pub(crate) fn take_over(
 }
 
 /// Puts the bank that a run without shards has saved in `memory` where shards find it, unless it is there: the
-/// run goes on with them. All of it is in memory meanwhile.
+/// run goes on with them. All of it is in memory meanwhile, or as much as shard.offload lets it.
 pub(crate) fn hand_over(
     config: &Config,
     (spec, identity): (BlockSpec, Identity),
@@ -260,7 +261,8 @@ pub(crate) fn hand_over(
             // Of a line of checkpoints that the run has left.
             store.discard_after(Step(step.0 - 1)).await?;
         }
-        let shard = saved.load(&identity, whole(config, seed)).await?;
+        let offload = config.shard.offload.as_ref().map(Offload::open).transpose()?;
+        let shard = saved.load_onto(&identity, whole(config, seed), vec![], offload.as_ref()).await?;
         let record = store.write(&identity, shard.snapshot(Step(0)), None).await?;
         store.commit(step, &[record]).await?;
         Ok(())

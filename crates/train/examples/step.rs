@@ -331,6 +331,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
         adamw: TrainConfig { warmup_steps: 0, ..TrainConfig::default() }.memory_adamw(),
         world_size: 1,
         checkpoint_root: PathBuf::from("never-saved"),
+        offload: None,
         hashes: [].into(),
     };
     Ok(Blocking::new(Arc::new(LocalBank::create(spec, options)?))?)

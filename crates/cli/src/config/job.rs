@@ -84,4 +84,8 @@ pub(crate) struct ShardSection {
     /// Where checkpoints go.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) store: Option<shard_host::StoreSection>,
+    /// Where rows go beyond a part of memory, also those of a run that keeps its bank in its own process;
+    /// without it all of them stay in memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) offload: Option<memory_bank::OffloadOptions>,
 }

@@ -98,6 +98,7 @@ pub(super) fn own_bank(
         world_size: 1,
         staleness: config.train.staleness,
         checkpoint_root: checkpoints.root().into(),
+        offload: config.shard.offload.clone(),
         hashes: hashes(tree, tokenizer),
     };
     let bank = match resumed {

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Placement, Shard, Step, Values};
+use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Offload, Placement, Shard, Step, Values};
 use rand::RngExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
@@ -17,7 +17,7 @@ use crate::wire::Dtype;
 /// Where a server's blocks are.
 #[derive(Clone)]
 pub enum Source {
-    /// In memory, updated by pushes.
+    /// Updated by pushes.
     Live(Arc<Live>),
     /// In the files of a checkpoint, to be fetched from only.
     ReadOnly(Arc<MappedBank>),
@@ -150,8 +150,11 @@ impl Host {
     pub(crate) fn update_metrics(&self) {
         self.metrics.applied.set(self.source.applied().0 as i64);
         if let Source::Live(live) = &self.source
-            && let Ok((lag, touched)) = live.with(|shard| (shard.lag(), shard.n_touched()))
+            && let Ok((lag, touched, in_memory)) =
+                live.with(|shard| (shard.lag(), shard.n_touched(), shard.host_bytes()))
         {
+            self.metrics.row_bytes("memory", in_memory);
+            self.metrics.row_bytes("disk", live.offload().map_or(0, Offload::disk_bytes));
             self.metrics.fence_lag.set(lag as i64);
             touched.into_iter().enumerate().for_each(|(level, n)| self.metrics.touched(level as u8, n));
         }

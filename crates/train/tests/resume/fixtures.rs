@@ -98,6 +98,7 @@ impl World {
             world_size: 1,
             staleness: 0,
             checkpoint_root: Checkpoints::of(&self.run_dir(name)).root().into(),
+            offload: None,
             hashes: BTreeMap::from([("tree".into(), "t".into())]),
         }
     }
