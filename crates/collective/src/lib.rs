@@ -7,9 +7,11 @@
 
 mod error;
 mod leaves;
+mod link;
 mod local;
 mod mesh;
 mod reduce;
+mod stream;
 mod tcp;
 mod tree_sum;
 
@@ -18,5 +20,5 @@ pub use leaves::Leaves;
 pub use local::local;
 pub use mesh::{Call, Mesh};
 pub use reduce::all_reduce;
-pub use tcp::{TcpOptions, join};
+pub use tcp::{TcpOptions, TlsConfigs, is_on_this_machine, join};
 pub use tree_sum::TreeSum;

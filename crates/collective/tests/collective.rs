@@ -20,6 +20,7 @@ fn tcp(world_size: usize, patience: Duration) -> Vec<TcpOptions> {
         world_size,
         master: format!("127.0.0.1:{port}"),
         job: "test/1".into(),
+        tls: None,
         join: PATIENCE,
         stop: Arc::default(),
         patience,
@@ -347,6 +348,42 @@ fn connect(address: &str) -> TcpStream {
         }
         std::thread::yield_now();
     }
+}
+
+/// A port that is open is found by others too: what they say, or do not say, is no worker's word.
+#[test]
+fn whatever_else_comes_to_the_port_ends_no_job() {
+    let options = tcp(3, PATIENCE);
+    let hello = br#"{"job":"test/1","rank":9,"world_size":3,"port":1}"#;
+    let numbered = |text: &[u8]| [&(text.len() as u32).to_le_bytes(), text].concat();
+    let sayings: [Vec<u8>; 7] = [
+        vec![],
+        vec![0],
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec(),
+        vec![0xff; 100_000],
+        numbered(b"{\"job\":"),
+        numbered(hello),
+        numbered(br#"{"Peers":["127.0.0.1:1"]}"#),
+    ];
+    let others: Vec<TcpStream> = std::thread::scope(|scope| {
+        let first = scope.spawn(|| join(&options[0]).unwrap().barrier(&Call::new("begin", 1)));
+        let others = (0..20).flat_map(|_| &sayings).map(|saying| {
+            let mut stream = connect(&options[0].master);
+            // It may have been closed by now.
+            let _ = stream.write_all(saying);
+            stream
+        });
+        // They stay, and say nothing more.
+        let others = others.collect();
+        let rest: Vec<_> = options[1..]
+            .iter()
+            .map(|options| scope.spawn(|| join(options).unwrap().barrier(&Call::new("begin", 1))))
+            .collect();
+        rest.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+        first.join().unwrap().unwrap();
+        others
+    });
+    assert_eq!(others.len(), 140);
 }
 
 #[test]

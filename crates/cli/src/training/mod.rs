@@ -84,12 +84,17 @@ impl Worker<'_> {
         let Self { config, ranks, .. } = *self;
         let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
         let CollectiveSection { join_s, patience_s, .. } = config.collective;
+        let tls = match world_size {
+            1 => None,
+            _ => config.collective.tls(master)?,
+        };
         self.observer.tell("waiting for all workers");
         let mut mesh = collective::join(&TcpOptions {
             rank,
             world_size,
             master: master.clone(),
             job: format!("{job} {}", config.run.dir.display()),
+            tls,
             join: Duration::from_secs(join_s),
             stop: Arc::clone(stop),
             patience: Duration::from_secs(patience_s),
