@@ -35,6 +35,16 @@ pub enum Error {
         /// What is wrong, naming expected and found.
         problem: String,
     },
+    /// Another process has begun to train the run anew. What this one still has it keeps to itself.
+    #[error("{}: attempt {number} was taken over by attempt {by}: another process trains this run", run_dir.display())]
+    TakenOver {
+        /// The run's folder.
+        run_dir: PathBuf,
+        /// The attempt that is over.
+        number: u64,
+        /// The later one.
+        by: u64,
+    },
     /// The loader thread ended early.
     #[error("the thread that reads sequences ended before step {step}")]
     Loader {
