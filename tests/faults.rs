@@ -9,39 +9,28 @@ use crate::jobs::{LONG, assert_same, up, wait_for_lines};
 use crate::shards::{addresses, signal, two};
 use crate::support::{Workdir, failure, files, half_written};
 
-/// Makes an authority in `certs/` and certificates of these roles; the configuration's text for each.
-fn issue(work: &Workdir, roles: &[&str]) -> Vec<String> {
+/// Makes an authority in `certs/` and certificates of these roles; each as the configuration names it.
+fn issue(work: &Workdir, roles: &[&str; 2]) -> [String; 2] {
     work.ok(&["certs", "ca", "certs"]);
-    let issue = |role: &&str| {
+    roles.map(|role| {
         work.ok(&["certs", "issue", "certs", "--role", role, "--name", role, "--host", "127.0.0.1"]);
         format!("{{cert = \"certs/{role}.pem\", key = \"certs/{role}.key\", ca = \"certs/ca.pem\"}}")
-    };
-    roles.iter().map(issue).collect()
+    })
 }
 
 #[test]
 fn workers_with_certificates_train_the_run_of_one_process() {
     let work = Workdir::new();
-    let long = ["--set", "train.micro_batch=2"];
-    work.ok(&[&["train", "run.toml"], &long[..]].concat());
-    let tls = issue(&work, &["worker", "shard"]);
-    let with = |tls: &str| format!("collective.tls={tls}");
-    let job = |shards, workers, dir, tls: &str| {
-        let mut args: Vec<String> = up(shards, workers, dir).into_iter().map(Into::into).collect();
-        args.extend(["--set".into(), with(tls)]);
-        args.extend(long.map(Into::into));
-        args
-    };
-    for (shards, workers) in [("0", "3"), ("2", "2")] {
-        let dir = format!("sealed-{shards}");
-        let args = job(shards, workers, &format!("run.dir={dir}"), &tls[0]);
-        work.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
-        assert_same(&work, &dir, shards != "0");
+    work.ok(&["train", "run.toml", "--set", "train.micro_batch=2"]);
+    let tls = issue(&work, &["worker", "shard"]).map(|files| format!("collective.tls={files}"));
+    let settings = |tls| ["--set", "train.micro_batch=2", "--set", tls];
+    for (shards, workers, dir) in [("0", "3", "run.dir=whole"), ("2", "2", "run.dir=sharded")] {
+        work.ok(&[&up(shards, workers, dir)[..], &settings(&tls[0])].concat());
     }
-    let args = job("0", "2", "run.dir=wrong", &tls[1]);
-    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    assert_same(&work, "whole", false);
+    assert_same(&work, "sharded", true);
     let reason = "collective.tls: certs/shard.pem: the certificate is that of shard/shard, expected a worker";
-    work.fails(&args, &[reason]);
+    work.fails(&[&up("0", "2", "run.dir=wrong")[..], &settings(&tls[1])].concat(), &[reason]);
     assert!(!work.path("wrong/metrics.jsonl").exists());
 }
 
@@ -113,6 +102,7 @@ fn a_job_that_was_taken_over_ends_and_leaves_the_other_ones_bytes() {
     // Shards that both use.
     fs::remove_dir_all(work.path("again")).unwrap();
     let shards = two(&work, "again/bank");
-    let store = ["--set", "shard.store.url=again/bank", "--set", &addresses(&shards)];
+    let shards = addresses(&shards);
+    let store = ["--set", "shard.store.url=again/bank", "--set", &shards];
     take_over(&work, &[&alone[..], &store].concat(), (17, true));
 }

@@ -19,9 +19,10 @@ const QUEUE: usize = 8;
 /// A message may be as long as this: what is longer is no message.
 const MAX_MESSAGE: u64 = 1 << 40;
 
-/// Length of the call's name u16, step u64, bytes u64. Without a name the payload is why the sender gave up, and
-/// the step is 1 when that is final, or 2 when it has not and is at work.
+/// Length of the call's name u16, step u64, bytes u64. Without a name the step says
+/// that the sender gives up, and the payload why and by whose cause, or that it is at work.
 const HEAD_BYTES: usize = 18;
+const GIVES_UP: u64 = 1;
 const ALIVE: u64 = 2;
 
 /// A connection with a thread that sends on it and one that receives.
@@ -115,8 +116,8 @@ impl Reader {
         Ok(match what.is_empty() {
             true if step == ALIVE => None,
             true => {
-                let reason = String::from_utf8_lossy(&payload).into_owned();
-                Some(Frame::GiveUp { reason, is_final: step != 0 })
+                let (reason, cause) = serde_json::from_slice(&payload)?;
+                Some(Frame::GiveUp { reason, cause })
             }
             false => Some(Frame::Message(Call { what, step }, payload.into())),
         })
@@ -144,7 +145,9 @@ fn send_all(mut stream: Stream, frames: Receiver<Option<Frame>>) {
     let mut send = |frame: Option<Frame>| {
         let (what, step, payload) = match frame {
             Some(Frame::Message(Call { what, step }, payload)) => (what, step, payload),
-            Some(Frame::GiveUp { reason, is_final }) => (String::new(), u64::from(is_final), reason.into()),
+            Some(Frame::GiveUp { reason, cause }) => {
+                (String::new(), GIVES_UP, serde_json::to_vec(&(reason, cause))?.into())
+            }
             None => (String::new(), ALIVE, Bytes::new()),
         };
         let mut head = Vec::with_capacity(HEAD_BYTES + what.len());

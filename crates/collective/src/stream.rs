@@ -123,6 +123,8 @@ impl Read for Stream {
                 let mut session = lock(session);
                 match session.reader().read(out) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    // Without a word, as when a process is killed: an end before the last frame is seen as one.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
                     opened => return opened,
                 }
                 // It takes a part at a time.

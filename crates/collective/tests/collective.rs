@@ -193,7 +193,7 @@ fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
     for sockets in [false, true] {
         let errors = on_all(3, sockets, |mesh| match mesh.rank() {
             1 => {
-                mesh.give_up("the disk is full", true);
+                mesh.give_up("the disk is full", None);
                 None
             }
             _ => mesh.barrier(&Call::new("save", 5)).err(),
@@ -290,16 +290,18 @@ fn a_look_tells_who_has_given_up_without_waiting() {
             if mesh.rank() == 1 {
                 // It is a call ahead when it fails.
                 let failed = mesh.exchange(&Call::new("other", 3), vec![Bytes::new(); 2]);
-                return failed.unwrap_err().to_string();
+                let error = failed.unwrap_err();
+                return format!("{error} by {}", error.cause().unwrap());
             }
-            mesh.give_up("a shard is lost", false);
+            mesh.give_up("a shard is lost", Some("shard 1".into()));
             String::new()
         });
         assert!(errors[1].contains("rank 0 gave up: a shard is lost"), "{errors:?}");
+        assert!(errors[1].ends_with("by shard 1"), "the cause is told: {errors:?}");
         let errors = on_all(2, sockets, |mesh| {
             if mesh.rank() == 1 {
                 mesh.barrier(&Call::new("begin", 1)).unwrap();
-                mesh.give_up("a shard is lost", false);
+                mesh.give_up("a shard is lost", Some("shard 1".into()));
                 return None;
             }
             mesh.barrier(&Call::new("begin", 1)).unwrap();

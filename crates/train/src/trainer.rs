@@ -162,7 +162,7 @@ impl<S: BlockStore> Trainer<S> {
         match parts.check().and_then(|()| begin(&parts)) {
             Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
             Err(error) => {
-                parts.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+                parts.workers.mesh.give_up(&error.to_string(), error.cause());
                 Err(error)
             }
         }
@@ -211,7 +211,7 @@ impl<S: BlockStore> Trainer<S> {
     pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let done = self.run_steps(progress);
         if let Err(error) = &done {
-            self.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+            self.workers.mesh.give_up(&error.to_string(), error.cause());
         }
         done
     }

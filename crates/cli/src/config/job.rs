@@ -15,7 +15,7 @@ pub(crate) struct CollectiveSection {
     pub(crate) join_s: u64,
     /// Seconds after which a worker that is waited for is late, and the step given up.
     pub(crate) patience_s: u64,
-    /// How often workers and shards may fail without a checkpoint in between until the job does.
+    /// How often each worker and each shard may fail without a checkpoint in between until the job does.
     pub(crate) retries: usize,
     /// Certificates of role worker, for the connections of workers to each other.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -58,7 +58,8 @@ struct Worker<'a> {
 impl Worker<'_> {
     fn train(&mut self, stop: &Stop) -> Result<Ended> {
         let config = self.config;
-        let (mut failures, mut newest) = (0, None);
+        // By who was the cause: one that comes and goes does not use up what another is allowed.
+        let (mut failures, mut newest) = (BTreeMap::<String, usize>::new(), None);
         loop {
             let error = match self.attempt(&stop.flag) {
                 // What was saved before is what the next start goes on from.
@@ -68,20 +69,21 @@ impl Worker<'_> {
             };
             // Who was cut off sees the others gone: what it has to say is that they go on without it.
             self.attempt.as_ref().map_or(Ok(()), Attempt::check)?;
-            if !is_transient(&error) {
-                return Err(error);
-            }
+            let Some(cause) = cause(&error) else { return Err(error) };
             let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
             if std::mem::replace(&mut newest, checkpoint) != checkpoint {
-                failures = 0;
+                failures.clear();
             }
-            failures += 1;
-            if failures > config.collective.retries {
-                return Err(
-                    error.context(format!("failed {failures} times since step {}", newest.unwrap_or(0)))
+            let since = newest.unwrap_or(0);
+            let n_failures = failures.entry(cause.clone()).or_default();
+            *n_failures += 1;
+            if *n_failures > config.collective.retries {
+                let told = format!(
+                    "{cause} failed {n_failures} times since step {since}, more than collective.retries allows"
                 );
+                return Err(error.context(told));
             }
-            eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+            eprintln!("back to step {since}: {error:#}");
             self.observer.back(&format!("{error:#}"));
         }
     }
@@ -110,8 +112,9 @@ impl Worker<'_> {
             Ok(assembled) => assembled,
             Err(error) => {
                 // Who was told to stop goes on later, and the others with it.
-                let is_final = !is_transient(&error) && !stop.load(Ordering::Relaxed);
-                mesh.give_up(&format!("{error:#}"), is_final);
+                let is_told = stop.load(Ordering::Relaxed);
+                let cause = if is_told { Some(format!("rank {rank}")) } else { cause(&error) };
+                mesh.give_up(&format!("{error:#}"), cause);
                 return Err(error);
             }
         };
@@ -184,12 +187,16 @@ impl Worker<'_> {
     }
 }
 
-/// Whether the same may succeed from the last checkpoint, once another process is there again.
-fn is_transient(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<train::Error>().is_some_and(train::Error::is_transient)
-            || cause.downcast_ref::<collective::Error>().is_some_and(collective::Error::is_transient)
-            || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { is_transient: true, .. }))
+/// Who is the cause, if the same may succeed from the last checkpoint once another process is there again.
+fn cause(error: &anyhow::Error) -> Option<String> {
+    error.chain().find_map(|error| match error.downcast_ref::<collective::Error>() {
+        Some(error) => error.cause(),
+        None => match error.downcast_ref() {
+            Some(memory_bank::Error::Remote { is_transient: true, address, .. }) => {
+                Some(format!("shard {address}"))
+            }
+            _ => error.downcast_ref().and_then(train::Error::cause),
+        },
     })
 }
 

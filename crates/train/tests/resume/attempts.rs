@@ -13,7 +13,7 @@ fn assert_taken_over(error: &Error, attempt: &Attempt) {
     let text = error.to_string();
     let run = attempt.run_dir().display();
     let expected = format!("{run}: attempt {} was taken over by attempt ", attempt.number());
-    assert!(text.starts_with(&expected) && !error.is_transient(), "{text}");
+    assert!(text.starts_with(&expected) && error.cause().is_none(), "{text}");
 }
 
 fn assert_same(world: &World, expected: &str, found: &str) {
