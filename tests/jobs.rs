@@ -13,13 +13,13 @@ use crate::shards::signal;
 use crate::support::{Workdir, files, metrics};
 
 /// Between two looks at a job.
-const LOOK: Duration = Duration::from_millis(5);
+pub(crate) const LOOK: Duration = Duration::from_millis(5);
 /// Micro-batches enough for three workers.
 const MICRO: [&str; 2] = ["--set", "train.micro_batch=2"];
 /// A run long enough to be disturbed.
-const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
+pub(crate) const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
 
-fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
+pub(crate) fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
     vec!["up", "run.toml", "--shards", shards, "--workers", workers, "--set", dir]
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
 }
 
 /// The processes of a job that is up: of the shard or the worker `index`.
-fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
+pub(crate) fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     let job = job.id();
     let children = fs::read_to_string(format!("/proc/{job}/task/{job}/children")).unwrap();
     let is_meant = |process: &&str| {
@@ -60,7 +60,7 @@ fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     children.split_whitespace().find(is_meant).expect("a process of the job").parse().unwrap()
 }
 
-fn wait_for_lines(job: &mut Child, dir: &Path, n: usize) {
+pub(crate) fn wait_for_lines(job: &mut Child, dir: &Path, n: usize) {
     while !fs::read_to_string(dir.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() >= n) {
         assert!(job.try_wait().unwrap().is_none(), "the job has ended before it had {n} lines");
         std::thread::park_timeout(LOOK);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod comparison;
+mod faults;
 #[path = "fixtures/files.rs"]
 mod fixtures;
 mod jobs;

@@ -50,13 +50,21 @@ impl Config {
             false => {
                 let mut table: toml::Table =
                     toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
-                for setting in overrides {
-                    set(&mut table, setting)?;
-                    // One at a time, so that an error is that of this setting.
-                    Self::deserialize(table.clone())
-                        .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+                let begun = table.clone();
+                overrides.iter().try_for_each(|setting| set(&mut table, setting))?;
+                match Self::deserialize(table) {
+                    Ok(config) => config,
+                    Err(error) => {
+                        // The first with which it is wrong; several may be right together only.
+                        let mut table = begun;
+                        for setting in overrides {
+                            set(&mut table, setting)?;
+                            Self::deserialize(table.clone())
+                                .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+                        }
+                        return Err(explain(&error, None, name));
+                    }
                 }
-                Self::deserialize(table).map_err(|e| explain(&e, None, name))?
             }
         };
         config.check().with_context(|| name.to_string())?;

@@ -19,6 +19,7 @@ use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
 use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, Retry};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
+use train::Attempt;
 
 use crate::config::{Config, environment};
 use crate::prepare::Prepared;
@@ -175,10 +176,10 @@ pub(crate) fn train_on_shards(
     config: &Config,
     identity: (BlockSpec, Identity),
     (rank, world_size): (usize, usize),
-    step: Step,
+    (attempt, step): (&Attempt, Step),
 ) -> Result<Blocking<Bank>> {
     let (spec, hashes) = (identity.0.clone(), identity.1.hashes.clone());
-    let options = worker_options(config, identity, world_size)?;
+    let options = worker_options(config, identity, (world_size, attempt))?;
     Blocking::open(async {
         let remote = RemoteBank::connect(options).await?;
         let rounds = config.memory.push_dtype == Dtype::Bf16;
@@ -212,12 +213,12 @@ async fn copy_of(
 fn worker_options(
     config: &Config,
     identity: (BlockSpec, Identity),
-    world_size: usize,
+    (world_size, attempt): (usize, &Attempt),
 ) -> Result<RemoteOptions> {
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
     // A job that goes back waits for the shard that is started again.
     let retry = Retry { most_ms: 250, ..options.retry };
-    Ok(RemoteOptions { world_size: Some(world_size), retry, ..options })
+    Ok(RemoteOptions { world_size: Some(world_size), attempt: attempt.number(), retry, ..options })
 }
 
 /// Where the shards save.
@@ -318,15 +319,15 @@ async fn until(stop: &AtomicBool) {
 }
 
 /// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
-/// back to their checkpoint of it. Shards of a run that begins are there already, or not its own.
+/// back to their checkpoint of it, and take nothing of earlier attempts any more. Shards of a run that begins are there already, or not its own.
 pub(crate) fn bring_to(
     config: &Config,
     identity: (BlockSpec, Identity),
-    world_size: usize,
+    job: (usize, &Attempt),
     (step, begins): (Step, bool),
     stop: &AtomicBool,
 ) -> Result<()> {
-    let options = worker_options(config, identity, world_size)?;
+    let options = worker_options(config, identity, job)?;
     tokio::runtime::Runtime::new()?.block_on(async {
         let remote = tokio::select! {
             connected = connect_to_all(options, config.collective.join_s) => connected?,

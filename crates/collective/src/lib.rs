@@ -7,11 +7,13 @@
 
 mod error;
 mod leaves;
+mod link;
 mod local;
 mod mesh;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod reduce;
+mod stream;
 mod tcp;
 mod tree_sum;
 
@@ -33,5 +35,5 @@ pub use mesh::{Call, Mesh};
 #[cfg(feature = "nccl")]
 pub use nccl::{Group, Nccl};
 pub use reduce::all_reduce;
-pub use tcp::{TcpOptions, join};
+pub use tcp::{TcpOptions, TlsConfigs, is_on_this_machine, join};
 pub use tree_sum::TreeSum;

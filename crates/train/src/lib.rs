@@ -3,6 +3,7 @@
 //! The trainer sees the bank through `BlockStore` and data through `Corpus::sequence`, which is a pure
 //! function: all that resumes is [`TrainState`] and the files beside it in a checkpoint.
 
+mod attempt;
 mod buckets;
 mod checkpoint;
 mod config;
@@ -18,6 +19,7 @@ mod traffic;
 mod trainer;
 mod validation;
 
+pub use attempt::Attempt;
 pub use checkpoint::{Checkpoints, TrainState};
 pub use config::{Assign, Generic, Phase, Subtree, TrainConfig};
 pub use error::{Error, Result};

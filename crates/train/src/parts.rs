@@ -1,4 +1,3 @@
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -7,12 +6,12 @@ use collective::{Engine, Mesh};
 use corpus::Corpus;
 use memory_bank::Blocking;
 
-use crate::{Error, Result, TrainConfig};
+use crate::{Attempt, Error, Result, TrainConfig};
 
 /// What a trainer is made of.
 pub struct Parts<S> {
-    /// Where metrics and checkpoints go.
-    pub run_dir: PathBuf,
+    /// Where metrics and checkpoints go, as long as nobody else has begun to train the run.
+    pub attempt: Attempt,
     /// How to train.
     pub config: TrainConfig,
     /// Packed sequences.

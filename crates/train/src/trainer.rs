@@ -1,6 +1,5 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,6 +9,7 @@ use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step};
 
+use crate::attempt::Attempt;
 use crate::buckets::{BUCKET, Buckets};
 use crate::checkpoint::{Checkpoints, TrainState};
 use crate::loader::Loader;
@@ -21,7 +21,7 @@ use crate::{Ended, Error, Parts, Result, Subtree, TrainConfig, Workers, validati
 
 /// The training loop and its state.
 pub struct Trainer<S> {
-    run_dir: PathBuf,
+    attempt: Attempt,
     config: TrainConfig,
     corpus: Arc<Corpus>,
     anchor: Anchor,
@@ -31,7 +31,6 @@ pub struct Trainer<S> {
     optimizer: Option<Optimizer>,
     /// Of the anchor, in the last step.
     gradients: Gradients,
-    checkpoints: Checkpoints,
     state: TrainState,
     last_loss: f64,
     /// Whether a worker was told to stop, as all know since the last step.
@@ -60,7 +59,7 @@ impl<S: BlockStore> Trainer<S> {
     /// When the checkpoint lacks a file or was made for another anchor.
     pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
         Self::start(parts, |parts| {
-            let checkpoints = Checkpoints::of(&parts.run_dir);
+            let checkpoints = Checkpoints::of(parts.attempt.run_dir());
             let state = checkpoints.state(step)?;
             let optimizer = match parts.config.phase.trains_anchor() {
                 true => {
@@ -81,19 +80,18 @@ impl<S: BlockStore> Trainer<S> {
         match parts.check().and_then(|()| begin(&parts)) {
             Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
             Err(error) => {
-                parts.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+                parts.workers.mesh.give_up(&error.to_string(), error.cause());
                 Err(error)
             }
         }
     }
 
     fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {
-        let Parts { run_dir, config, corpus, anchor, memory, workers } = parts;
-        let checkpoints = Checkpoints::of(&run_dir);
+        let Parts { attempt, config, corpus, anchor, memory, workers } = parts;
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
         let memory = memory.map(|bank| MemoryPipe::new(bank, config.staleness));
         Self {
-            run_dir,
+            attempt,
             config,
             corpus,
             anchor,
@@ -101,7 +99,6 @@ impl<S: BlockStore> Trainer<S> {
             workers,
             optimizer,
             gradients: Gradients::default(),
-            checkpoints,
             state,
             last_loss: f64::NAN,
             is_stopping: false,
@@ -132,14 +129,18 @@ impl<S: BlockStore> Trainer<S> {
     pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let done = self.run_steps(progress);
         if let Err(error) = &done {
-            self.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+            self.workers.mesh.give_up(&error.to_string(), error.cause());
         }
         done
     }
 
     fn run_steps(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let mut metrics = match self.workers.mesh.rank() {
-            0 => Some(Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?),
+            0 => {
+                self.attempt.check()?;
+                let TrainState { step, tokens_seen, .. } = self.state;
+                Some(Metrics::resume(self.attempt.run_dir(), step, tokens_seen)?)
+            }
             _ => None,
         };
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
@@ -172,6 +173,7 @@ impl<S: BlockStore> Trainer<S> {
             if let Some(metrics) = &mut metrics
                 && (last || line.validation_loss.is_some() || due(step, self.config.log_every))
             {
+                self.attempt.check()?;
                 line = metrics.write(line)?;
             }
             progress(&line);
@@ -412,23 +414,25 @@ impl<S: BlockStore> Trainer<S> {
     /// Writes a whole checkpoint of the current step, DONE last.
     ///
     /// # Errors
-    /// When a file cannot be written; the checkpoints before stay whole.
+    /// When another attempt at the run has begun, and when a file cannot be written; the checkpoints before stay whole.
     pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
         self.reach()?;
         self.workers.mesh.at_work(|| {
-            let dir = self.checkpoints.begin(step)?;
+            let dir = self.attempt.begin_save(step)?;
             self.anchor.save(&dir.join("anchor.safetensors"))?;
             if let Some(optimizer) = &self.optimizer {
                 optimizer.save(&dir.join("optimizer.safetensors"))?;
             }
             Ok::<_, Error>(())
         })?;
+        // Shards publish what they save on their own.
+        self.attempt.check()?;
         if let Some(memory) = &mut self.memory {
             memory.save(step, minding(&mut self.workers, step))?;
         }
-        self.checkpoints.write_state(&self.state)?;
-        self.workers.mesh.at_work(|| self.checkpoints.finish(step, self.config.keep))
+        self.attempt.write_state(&self.state)?;
+        self.workers.mesh.at_work(|| self.attempt.publish(step, self.config.keep))
     }
 }
 

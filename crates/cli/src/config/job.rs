@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail};
+use collective::{TlsConfigs, is_on_this_machine};
+use memory_service::security::{TlsFiles, WorkerTls};
 use serde::{Deserialize, Serialize};
 
 /// How the workers of a job mind each other.
@@ -15,13 +17,36 @@ pub(crate) struct CollectiveSection {
     pub(crate) patience_s: u64,
     /// What sums the anchor's gradients over all workers.
     pub(crate) engine: EngineKind,
-    /// How often workers and shards may fail without a checkpoint in between until the job does.
+    /// How often each worker and each shard may fail without a checkpoint in between until the job does.
     pub(crate) retries: usize,
+    /// Certificates of role worker, for the connections of workers to each other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<shard_host::TlsSection>,
+    /// Whether workers may meet on other addresses than loopback without certificates.
+    pub(crate) insecure: bool,
+}
+
+impl CollectiveSection {
+    /// The certificates with which a worker meets the others at `master`.
+    pub(crate) fn tls(&self, master: &str) -> Result<Option<TlsConfigs>> {
+        let Some(shard_host::TlsSection { cert, key, ca }) = self.tls.clone() else {
+            if self.insecure || is_on_this_machine(master) {
+                return Ok(None);
+            }
+            bail!(
+                "collective.tls: expected certificates (or collective.insecure = true), since {master}, where the \
+                 workers meet, is not loopback; found nothing"
+            );
+        };
+        let WorkerTls { server, client } =
+            WorkerTls::read(&TlsFiles { cert, key, ca }).context("collective.tls")?;
+        Ok(Some(TlsConfigs { server, client }))
+    }
 }
 
 impl Default for CollectiveSection {
     fn default() -> Self {
-        Self { join_s: 600, patience_s: 600, engine: EngineKind::Tcp, retries: 3 }
+        Self { join_s: 600, patience_s: 600, engine: EngineKind::Tcp, retries: 3, tls: None, insecure: false }
     }
 }
 

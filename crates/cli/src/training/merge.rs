@@ -9,10 +9,10 @@ use clap::Args;
 use cluster_tree::ClusterTree;
 use memory_bank::Step;
 use shard_host::StoreSection;
-use train::{Checkpoints, Generic, Subtree, TrainState};
+use train::{Attempt, Checkpoints, Generic, Subtree, TrainState};
 
 use super::folder::{belongings, copy_belongings, difference, write_config};
-use super::parts::own_bank;
+use super::parts::{Start, own_bank};
 use crate::ConfigArgs;
 use crate::config::Config;
 use crate::run::write_whole;
@@ -45,8 +45,7 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<()> {
     if let Some(subtree) = config.train.subtree {
         bail!("train.subtree: expected none in the run of all subtrees, found {subtree}");
     }
-    let checkpoints = Checkpoints::of(dir);
-    if let Some(step) = checkpoints.latest()? {
+    if let Some(step) = Checkpoints::of(dir).latest()? {
         bail!("{}: expected a run that has not begun, found one at step {step}", dir.display());
     }
     let mut jobs: Vec<Job> = vec![];
@@ -66,15 +65,17 @@ pub(crate) fn merge(args: &MergeArgs) -> Result<()> {
     if held.is_none() {
         bail!("{}: another process is training this run", dir.display());
     }
+    let attempt = Attempt::begin(dir, None)?;
     copy_belongings(&args.from[0], dir)?;
-    let to = checkpoints.begin(step)?;
+    let to = attempt.begin_save(step)?;
     write_whole(&to.join(ANCHOR), &read(&first.checkpoint.join(ANCHOR))?)?;
     let banks: Vec<PathBuf> = jobs.iter().map(|job| job.checkpoint.join("memory")).collect();
-    let n_blocks = merge_banks(&config, &banks, Step(step))?;
+    let start = Start { attempt, resumed: Some(step) };
+    let n_blocks = merge_banks(&config, &banks, &start)?;
     let tokens_seen = jobs.iter().map(|job| job.state.tokens_seen).sum();
-    checkpoints.write_state(&TrainState { tokens_seen, ..first.state })?;
-    checkpoints.finish(step, config.train.keep)?;
+    start.attempt.write_state(&TrainState { tokens_seen, ..first.state })?;
     write_config(&config)?;
+    start.attempt.publish(step, config.train.keep)?;
     println!(
         "{}: step {step}, {n_blocks} blocks and {tokens_seen} tokens of {} jobs",
         dir.display(),
@@ -133,7 +134,7 @@ fn check_whole(config: &Config, tree: &ClusterTree, jobs: &[Job]) -> Result<()> 
 
 /// Joins the banks where the shards of the run would look for one, or else in its checkpoint; returns how many
 /// blocks were updated.
-fn merge_banks(config: &Config, banks: &[PathBuf], step: Step) -> Result<u64> {
+fn merge_banks(config: &Config, banks: &[PathBuf], start: &Start) -> Result<u64> {
     if config.shard.store.is_some() {
         return shards::merge(config, banks);
     }
@@ -148,7 +149,7 @@ fn merge_banks(config: &Config, banks: &[PathBuf], step: Step) -> Result<u64> {
     config.shard.store = Some(StoreSection { url, keep: 1, options });
     let n_blocks = shards::merge(&config, banks)?;
     let (tree, tokenizer) = belongings(&config)?;
-    own_bank(&config, (&tree, &tokenizer), Some(step.0))?.save(step)?;
+    own_bank(&config, (&tree, &tokenizer), start)?.save(Step(start.resumed.unwrap_or(0)))?;
     remove()?;
     Ok(n_blocks)
 }
