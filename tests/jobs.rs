@@ -13,18 +13,18 @@ use crate::shards::signal;
 use crate::support::{Workdir, files, metrics};
 
 /// Between two looks at a job.
-const LOOK: Duration = Duration::from_millis(5);
+pub(crate) const LOOK: Duration = Duration::from_millis(5);
 /// Micro-batches enough for three workers.
 const MICRO: [&str; 2] = ["--set", "train.micro_batch=2"];
 /// A run long enough to be disturbed.
-const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
+pub(crate) const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
 
-fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
+pub(crate) fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
     vec!["up", "run.toml", "--shards", shards, "--workers", workers, "--set", dir]
 }
 
 /// The run in `dir` is that in `run`, to the bit, wherever its bank is.
-fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
+pub(crate) fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
     assert!(metrics(&work.path("run")) == metrics(&work.path(dir)), "{dir}: other metrics");
     let checkpoints = |dir: &str| work.path(dir).join("checkpoints");
     let newest =
@@ -47,7 +47,7 @@ fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
 }
 
 /// The processes of a job that is up: of the shard or the worker `index`.
-fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
+pub(crate) fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     let job = job.id();
     let children = fs::read_to_string(format!("/proc/{job}/task/{job}/children")).unwrap();
     let is_meant = |process: &&str| {
@@ -60,7 +60,7 @@ fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     children.split_whitespace().find(is_meant).expect("a process of the job").parse().unwrap()
 }
 
-fn wait_for_lines(job: &mut Child, dir: &Path, n: usize) {
+pub(crate) fn wait_for_lines(job: &mut Child, dir: &Path, n: usize) {
     while !fs::read_to_string(dir.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() >= n) {
         assert!(job.try_wait().unwrap().is_none(), "the job has ended before it had {n} lines");
         std::thread::park_timeout(LOOK);
@@ -124,6 +124,39 @@ fn a_job_goes_on_whoever_is_killed() {
         assert!(err.contains(&format!("{kind} {index} ended with signal 9 and is started again")), "{err}");
         assert_same(&work, &dir, true);
     }
+}
+
+/// Rows on disk show in no number: not in a bank of one process, nor on a shard that goes back when a worker is
+/// killed.
+#[test]
+fn a_bank_larger_than_the_memory_of_its_rows_is_the_one_in_memory() {
+    let work = Workdir::new();
+    // 5.7 MB of rows, of which a step may need 3.
+    let sizes = ["--set", "memory.width=[64, 128]"];
+    let in_mib = |mib: &'static str| ["--set", "shard.offload.dir=rows", "--set", mib];
+    let rows = in_mib("shard.offload.host_mib=3");
+    work.ok(&[&["train", "run.toml"], &sizes[..], &LONG[..]].concat());
+    let own = ["train", "run.toml", "--set", "run.dir=own"];
+    work.ok(&[&own[..], &sizes[..], &rows[..], &LONG[..]].concat());
+    assert_same(&work, "own", false);
+    let mut job = work
+        .command(&[&up("1", "2", "run.dir=again")[..], &sizes[..], &rows[..], &LONG[..]].concat())
+        .spawn()
+        .unwrap();
+    wait_for_lines(&mut job, &work.path("again"), 7);
+    signal(process_of(&job, "worker", 1), "-KILL");
+    let output = job.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_same(&work, "again", true);
+
+    let small = ["train", "run.toml", "--set", "run.dir=small"];
+    work.fails(
+        &[&small[..], &sizes[..], &in_mib("shard.offload.host_mib=0")].concat(),
+        &["offload.host_mib is 0, expected at least ", " blocks of step 1"],
+    );
+    let dir = ["--set", "shard.offload.host_mib=3", "--set", "shard.offload.dir=run.toml/rows"];
+    work.fails(&[&small[..], &sizes[..], &dir].concat(), &["run.toml/rows: Not a directory"]);
+    work.fails(&[&small[..], &["--set", "shard.offload.mib=3"]].concat(), &["shard.offload", "mib"]);
 }
 
 #[test]

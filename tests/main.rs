@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod comparison;
+mod faults;
 #[path = "fixtures/files.rs"]
 mod fixtures;
 mod jobs;
@@ -12,6 +13,7 @@ mod s3;
 mod same_tree;
 mod shards;
 mod submit;
+mod subtrees;
 mod support;
 mod tidy;
 mod tree;

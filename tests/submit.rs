@@ -55,8 +55,18 @@ fn calls(work: &Workdir) -> Vec<String> {
     text.lines().map(|line| line.split(" in ").next().unwrap().to_owned()).collect()
 }
 
-const SUBMIT: [&str; 8] =
-    ["submit", "run.toml", "--site", "site.toml", "--workers", "2", "--set", "train.micro_batch=2"];
+const SUBMIT: [&str; 10] = [
+    "submit",
+    "run.toml",
+    "--site",
+    "site.toml",
+    "--workers",
+    "2",
+    "--set",
+    "train.micro_batch=2",
+    "--set",
+    "collective.insecure=true",
+];
 const SHARDS: [&str; 4] = ["--shards", "2", "--set", "shard.serve.insecure=true"];
 
 #[test]
@@ -134,6 +144,10 @@ fn what_cannot_be_submitted_is_told_and_nothing_is_written() {
     work.fails(
         &[&SUBMIT[..], &["--shards", "2"]].concat(),
         &["shard.serve.tls: expected certificates", "found none"],
+    );
+    work.fails(
+        &[&SUBMIT[..], &["--set", "collective.insecure=false"]].concat(),
+        &["collective.tls: expected certificates", "found none"],
     );
     work.fails(
         &[&SUBMIT[..], &["--set", "train.micro_batch=8"]].concat(),

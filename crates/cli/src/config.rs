@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use corpus::{Format, SourceOptions};
 use serde::{Deserialize, Serialize};
-use train::{Phase, TrainConfig};
+use train::{Phase, Subtree, TrainConfig};
 
-pub(crate) use job::CollectiveSection;
+pub(crate) use job::{CollectiveSection, EngineKind};
 use job::{ObserveSection, ShardSection};
 use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
 pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
@@ -50,13 +50,21 @@ impl Config {
             false => {
                 let mut table: toml::Table =
                     toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
-                for setting in overrides {
-                    set(&mut table, setting)?;
-                    // One at a time, so that an error is that of this setting.
-                    Self::deserialize(table.clone())
-                        .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+                let begun = table.clone();
+                overrides.iter().try_for_each(|setting| set(&mut table, setting))?;
+                match Self::deserialize(table) {
+                    Ok(config) => config,
+                    Err(error) => {
+                        // The first with which it is wrong; several may be right together only.
+                        let mut table = begun;
+                        for setting in overrides {
+                            set(&mut table, setting)?;
+                            Self::deserialize(table.clone())
+                                .map_err(|e| explain(&e, None, &format!("--set {setting}")))?;
+                        }
+                        return Err(explain(&error, None, name));
+                    }
                 }
-                Self::deserialize(table).map_err(|e| explain(&e, None, name))?
             }
         };
         config.check().with_context(|| name.to_string())?;
@@ -108,9 +116,17 @@ impl Config {
             bail!("tree.beam: expected at least 1, found 0");
         }
         self.retrieve.check()?;
+        self.collective.check()?;
         let (widths, levels) = (self.memory.width.len(), self.tree.branching.len());
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
+        }
+        if let (Some(Subtree::Cluster(found)), Some(n)) = (self.train.subtree, self.tree.branching.first())
+            && found as usize >= *n
+        {
+            bail!(
+                "train.subtree: expected a cluster below {n} (tree.branching) or \"generic\", found {found}"
+            );
         }
         if let Some(level) = self.memory.replicated.iter().find(|&&level| level >= levels) {
             bail!("memory.replicated: expected levels below {levels}, found {level}");

@@ -124,7 +124,9 @@ fn used_leaves(tree: &ClusterTree) -> Result<Vec<ClusterPath>> {
 
 /// Scored tokens a second over the run's last training process, validation and checkpoints included.
 fn training_rate(dir: &Path) -> Result<f64> {
-    let lines = train::read_metrics(&dir.join("metrics.jsonl"))?;
+    let path = dir.join("metrics.jsonl");
+    // A run that was merged of jobs has none.
+    let lines = if path.exists() { train::read_metrics(&path)? } else { vec![] };
     // The clock begins anew with each process.
     let first = (1..lines.len()).rev().find(|&i| lines[i].seconds < lines[i - 1].seconds).unwrap_or(0);
     Ok(match &lines[first..] {

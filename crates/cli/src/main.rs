@@ -100,6 +100,8 @@ enum Command {
     /// One process of such a job, which is started again when it is killed: its script has this on each node.
     #[command(hide = true)]
     Task(task::TaskArgs),
+    /// Make one run of the jobs that each trained a subtree (train.subtree).
+    Merge(training::MergeArgs),
     /// Show the workers and shards of a run that trains.
     Top(status::top::TopArgs),
     /// The cluster path of a text, best first, with squared distances; `-` routes each line of the
@@ -256,6 +258,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let config = Config::load(&args.config, &args.set)?;
             return Ok(exit_code(training::train(&config, &Ranks::of(variable)?)?));
         }
+        Command::Merge(args) => training::merge(&args)?,
         Command::Top(args) => status::top::top(&args)?,
         Command::Up(args) => return Ok(exit_code(up::up(&args)?)),
         Command::Submit(args) => submit::submit(&args)?,

@@ -277,6 +277,8 @@ fn compute(
         false => 0.0,
     });
     let bank_parameters = spec.map_or(0, BlockSpec::bank_len);
+    // The rest of a shard's rows is on its disk.
+    let host_gib = config.shard.offload.as_ref().map_or(f64::INFINITY, |rows| rows.host_mib as f64 / 1024.0);
     let steps = args.tokens.map_or(train.steps as f64, |tokens| (tokens / tokens_per_step).ceil());
     let hours = steps * step_s / 3600.0;
     let has_shards = if spec.is_some() { shards } else { 0.0 };
@@ -293,7 +295,7 @@ fn compute(
         exchanged_bytes_per_worker: exchanged,
         worker_gib: held.total() as f64 / GIB,
         copies_gib: copied / GIB,
-        shard_gib: bank_parameters as f64 * STATE_BYTES / shards / GIB,
+        shard_gib: (bank_parameters as f64 * STATE_BYTES / shards / GIB).min(host_gib),
         tokens_per_step,
         compute_s,
         exchange_s,

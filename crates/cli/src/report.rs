@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use eval::report::{self, Curve, LabelRow, MemoryRow, RecallRow, RelationRow, Report, Sample};
 use memory_bank::BlockStore;
+use train::TrainState;
 
 use crate::evaluate::{self, Evaluation, MEMORIES};
 use crate::run::{Run, write_whole};
@@ -66,10 +67,8 @@ fn summary(run: &Run, evaluation: &Evaluation) -> Result<Vec<(String, String)>> 
             spec.branching.iter().zip(&spec.width).map(|(k, r)| format!("× {k} (width {r})")).collect();
         facts.push(("cluster tree".into(), shape.join(" ")));
     }
-    let lines = train::read_metrics(&run.dir.join("metrics.jsonl"))?;
-    if let Some(last) = lines.last() {
-        facts.push(("trained on".into(), format!("{} tokens in {} steps", last.tokens_seen, last.step)));
-    }
+    let TrainState { step, tokens_seen, .. } = run.state;
+    facts.push(("trained on".into(), format!("{tokens_seen} tokens in {step} steps")));
     facts.push(("training speed".into(), format!("{:.0} tokens a second", evaluation.tokens_per_s)));
     for (level, purity) in evaluation.purity.iter().enumerate() {
         facts.push((format!("label purity, level {}", level + 1), format!("{:.1} %", purity * 100.0)));

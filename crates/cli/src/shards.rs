@@ -12,13 +12,14 @@ use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Tokenizer;
 use memory_bank::{
     Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
-    LevelStats, LocalBank, Placement, Replicated, Shard, ShardOptions, Step, StoreBank, StoreOptions,
-    TierSource, Tiered,
+    LevelStats, LocalBank, MergeOptions, Offload, OnConflict, Placement, Replicated, Shard, ShardOptions,
+    Step, StoreBank, StoreOptions, TierSource, Tiered,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
 use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, Retry};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
+use train::Attempt;
 
 use crate::config::{Config, environment};
 use crate::prepare::Prepared;
@@ -88,7 +89,8 @@ pub(crate) fn describe(config: &Config) -> Result<ShardConfig> {
         adamw: config.train.memory_adamw(),
         hashes: hashes(&tree, &tokenizer),
     };
-    Ok(ShardConfig { bank, serve: config.shard.serve.clone(), store: config.shard.store.clone() })
+    let shard = config.shard.clone();
+    Ok(ShardConfig { bank, serve: shard.serve, store: shard.store, offload: shard.offload })
 }
 
 /// A run's bank, wherever its blocks are.
@@ -174,10 +176,10 @@ pub(crate) fn train_on_shards(
     config: &Config,
     identity: (BlockSpec, Identity),
     (rank, world_size): (usize, usize),
-    step: Step,
+    (attempt, step): (&Attempt, Step),
 ) -> Result<Blocking<Bank>> {
     let (spec, hashes) = (identity.0.clone(), identity.1.hashes.clone());
-    let options = worker_options(config, identity, world_size)?;
+    let options = worker_options(config, identity, (world_size, attempt))?;
     Blocking::open(async {
         let remote = RemoteBank::connect(options).await?;
         let rounds = config.memory.push_dtype == Dtype::Bf16;
@@ -211,12 +213,12 @@ async fn copy_of(
 fn worker_options(
     config: &Config,
     identity: (BlockSpec, Identity),
-    world_size: usize,
+    (world_size, attempt): (usize, &Attempt),
 ) -> Result<RemoteOptions> {
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
     // A job that goes back waits for the shard that is started again.
     let retry = Retry { most_ms: 250, ..options.retry };
-    Ok(RemoteOptions { world_size: Some(world_size), retry, ..options })
+    Ok(RemoteOptions { world_size: Some(world_size), attempt: attempt.number(), retry, ..options })
 }
 
 /// Where the shards save.
@@ -240,7 +242,7 @@ pub(crate) fn take_over(
 }
 
 /// Puts the bank that a run without shards has saved in `memory` where shards find it, unless it is there: the
-/// run goes on with them. All of it is in memory meanwhile.
+/// run goes on with them. All of it is in memory meanwhile, or as much as shard.offload lets it.
 pub(crate) fn hand_over(
     config: &Config,
     (spec, identity): (BlockSpec, Identity),
@@ -260,10 +262,24 @@ pub(crate) fn hand_over(
             // Of a line of checkpoints that the run has left.
             store.discard_after(Step(step.0 - 1)).await?;
         }
-        let shard = saved.load(&identity, whole(config, seed)).await?;
+        let offload = config.shard.offload.as_ref().map(Offload::open).transpose()?;
+        let shard = saved.load_onto(&identity, whole(config, seed), vec![], offload.as_ref()).await?;
         let record = store.write(&identity, shard.snapshot(Step(0)), None).await?;
         store.commit(step, &[record]).await?;
         Ok(())
+    })
+}
+
+/// Joins banks of jobs with different blocks where the shards of a run find theirs; returns how many blocks.
+pub(crate) fn merge(config: &Config, banks: &[PathBuf]) -> Result<u64> {
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let store = open_store(config, Access::Write, "for the blocks of all jobs").await?;
+        let mut checkpoints = vec![];
+        for bank in banks {
+            checkpoints.push(Checkpoint::open_folder(bank).await?);
+        }
+        let options = MergeOptions { n_shards: 1, on_conflict: OnConflict::Refuse };
+        Ok(memory_bank::merge(&checkpoints, &store, options).await?.1.n_blocks)
     })
 }
 
@@ -303,15 +319,15 @@ async fn until(stop: &AtomicBool) {
 }
 
 /// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
-/// back to their checkpoint of it. Shards of a run that begins are there already, or not its own.
+/// back to their checkpoint of it, and take nothing of earlier attempts any more. Shards of a run that begins are there already, or not its own.
 pub(crate) fn bring_to(
     config: &Config,
     identity: (BlockSpec, Identity),
-    world_size: usize,
+    job: (usize, &Attempt),
     (step, begins): (Step, bool),
     stop: &AtomicBool,
 ) -> Result<()> {
-    let options = worker_options(config, identity, world_size)?;
+    let options = worker_options(config, identity, job)?;
     tokio::runtime::Runtime::new()?.block_on(async {
         let remote = tokio::select! {
             connected = connect_to_all(options, config.collective.join_s) => connected?,

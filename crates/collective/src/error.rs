@@ -59,8 +59,9 @@ pub enum Error {
         rank: usize,
         /// Its words.
         reason: String,
-        /// Whether trying again from the last checkpoint would not help it.
-        is_final: bool,
+        /// Who keeps it from going on, and may be there again; `None` when to go on from the last checkpoint
+        /// would not help it.
+        cause: Option<String>,
     },
     /// A worker is elsewhere in the program than this one.
     #[error("rank {rank} is in {found}, and rank {waiting} in {expected}")]
@@ -86,16 +87,30 @@ pub enum Error {
         /// Bytes that came.
         found: usize,
     },
+    /// NCCL failed: by itself, or since the GPU of another worker is gone.
+    #[error("NCCL: {reason}, in {call}")]
+    Nccl {
+        /// The call.
+        call: Call,
+        /// What it says.
+        reason: String,
+    },
 }
 
 impl Error {
-    /// Whether the job may go on from its last checkpoint, with whoever is there then.
-    pub fn is_transient(&self) -> bool {
+    /// Who or what is the cause, if the job may go on from its last checkpoint with whoever is there then.
+    pub fn cause(&self) -> Option<String> {
         match self {
-            Self::Late { .. } | Self::Gone { .. } => true,
-            Self::GaveUp { is_final, .. } => !is_final,
-            Self::Join { is_transient, .. } => *is_transient,
-            Self::Setting { .. } | Self::OutOfStep { .. } | Self::Length { .. } => false,
+            Self::Late { rank, .. } | Self::Gone { rank, .. } => Some(format!("rank {rank}")),
+            Self::Nccl { .. } => Some("NCCL".to_owned()),
+            Self::GaveUp { cause, .. } => cause.clone(),
+            Self::Join { is_transient, .. } => is_transient.then(|| "joining".to_owned()),
+            Self::Setting { .. } | Self::OutOfStep { .. } | Self::Length { .. } => None,
         }
+    }
+
+    /// Whether the job may go on from its last checkpoint.
+    pub fn is_transient(&self) -> bool {
+        self.cause().is_some()
     }
 }

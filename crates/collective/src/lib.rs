@@ -7,16 +7,33 @@
 
 mod error;
 mod leaves;
+mod link;
 mod local;
 mod mesh;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod reduce;
+mod stream;
 mod tcp;
 mod tree_sum;
+
+/// What sums the gradients of a model over all workers.
+#[derive(Default)]
+pub enum Engine {
+    /// The workers themselves ([`all_reduce`]): the bits of one worker alone, for any number of them.
+    #[default]
+    Tcp,
+    /// NCCL, on the GPUs.
+    #[cfg(feature = "nccl")]
+    Nccl(Nccl),
+}
 
 pub use error::{Error, Result};
 pub use leaves::Leaves;
 pub use local::local;
 pub use mesh::{Call, Mesh};
+#[cfg(feature = "nccl")]
+pub use nccl::{Group, Nccl};
 pub use reduce::all_reduce;
-pub use tcp::{TcpOptions, join};
+pub use tcp::{TcpOptions, TlsConfigs, is_on_this_machine, join};
 pub use tree_sum::TreeSum;

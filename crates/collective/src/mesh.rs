@@ -38,7 +38,7 @@ pub(crate) enum Frame {
     /// A message of a call.
     Message(Call, Bytes),
     /// The last one: why nothing more comes.
-    GiveUp { reason: String, is_final: bool },
+    GiveUp { reason: String, cause: Option<String> },
 }
 
 /// Has frames sent to one other worker, beside what the caller does; what goes wrong shows in what arrives.
@@ -248,15 +248,15 @@ impl Mesh {
 
     /// The others learn why this one goes no further.
     fn fail(&mut self, error: Error) -> Error {
-        self.give_up(&error.to_string(), !error.is_transient());
+        self.give_up(&error.to_string(), error.cause());
         error
     }
 
-    /// Tells the others why this worker goes no further, and whether that is final: that it would not help
-    /// to go on from the last checkpoint.
-    pub fn give_up(&mut self, reason: &str, is_final: bool) {
+    /// Tells the others why this worker goes no further, and who is the cause: that may be there again when all
+    /// go on from the last checkpoint. Without a cause it would not help to.
+    pub fn give_up(&mut self, reason: &str, cause: Option<String>) {
         if !std::mem::replace(&mut self.is_over, true) {
-            let frame = Frame::GiveUp { reason: reason.to_owned(), is_final };
+            let frame = Frame::GiveUp { reason: reason.to_owned(), cause };
             self.links.iter_mut().flatten().for_each(|link| link.out.send(frame.clone()));
         }
     }
@@ -271,8 +271,8 @@ impl Mesh {
                 Ok(Some(Frame::Message(found, _))) => {
                     return Err(Error::OutOfStep { rank, waiting, expected: call.clone(), found });
                 }
-                Ok(Some(Frame::GiveUp { reason, is_final })) => {
-                    return Err(Error::GaveUp { rank, reason, is_final });
+                Ok(Some(Frame::GiveUp { reason, cause })) => {
+                    return Err(Error::GaveUp { rank, reason, cause });
                 }
                 Ok(None) if link.silence().min(asked.elapsed()) > self.patience => {
                     return Err(self.late(rank, call));

@@ -1,19 +1,18 @@
 //! Workers that are processes, here or elsewhere. They find each other through rank 0: each tells it where
 //! it listens, and is told where all others do. Then everyone connects to the ranks below its own.
 
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
-use crate::mesh::{Frame, Link, Sending};
-use crate::{Call, Error, Mesh, Result};
+use crate::link::link;
+use crate::stream::{Side, Stream, refusal};
+use crate::{Error, Mesh, Result};
 
 /// How a worker finds the others.
 #[derive(Clone, Debug)]
@@ -26,6 +25,9 @@ pub struct TcpOptions {
     pub master: String,
     /// What the job is: a worker of another one, perhaps left over, is refused.
     pub job: String,
+    /// Certificates of both sides; without them connections are not encrypted, and whoever knows the job's
+    /// name is taken for a worker.
+    pub tls: Option<TlsConfigs>,
     /// How long to wait for the others to come.
     pub join: Duration,
     /// Set by who wants to wait no longer.
@@ -34,18 +36,32 @@ pub struct TcpOptions {
     pub patience: Duration,
 }
 
+/// TLS of a worker's connections, ready made: which certificates it accepts is not decided here.
+#[derive(Clone, Debug)]
+pub struct TlsConfigs {
+    /// For those that it accepts.
+    pub server: Arc<rustls::ServerConfig>,
+    /// For those that it makes.
+    pub client: Arc<rustls::ClientConfig>,
+}
+
+/// Whether rank 0, at this `host:port`, is reached by workers of its own machine only.
+pub fn is_on_this_machine(master: &str) -> bool {
+    let (host, _) = master.rsplit_once(':').unwrap_or((master, ""));
+    host == "localhost"
+        || host.trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_loopback())
+}
+
 /// Between two tries to connect, or two looks for who does.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long one who has connected may take to say who it is.
 const GREETING: Duration = Duration::from_secs(5);
+/// How long one try to connect may take: a network that drops packets now may not a little later.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How many may be about to say who they are at once.
+const MOST_GREETING: usize = 1024;
 /// How long workers that all have come may take to connect to each other.
 const CONNECTING: Duration = Duration::from_secs(30);
-/// Longest greeting.
-const MAX_GREETING: usize = 1 << 20;
-/// Frames that may wait to be sent.
-const QUEUE: usize = 8;
-/// A message may be as long as this: what is longer is no message.
-const MAX_MESSAGE: u64 = 1 << 40;
 
 /// What a worker says first, to rank 0 and to every other.
 #[derive(Serialize, Deserialize)]
@@ -87,7 +103,7 @@ pub fn join(options: &TcpOptions) -> Result<Mesh> {
     };
     let joining = Joining { options, deadline: Instant::now() + options.join };
     let streams = if rank == 0 { joining.lead() } else { joining.follow() }.map_err(failed)?;
-    let link = |stream: Option<TcpStream>| stream.map(|stream| link(stream, options.patience)).transpose();
+    let link = |stream: Option<Stream>| stream.map(|stream| link(stream, options.patience)).transpose();
     let links = streams.into_iter().map(link).collect::<io::Result<_>>();
     Ok(Mesh::new(rank, links.map_err(|error| failed(error.to_string().into()))?, options.patience))
 }
@@ -102,6 +118,11 @@ impl Failed {
     fn for_now(reason: String) -> Self {
         Self { reason, is_transient: true }
     }
+
+    /// Of a connection: a certificate that is not accepted now will not be in a moment.
+    fn by(error: &io::Error, what: &str) -> Self {
+        refusal(error).map_or_else(|| Self::for_now(format!("{what}: {error}")), Self::from)
+    }
 }
 
 impl From<String> for Failed {
@@ -111,10 +132,16 @@ impl From<String> for Failed {
 }
 
 /// Connections by rank; `None` for one's own.
-type Streams = Vec<Option<TcpStream>>;
+type Streams = Vec<Option<Stream>>;
 
-/// What a worker has once rank 0 knows it, or why that may still come.
-type Introduced = std::result::Result<(TcpStream, TcpListener, Vec<SocketAddr>), String>;
+/// What a worker has once rank 0 knows it: a connection to that, where it listens, and where the others do.
+type Introduced = (Stream, TcpListener, Vec<SocketAddr>);
+
+/// What joining gives, or why it does not.
+type Joined<T> = std::result::Result<T, Failed>;
+
+/// Who has come, and from where.
+type Met = (io::Result<(Hello, Stream)>, SocketAddr);
 
 struct Joining<'a> {
     options: &'a TcpOptions,
@@ -123,82 +150,87 @@ struct Joining<'a> {
 
 impl Joining<'_> {
     /// Rank 0 waits for all others, and tells each where the rest are.
-    fn lead(&self) -> std::result::Result<Streams, Failed> {
+    fn lead(&self) -> Joined<Streams> {
         let listener = self.listen()?;
         let mut streams: Streams = (0..self.options.world_size).map(|_| None).collect();
         let mut addresses = vec![None; self.options.world_size];
         self.accept(&listener, &mut streams, 1.., |rank, address| addresses[rank] = Some(address))?;
         let peers: Vec<SocketAddr> = addresses.into_iter().flatten().collect();
         for stream in streams.iter_mut().flatten() {
-            write_greeting(stream, &Answer::Peers(peers.clone()))?;
+            stream.greet(&Answer::Peers(peers.clone())).map_err(text)?;
         }
         Ok(streams)
     }
 
-    /// The port that the others are told, on every address of this machine unless they are all on it.
-    fn bind_address(&self) -> String {
+    /// Where the others come to; whoever had the port before may need a moment to let go of it. An address
+    /// that is this machine's is listened on alone; behind a name or a forwarded address all are.
+    fn listen(&self) -> std::result::Result<TcpListener, String> {
         let master = &self.options.master;
         let (host, port) = master.rsplit_once(':').unwrap_or((master, ""));
-        let is_here = host == "localhost"
-            || host.trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
-        if is_here { master.clone() } else { format!("0.0.0.0:{port}") }
-    }
-
-    /// Where the others come to; whoever had the port before may need a moment to let go of it.
-    fn listen(&self) -> std::result::Result<TcpListener, String> {
+        let ip = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        let mut address = match ip {
+            Ok(_) => master.clone(),
+            Err(_) if is_on_this_machine(master) => master.clone(),
+            Err(_) => format!("{}:{port}", Ipv4Addr::UNSPECIFIED),
+        };
         loop {
-            match TcpListener::bind(self.bind_address()) {
+            match TcpListener::bind(&address) {
                 Ok(listener) => return Ok(listener),
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     self.left().map_err(|waited| format!("{waited}: {error}"))?;
                     std::thread::park_timeout(PAUSE);
                 }
-                Err(error) => return Err(error.to_string()),
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && address == *master => {
+                    address = match ip {
+                        Ok(IpAddr::V6(_)) => format!("[{}]:{port}", Ipv6Addr::UNSPECIFIED),
+                        _ => format!("{}:{port}", Ipv4Addr::UNSPECIFIED),
+                    };
+                }
+                Err(error) => return Err(format!("{address}: {error}")),
             }
         }
     }
 
-    fn follow(&self) -> std::result::Result<Streams, Failed> {
+    fn follow(&self) -> Joined<Streams> {
         let TcpOptions { rank, world_size, master, .. } = self.options;
         let (first, listener, peers) = loop {
-            match self.introduce(master)? {
+            match self.introduce(master) {
                 Ok(introduced) => break introduced,
-                Err(reason) => {
+                Err(Failed { reason, is_transient: true }) => {
                     self.left().map_err(|waited| format!("{waited}: {reason}"))?;
                     std::thread::park_timeout(PAUSE);
                 }
+                Err(failed) => return Err(failed),
             }
         };
-        first.set_read_timeout(None).map_err(|error| error.to_string())?;
         let mut streams: Streams = (0..*world_size).map(|_| None).collect();
         streams[0] = Some(first);
         // All have come. One that is gone since is missed by rank 0 too, which begins anew.
         let connecting =
             Joining { options: self.options, deadline: self.deadline.min(Instant::now() + CONNECTING) };
+        let for_now = |failed: Failed| Failed::for_now(failed.reason);
         for (low, peer) in (1..*rank).zip(&peers) {
-            let mut stream = connecting.connect(peer).map_err(Failed::for_now)?;
-            write_greeting(&mut stream, &self.hello(0)).map_err(Failed::for_now)?;
+            let mut stream = connecting.connect(peer).map_err(for_now)?;
+            stream.greet(&self.hello(0)).map_err(text).map_err(Failed::for_now)?;
             streams[low] = Some(stream);
         }
         connecting.accept(&listener, &mut streams, rank + 1.., |_, _| ()).map_err(Failed::for_now)?;
         Ok(streams)
     }
 
-    /// Tells rank 0 who this is, and learns where the others are: the connection, where this one listens, and
-    /// theirs. The inner error is one that may pass.
-    fn introduce(&self, master: &String) -> std::result::Result<Introduced, String> {
+    /// Tells rank 0 who this is, and learns where the others are.
+    fn introduce(&self, master: &String) -> Joined<Introduced> {
         let mut first = self.connect(master)?;
-        let ip: IpAddr = first.local_addr().map_err(|error| error.to_string())?.ip();
-        let listener = TcpListener::bind((ip, 0)).map_err(|error| error.to_string())?;
-        let port = listener.local_addr().map_err(|error| error.to_string())?.port();
-        write_greeting(&mut first, &self.hello(port))?;
-        first.set_read_timeout(Some(self.left()?)).map_err(|error| error.to_string())?;
-        match read_greeting::<Answer>(&mut first) {
-            Ok(Answer::Peers(peers)) => Ok(Ok((first, listener, peers))),
-            Ok(Answer::No(reason)) => Err(reason),
-            Ok(Answer::Later(reason)) => Ok(Err(reason)),
+        // The interface by which rank 0 is reached: it tells the others its address.
+        let ip: IpAddr = first.tcp().local_addr().map_err(text)?.ip();
+        let listener = TcpListener::bind((ip, 0)).map_err(text)?;
+        let port = listener.local_addr().map_err(text)?.port();
+        match first.greet(&self.hello(port)).and_then(|()| first.greeting(self.deadline)) {
+            Ok(Answer::Peers(peers)) => Ok((first, listener, peers)),
+            Ok(Answer::No(reason)) => Err(reason.into()),
+            Ok(Answer::Later(reason)) => Err(Failed::for_now(reason)),
             // Rank 0 is gone, and may be there again.
-            Err(error) => Ok(Err(format!("no answer from rank 0: {error}"))),
+            Err(error) => Err(Failed::by(&error, "no answer from rank 0")),
         }
     }
 
@@ -218,14 +250,23 @@ impl Joining<'_> {
         }
     }
 
-    fn connect(&self, to: &(impl ToSocketAddrs + ToString)) -> std::result::Result<TcpStream, String> {
+    /// Connects, as often as it takes.
+    fn connect(&self, to: &(impl ToSocketAddrs + ToString)) -> Joined<Stream> {
+        let shake_hands = |tcp| {
+            Stream::open(tcp, self.options.tls.as_ref(), (Side::Connects, self.deadline))
+                .map_err(|error| Failed::by(&error, "no TLS there"))
+        };
         loop {
             // A name may not be known yet.
             let error = match to.to_socket_addrs().map(|mut found| found.next()) {
-                Ok(Some(address)) => match TcpStream::connect_timeout(&address, self.left()?) {
-                    Ok(stream) => return Ok(stream),
-                    Err(error) => error.to_string(),
-                },
+                Ok(Some(address)) => {
+                    // When no time is left the last try tells why.
+                    let limit = self.left().unwrap_or(PAUSE).min(CONNECT);
+                    match TcpStream::connect_timeout(&address, limit) {
+                        Ok(tcp) => return shake_hands(tcp),
+                        Err(error) => error.to_string(),
+                    }
+                }
                 Ok(None) => format!("{}: no address", to.to_string()),
                 Err(error) => format!("{}: {error}", to.to_string()),
             };
@@ -234,7 +275,8 @@ impl Joining<'_> {
         }
     }
 
-    /// Takes in the workers of `ranks`, in whatever order they come.
+    /// Takes in the workers of `ranks`, in whatever order they come. Each says who it is in a thread of its
+    /// own: what comes to an open port may be anything, and say nothing for long.
     fn accept(
         &self,
         listener: &TcpListener,
@@ -242,39 +284,63 @@ impl Joining<'_> {
         ranks: std::ops::RangeFrom<usize>,
         mut came: impl FnMut(usize, SocketAddr),
     ) -> std::result::Result<(), String> {
-        let text = |error: io::Error| error.to_string();
         listener.set_nonblocking(true).map_err(text)?;
+        let (greeted, greetings) = channel();
+        let (mut n_greeting, mut refused) = (0, String::new());
         loop {
             // One that has ended before all were here is missing again.
             streams[ranks.start..]
                 .iter_mut()
-                .for_each(|stream| drop(stream.take_if(|stream| has_ended(stream))));
+                .for_each(|stream| drop(stream.take_if(|stream| has_ended(stream.tcp()))));
             let missing: Vec<usize> =
                 (ranks.start..streams.len()).filter(|&rank| streams[rank].is_none()).collect();
             if missing.is_empty() {
                 return Ok(());
             }
             match listener.accept() {
-                Ok((mut stream, from)) => {
-                    stream.set_nonblocking(false).map_err(text)?;
-                    stream.set_read_timeout(Some(self.left()?.min(GREETING))).map_err(text)?;
-                    // What is no greeting is no worker: a scan of ports, say.
-                    let Ok(hello) = read_greeting::<Hello>(&mut stream) else { continue };
-                    match self.check(&hello, &missing) {
-                        None => {
-                            came(hello.rank, SocketAddr::new(from.ip(), hello.port));
-                            streams[hello.rank] = Some(stream);
-                        }
-                        Some(answer) => drop(write_greeting(&mut stream, &answer)),
-                    }
+                Ok((tcp, from)) if n_greeting < MOST_GREETING => {
+                    tcp.set_nonblocking(false).map_err(text)?;
+                    self.meet(tcp, from, Sender::clone(&greeted)).map_err(text)?;
+                    n_greeting += 1;
                 }
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.left().map_err(|waited| format!("{waited} for ranks {missing:?}"))?;
-                    std::thread::park_timeout(PAUSE);
+                    self.left().map_err(|waited| format!("{waited} for ranks {missing:?}{refused}"))?;
                 }
-                Err(error) => return Err(error.to_string()),
+                // One that has gone before it was looked at, say.
+                Err(error) => refused = format!("; last came {error}"),
+            }
+            let Ok((found, from)) = greetings.recv_timeout(PAUSE) else { continue };
+            n_greeting -= 1;
+            match found {
+                Ok((hello, mut stream)) => match self.check(&hello, &missing) {
+                    None => {
+                        came(hello.rank, SocketAddr::new(from.ip(), hello.port));
+                        streams[hello.rank] = Some(stream);
+                    }
+                    Some(answer) => drop(stream.greet(&answer)),
+                },
+                // What is no greeting is no worker: a scan of ports, say.
+                Err(error) => {
+                    let reason = refusal(&error).unwrap_or_else(|| error.to_string());
+                    refused = format!("; {from} was not taken in: {reason}");
+                }
             }
         }
+    }
+
+    /// Hears who has come.
+    fn meet(&self, tcp: TcpStream, from: SocketAddr, greeted: Sender<Met>) -> io::Result<()> {
+        let tls = self.options.tls.clone();
+        let meet = move || {
+            let until = Instant::now() + GREETING;
+            tcp.set_write_timeout(Some(GREETING))?;
+            let mut stream = Stream::open(tcp, tls.as_ref(), (Side::Accepts, until))?;
+            Ok((stream.greeting::<Hello>(until)?, stream))
+        };
+        // Nobody may wait for it any more.
+        let thread = std::thread::Builder::new().name("meet".into());
+        thread.spawn(move || drop(greeted.send((meet(), from)))).map(drop)
     }
 
     /// What is wrong with a worker; `None` with one that is taken in.
@@ -311,166 +377,6 @@ fn has_ended(stream: &TcpStream) -> bool {
     }
 }
 
-fn write_greeting(stream: &mut TcpStream, greeting: &impl Serialize) -> std::result::Result<(), String> {
-    let text = serde_json::to_vec(greeting).map_err(|error| error.to_string())?;
-    let bytes = [&(text.len() as u32).to_le_bytes(), text.as_slice()].concat();
-    stream.write_all(&bytes).map_err(|error| error.to_string())
-}
-
-fn read_greeting<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
-    let mut n_bytes = [0; 4];
-    stream.read_exact(&mut n_bytes)?;
-    let n_bytes = u32::from_le_bytes(n_bytes) as usize;
-    if n_bytes > MAX_GREETING {
-        return Err(invalid(format!("a greeting of {n_bytes} bytes, expected at most {MAX_GREETING}")));
-    }
-    let mut text = vec![0; n_bytes];
-    stream.read_exact(&mut text)?;
-    Ok(serde_json::from_slice(&text)?)
-}
-
-/// Length of the call's name u16, step u64, bytes u64. Without a name the payload is why the sender gave up, and
-/// the step is 1 when that is final, or 2 when it has not and is at work.
-const HEAD_BYTES: usize = 18;
-const ALIVE: u64 = 2;
-
-/// A connection with a thread that sends on it and one that receives.
-fn link(stream: TcpStream, patience: Duration) -> io::Result<Link> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(None)?;
-    // Of every single write: a long message may take longer, as long as it goes on.
-    stream.set_write_timeout(Some(patience))?;
-    let (queue, frames) = sync_channel(QUEUE);
-    let (arrived, arriving) = sync_channel(QUEUE);
-    let (out, mut reader) = (
-        stream.try_clone()?,
-        Reader { stream: stream.try_clone()?, heard: Arc::default(), began: Instant::now() },
-    );
-    let clock = (Arc::clone(&reader.heard), reader.began);
-    let thread = |name: &str| std::thread::Builder::new().name(name.into());
-    let sending = thread("send").spawn(move || send_all(out, frames))?;
-    let receiving = thread("receive").spawn(move || {
-        loop {
-            // Of one that is only alive the reader has noted all there is.
-            let Some(frame) = reader.frame().transpose() else { continue };
-            let is_last = frame.is_err();
-            // Nobody takes it any more: the connection is closed.
-            if arrived.send(frame).is_err() || is_last {
-                break;
-            }
-        }
-    })?;
-    let threads = Threads { stream, queue: Some(queue), sending: Some(sending), receiving: Some(receiving) };
-    Ok(Link::new(Box::new(threads), arriving, clock))
-}
-
-/// The owner's end of a connection.
-struct Threads {
-    stream: TcpStream,
-    /// `None` says that this worker is at work.
-    queue: Option<SyncSender<Option<Frame>>>,
-    sending: Option<JoinHandle<()>>,
-    receiving: Option<JoinHandle<()>>,
-}
-
-impl Sending for Threads {
-    fn send(&mut self, frame: Frame) {
-        if let Some(queue) = &self.queue {
-            let _ = queue.send(Some(frame));
-        }
-    }
-
-    fn is_alive(&mut self) {
-        if let Some(queue) = &self.queue {
-            // What waits to be sent says as much.
-            let _ = queue.try_send(None);
-        }
-    }
-}
-
-impl Drop for Threads {
-    /// What is queued is still sent: the others may wait for it.
-    fn drop(&mut self) {
-        self.queue = None;
-        if let Some(sending) = self.sending.take() {
-            let _ = sending.join();
-        }
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        // The other thread ends by that, or with the channel that is dropped after this.
-        drop(self.receiving.take());
-    }
-}
-
-/// Takes frames off a connection, and notes when it last heard anything.
-struct Reader {
-    stream: TcpStream,
-    heard: Arc<AtomicU64>,
-    began: Instant,
-}
-
-impl Reader {
-    /// `None` of one that says that the other is at work.
-    fn frame(&mut self) -> io::Result<Option<Frame>> {
-        let mut head = [0; HEAD_BYTES];
-        self.fill(&mut head)?;
-        let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
-        let (n_what, step, n_bytes) = (u16::from_le_bytes([head[0], head[1]]), u64_at(2), u64_at(10));
-        if n_bytes > MAX_MESSAGE {
-            return Err(invalid(format!("a message of {n_bytes} bytes, expected at most {MAX_MESSAGE}")));
-        }
-        let mut what = vec![0; usize::from(n_what)];
-        self.fill(&mut what)?;
-        let what = String::from_utf8(what).map_err(|error| invalid(error.to_string()))?;
-        let mut payload = vec![0; n_bytes as usize];
-        self.fill(&mut payload)?;
-        Ok(match what.is_empty() {
-            true if step == ALIVE => None,
-            true => {
-                let reason = String::from_utf8_lossy(&payload).into_owned();
-                Some(Frame::GiveUp { reason, is_final: step != 0 })
-            }
-            false => Some(Frame::Message(Call { what, step }, payload.into())),
-        })
-    }
-
-    fn fill(&mut self, mut rest: &mut [u8]) -> io::Result<()> {
-        while !rest.is_empty() {
-            match self.stream.read(rest) {
-                Ok(0) => {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed"));
-                }
-                Ok(n) => {
-                    self.heard.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
-                    rest = &mut rest[n..];
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-fn send_all(mut stream: TcpStream, frames: Receiver<Option<Frame>>) {
-    let mut send = |frame: Option<Frame>| {
-        let (what, step, payload) = match frame {
-            Some(Frame::Message(Call { what, step }, payload)) => (what, step, payload),
-            Some(Frame::GiveUp { reason, is_final }) => (String::new(), u64::from(is_final), reason.into()),
-            None => (String::new(), ALIVE, Bytes::new()),
-        };
-        let mut head = Vec::with_capacity(HEAD_BYTES + what.len());
-        head.extend((what.len() as u16).to_le_bytes());
-        head.extend(step.to_le_bytes());
-        head.extend((payload.len() as u64).to_le_bytes());
-        head.extend(what.as_bytes());
-        stream.write_all(&head)?;
-        stream.write_all(&payload)
-    };
-    // Who receives sees that the connection is broken.
-    let _ = frames.into_iter().try_for_each(&mut send);
-    let _ = stream.shutdown(std::net::Shutdown::Write);
-}
-
-fn invalid(reason: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, reason)
+fn text(error: io::Error) -> String {
+    error.to_string()
 }

@@ -20,6 +20,7 @@ fn tcp(world_size: usize, patience: Duration) -> Vec<TcpOptions> {
         world_size,
         master: format!("127.0.0.1:{port}"),
         job: "test/1".into(),
+        tls: None,
         join: PATIENCE,
         stop: Arc::default(),
         patience,
@@ -192,7 +193,7 @@ fn a_worker_that_ends_is_named_and_one_that_gives_up_says_why() {
     for sockets in [false, true] {
         let errors = on_all(3, sockets, |mesh| match mesh.rank() {
             1 => {
-                mesh.give_up("the disk is full", true);
+                mesh.give_up("the disk is full", None);
                 None
             }
             _ => mesh.barrier(&Call::new("save", 5)).err(),
@@ -289,16 +290,18 @@ fn a_look_tells_who_has_given_up_without_waiting() {
             if mesh.rank() == 1 {
                 // It is a call ahead when it fails.
                 let failed = mesh.exchange(&Call::new("other", 3), vec![Bytes::new(); 2]);
-                return failed.unwrap_err().to_string();
+                let error = failed.unwrap_err();
+                return format!("{error} by {}", error.cause().unwrap());
             }
-            mesh.give_up("a shard is lost", false);
+            mesh.give_up("a shard is lost", Some("shard 1".into()));
             String::new()
         });
         assert!(errors[1].contains("rank 0 gave up: a shard is lost"), "{errors:?}");
+        assert!(errors[1].ends_with("by shard 1"), "the cause is told: {errors:?}");
         let errors = on_all(2, sockets, |mesh| {
             if mesh.rank() == 1 {
                 mesh.barrier(&Call::new("begin", 1)).unwrap();
-                mesh.give_up("a shard is lost", false);
+                mesh.give_up("a shard is lost", Some("shard 1".into()));
                 return None;
             }
             mesh.barrier(&Call::new("begin", 1)).unwrap();
@@ -347,6 +350,42 @@ fn connect(address: &str) -> TcpStream {
         }
         std::thread::yield_now();
     }
+}
+
+/// A port that is open is found by others too: what they say, or do not say, is no worker's word.
+#[test]
+fn whatever_else_comes_to_the_port_ends_no_job() {
+    let options = tcp(3, PATIENCE);
+    let hello = br#"{"job":"test/1","rank":9,"world_size":3,"port":1}"#;
+    let numbered = |text: &[u8]| [&(text.len() as u32).to_le_bytes(), text].concat();
+    let sayings: [Vec<u8>; 7] = [
+        vec![],
+        vec![0],
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".to_vec(),
+        vec![0xff; 100_000],
+        numbered(b"{\"job\":"),
+        numbered(hello),
+        numbered(br#"{"Peers":["127.0.0.1:1"]}"#),
+    ];
+    let others: Vec<TcpStream> = std::thread::scope(|scope| {
+        let first = scope.spawn(|| join(&options[0]).unwrap().barrier(&Call::new("begin", 1)));
+        let others = (0..20).flat_map(|_| &sayings).map(|saying| {
+            let mut stream = connect(&options[0].master);
+            // It may have been closed by now.
+            let _ = stream.write_all(saying);
+            stream
+        });
+        // They stay, and say nothing more.
+        let others = others.collect();
+        let rest: Vec<_> = options[1..]
+            .iter()
+            .map(|options| scope.spawn(|| join(options).unwrap().barrier(&Call::new("begin", 1))))
+            .collect();
+        rest.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+        first.join().unwrap().unwrap();
+        others
+    });
+    assert_eq!(others.len(), 140);
 }
 
 #[test]

@@ -67,6 +67,20 @@ impl Batch {
         self.targets.iter().filter(|&&target| target != IGNORE).count()
     }
 
+    /// The sequences whose path is taken, in order, padded as they are.
+    pub fn only(&self, takes: impl Fn(&ClusterPath) -> bool) -> Self {
+        let mut batch = Self { len: self.len, ..Self::default() };
+        for (i, path) in self.paths.iter().enumerate().filter(|(_, path)| takes(path)) {
+            let range = i * self.len..(i + 1) * self.len;
+            batch.tokens.extend(&self.tokens[range.clone()]);
+            batch.starts.extend(&self.starts[range.clone()]);
+            batch.targets.extend(&self.targets[range.clone()]);
+            batch.documents.extend(&self.documents[range]);
+            batch.paths.push(path.clone());
+        }
+        batch
+    }
+
     /// The batch in parts of at most `n_sequences`, in order.
     pub fn split(&self, n_sequences: usize) -> impl Iterator<Item = Batch> + '_ {
         let tokens = n_sequences * self.len;
@@ -117,6 +131,10 @@ mod tests {
         assert_eq!(parts.len(), 2);
         assert_eq!(parts[1].tokens, batch.tokens[8..]);
         assert_eq!(parts.iter().map(Batch::n_scored).sum::<usize>(), 9);
+        let only = batch.only(|path| path.leaf().index == 7);
+        assert_eq!((only.n_sequences(), only.len), (2, 4));
+        assert_eq!((&only.tokens[..], &only.targets[..]), (&batch.tokens[4..], &batch.targets[4..]));
+        assert_eq!((&only.starts[..], &only.documents[..]), (&batch.starts[4..], &batch.documents[4..]));
     }
 
     #[test]

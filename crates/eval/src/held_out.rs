@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use anchor::{Input, Targets};
-use cluster_tree::ClusterPath;
+use cluster_tree::{ClusterId, ClusterPath};
 use corpus::{Batch, Corpus, IGNORE, Sequence};
 use generate::Model;
 use memory_bank::BlockStore;
@@ -64,12 +64,14 @@ pub struct Sample {
     /// Which part of them, and of how many: that of a worker, by its rank. All parts' sequences, one part after
     /// the other, are those of the whole.
     pub part: (usize, usize),
+    /// Only those whose own path goes through this cluster.
+    pub under: Option<ClusterId>,
 }
 
 impl Sample {
     /// All of `n`, `batch` at a time.
     pub fn whole(n: u64, batch: usize) -> Self {
-        Self { n, batch, part: (0, 1) }
+        Self { n, batch, part: (0, 1), under: None }
     }
 }
 
@@ -94,13 +96,20 @@ pub fn held_out<S: BlockStore>(
     let indices: Vec<u64> = (begin(part)..begin(part + 1)).collect();
     let mut result = HeldOut::default();
     for indices in indices.chunks(sample.batch) {
-        let rerouted = |&index: &u64| -> Result<Sequence> {
-            let sequence = corpus.validation(index * all / n)?;
-            let path = mode.path(&sequence.path, (index, leaves))?;
-            Ok(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence })
+        let is_meant = |path: &ClusterPath| {
+            sample.under.is_none_or(|cluster| path.index(usize::from(cluster.level)) == cluster.index)
         };
-        let sequences = indices.iter().map(rerouted).collect::<Result<Vec<_>>>()?;
-        add_batch(model, corpus, (mode, &Batch::new(sequences, corpus.eot())), &mut result)?;
+        let mut sequences = vec![];
+        for &index in indices {
+            let sequence = corpus.validation(index * all / n)?;
+            if is_meant(&sequence.path) {
+                let path = mode.path(&sequence.path, (index, leaves))?;
+                sequences.push(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence });
+            }
+        }
+        if !sequences.is_empty() {
+            add_batch(model, corpus, (mode, &Batch::new(sequences, corpus.eot())), &mut result)?;
+        }
     }
     result.total = TokenSum::total(&result.sequences);
     Ok(result)

@@ -65,17 +65,26 @@ pub enum Error {
         found: String,
     },
     /// A role that ended and is not started again.
-    #[error("{role} ended with {ended}{}: its log is {}", said(last_line), log.display())]
+    #[error("{role} ended with {ended}{}{}: its log is {}", again(*started_again), said(last_line), log.display())]
     Ended {
         /// Such as `worker 1`.
         role: String,
         /// Its exit code or signal.
         ended: String,
+        /// How often it was started again since the job came further.
+        started_again: usize,
         /// The last line of its log.
         last_line: String,
         /// All of it.
         log: PathBuf,
     },
+}
+
+fn again(times: usize) -> String {
+    match times {
+        0 => String::new(),
+        times => format!(" once more, started again {times} times without progress"),
+    }
 }
 
 fn said(last_line: &str) -> String {

@@ -101,7 +101,8 @@ impl Supervisor {
             if explained || running.started_again >= self.retries {
                 let Role { name, log, .. } = running.role.clone();
                 let last_line = last_line(&log).unwrap_or_default();
-                return Err(Error::Ended { role: name, ended: text(status), last_line, log });
+                let started_again = if explained { 0 } else { running.started_again };
+                return Err(Error::Ended { role: name, ended: text(status), started_again, last_line, log });
             }
             running.child = spawn(&running.role)?;
             running.started_again += 1;
@@ -259,7 +260,9 @@ mod tests {
         assert!(matches!(wait(&mut job), Ok(Event::StartedAgain { .. })));
         assert!(matches!(wait(&mut job), Ok(Event::StartedAgain { .. })));
         let error = wait(&mut job).unwrap_err().to_string();
-        assert!(error.starts_with("worker 1 ended with signal 9: its log is"), "{error}");
+        let expected =
+            "worker 1 ended with signal 9 once more, started again 2 times without progress: its log is";
+        assert!(error.starts_with(expected), "{error}");
     }
 
     #[test]

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use cluster_tree::ClusterId;
@@ -22,9 +21,9 @@ fn shard(spec: &BlockSpec, options: ShardOptions) -> Shard {
     let row = |index| {
         let id = ClusterId { level: 0, index };
         let values = init_block(spec, 1, id);
-        let moments = |scale: f32| Arc::new(values.iter().map(|value| value * scale).collect::<Vec<f32>>());
+        let moments = |scale: f32| values.iter().map(|value| value * scale).collect::<Vec<f32>>();
         let (m, v) = (moments(0.1), moments(0.01));
-        (id, Row { m, v, values: Arc::new(values), steps: 1, last: Step(1) })
+        (id, Row { m: m.into(), v: v.into(), values: values.into(), steps: 1, last: Step(1) })
     };
     let rows = (0..spec.n_blocks(0) as u32).map(row);
     Shard::with_rows(spec.clone(), options, Step(1), rows).expect("a shard")

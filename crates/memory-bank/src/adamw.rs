@@ -4,8 +4,9 @@ use half::bf16;
 use multiversion::multiversion;
 use serde::{Deserialize, Serialize};
 
+use crate::row::Loaded;
 use crate::schedule::setting;
-use crate::{Result, Row, Schedule, Values};
+use crate::{Result, Schedule, Values};
 
 /// Lazy AdamW (Loshchilov & Hutter, arXiv 1711.05101): a block is updated, its moments and its
 /// weights decayed, only in steps that push a gradient of it, and its bias correction counts those
@@ -53,7 +54,7 @@ impl AdamW {
 
     /// One update of a block by its gradients, summed in their order, in one pass over the block:
     /// gradients are widened and summed a piece at a time, on the way.
-    pub(crate) fn update(&self, row: &mut Row, gradients: &[Values], step: u64) {
+    pub(crate) fn update(&self, row: &mut Loaded, gradients: &[Values], step: u64) {
         row.steps += 1;
         let t = row.steps as f64;
         let rate = self.schedule.at(step);

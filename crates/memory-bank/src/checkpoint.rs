@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use futures::future::try_join3;
 use futures::stream::{self, Stream, StreamExt, TryStreamExt};
 
 use crate::files::Files;
@@ -16,7 +15,8 @@ use crate::manifest::{MANIFEST, MAX_MANIFEST_BYTES, sha256};
 use crate::segment::{Index, Layout, Part, block_bytes};
 use crate::tensor_file::mismatch;
 use crate::{
-    BlockSpec, Identity, Manifest, Placement, Result, Row, Segment, Shard, ShardOptions, ShardRecord, Step,
+    Array, BlockSpec, Identity, Manifest, Offload, Placement, Result, Row, Segment, Shard, ShardOptions,
+    ShardRecord, Step,
 };
 
 /// Neighbouring blocks of at most so many bytes are read at once, and one larger block alone.
@@ -114,7 +114,7 @@ impl Checkpoint {
     /// # Errors
     /// When `identity`, or the seed of `options`, is not the checkpoint's, and on damaged files.
     pub async fn load(&self, identity: &Identity, options: ShardOptions) -> Result<Shard> {
-        self.load_rest(identity, options, |_| true, vec![]).await
+        self.load_rest(identity, options, |_| true, (vec![], None)).await
     }
 
     /// As [`Checkpoint::load`], of some levels; the blocks of others are in their initial state.
@@ -127,21 +127,23 @@ impl Checkpoint {
         options: ShardOptions,
         takes: impl Fn(usize) -> bool + Send,
     ) -> Result<Shard> {
-        self.load_rest(identity, options, takes, vec![]).await
+        self.load_rest(identity, options, takes, (vec![], None)).await
     }
 
     /// As [`Checkpoint::load`], for a shard that saved this checkpoint or began with it: it still holds the
-    /// blocks `held`, those that were not updated since, and only the others are read.
+    /// blocks `held`, those that were not updated since, and only the others are read; those that do not fit
+    /// into its part of memory go to `offload`.
     ///
     /// # Errors
-    /// As [`Checkpoint::load`], and when a block of `held` is not the checkpoint's.
+    /// As [`Checkpoint::load`], when a block of `held` is not the checkpoint's, and when a disk is full.
     pub async fn load_onto(
         &self,
         identity: &Identity,
         options: ShardOptions,
         held: Vec<(ClusterId, Row)>,
+        offload: Option<&Offload>,
     ) -> Result<Shard> {
-        self.load_rest(identity, options, |_| true, held).await
+        self.load_rest(identity, options, |_| true, (held, offload)).await
     }
 
     async fn load_rest(
@@ -149,7 +151,7 @@ impl Checkpoint {
         identity: &Identity,
         options: ShardOptions,
         takes: impl Fn(usize) -> bool + Send,
-        held: Vec<(ClusterId, Row)>,
+        (held, offload): (Vec<(ClusterId, Row)>, Option<&Offload>),
     ) -> Result<Shard> {
         self.check_same(identity)?;
         if options.seed != identity.seed {
@@ -164,6 +166,7 @@ impl Checkpoint {
             }
         }
         let held_ids: HashSet<ClusterId> = held.iter().map(|&(id, _)| id).collect();
+        let mut room = offload.map_or(0, |offload| offload.room_beside(&held));
         let mut rows = held;
         for level in self.spec().levels().filter(|&level| takes(level)) {
             let owned = |entry: &&Entry| {
@@ -173,16 +176,13 @@ impl Checkpoint {
             let mut entries: Vec<Entry> = self.entries(level).iter().filter(owned).copied().collect();
             // In the order of the files, so that neighbours are read together.
             entries.sort_by_key(|entry| (entry.segment, entry.place));
-            let read = |indices: &Arc<Indices>, tensor| {
-                self.floats(Arc::clone(indices), Column { level, tensor }, entries.clone())
-            };
-            let state = try_join3(read(self.values(), 0), read(&optimizer, 0), read(&optimizer, 1));
-            let (values, m, v) = state.await?;
-            let states = values.into_iter().zip(m).zip(v).zip(&entries);
-            rows.extend(states.map(|(((values, m), v), entry)| {
-                let steps = optimizer.steps(entry, level);
-                (self.id(level, entry), Row { values, m, v, steps, last: self.step() })
-            }));
+            let mut pieces = std::pin::pin!(self.read_rows(level, &optimizer, entries));
+            while let Some(piece) = pieces.try_next().await? {
+                rows.extend(match offload {
+                    Some(offload) => offload.clone().admit(piece, &mut room).await?,
+                    None => piece,
+                });
+            }
         }
         Shard::with_rows(identity.spec.clone(), options, self.step(), rows)
     }
@@ -317,18 +317,29 @@ impl Checkpoint {
         check_block(&self.files().place(path), id, expected, block)
     }
 
-    async fn floats(
+    /// Rows of a level, in the order of `entries`, some at a time.
+    fn read_rows(
         &self,
-        indices: Arc<Indices>,
-        column: Column,
+        level: usize,
+        optimizer: &Arc<Indices>,
         entries: Vec<Entry>,
-    ) -> Result<Vec<Arc<Vec<f32>>>> {
-        let mut found = Vec::with_capacity(entries.len());
-        let mut blocks = std::pin::pin!(self.read(indices, column, entries));
-        while let Some(piece) = blocks.try_next().await? {
-            found.extend(piece.iter().map(|block| Arc::new(bytemuck::pod_collect_to_vec(block))));
-        }
-        Ok(found)
+    ) -> impl Stream<Item = Result<Vec<(ClusterId, Row)>>> + Send + use<> {
+        let read = |indices: &Arc<Indices>, tensor| {
+            self.read(Arc::clone(indices), Column { level, tensor }, entries.clone())
+        };
+        // Of all three the same neighbours come together.
+        let arrays = read(self.values(), 0).zip(read(optimizer, 0)).zip(read(optimizer, 1));
+        let (this, optimizer, mut entries) = (self.clone(), Arc::clone(optimizer), entries.into_iter());
+        arrays.map(move |((values, m), v)| {
+            let arrays = values?.into_iter().zip(m?).zip(v?);
+            let row = |(((values, m), v), entry): (((Bytes, Bytes), Bytes), Entry)| {
+                let [values, m, v] =
+                    [values, m, v].map(|block| Array::from(bytemuck::pod_collect_to_vec::<u8, f32>(&block)));
+                let steps = optimizer.steps(&entry, level);
+                (this.id(level, &entry), Row { values, m, v, steps, last: this.step() })
+            };
+            Ok(arrays.zip(&mut entries).map(row).collect())
+        })
     }
 }
 

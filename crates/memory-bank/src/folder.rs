@@ -3,12 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use crate::blocking::wait;
 use crate::files::{Files, Parts};
 use crate::manifest::{FORMAT, MANIFEST};
 use crate::tensor_file::io_error;
 use crate::write::{Target, write_rows};
-use crate::{Checkpoint, Identity, Manifest, Result, Shard, ShardOptions, Snapshot};
+use crate::{Identity, Manifest, Result, Snapshot};
 
 const PARTS: Parts = Parts { bytes: 8 << 20, in_flight: 4 };
 
@@ -30,12 +29,6 @@ pub(crate) async fn save(identity: &Identity, snapshot: Snapshot, root: &Path) -
     fs::rename(&temporary, &target).map_err(|source| io_error(&target, source))?;
     sync_folder(&step_folder)?;
     sync_folder(root)
-}
-
-/// Reads a bank back, to continue to the bit. Fails when the folder holds one of another spec or seed,
-/// or one that belongs to other hashes.
-pub(crate) fn resume(folder: &Path, identity: &Identity, options: ShardOptions) -> Result<Shard> {
-    wait(folder, async { Checkpoint::open_folder(folder).await?.load(identity, options).await })
 }
 
 /// The files do not depend on who writes them, so a bank that was resumed writes the same.

@@ -1,11 +1,11 @@
 //! The memory bank: blocks of parameters, one per cluster of a tree, with the optimizer beside them.
 //!
 //! [`BlockSpec`] says how large every block is; [`Shard`] owns blocks and updates them, as a plain
-//! value; [`LocalBank`] puts a shard behind the [`BlockStore`] trait that training and generation
-//! see, and writes and reads its files. [`BankStore`] keeps the saves of a bank of many shards in an
-//! object store, and a [`Checkpoint`] is one of them, read into any number of shards, or served by
-//! [`StoreBank`] and [`MappedBank`]. This crate knows no tensors of a framework, and no network but
-//! that of object stores.
+//! value, and [`Offload`] has its rows on disk beyond a part of memory; [`LocalBank`] puts a shard
+//! behind the [`BlockStore`] trait that training and generation see, and writes and reads its files.
+//! [`BankStore`] keeps the saves of a bank of many shards in an object store, and a [`Checkpoint`] is
+//! one of them, read into any number of shards, or served by [`StoreBank`] and [`MappedBank`]. This
+//! crate knows no tensors of a framework, and no network but that of object stores.
 //!
 //! Shapes: L layers of the anchor, d its `d_model`, r the memory width of a level, k a branching.
 
@@ -25,11 +25,13 @@ mod live;
 mod local;
 mod manifest;
 mod mapped;
+mod offload;
 mod placement;
 mod probe;
 mod replicated;
 mod row;
 mod schedule;
+mod scratch;
 mod segment;
 mod shard;
 mod spec;
@@ -52,9 +54,10 @@ pub use live::{Live, Pushed};
 pub use local::{BankOptions, LocalBank};
 pub use manifest::{FORMAT, FileRecord, Identity, Manifest, Segment, ShardRecord, Verify};
 pub use mapped::MappedBank;
+pub use offload::{Offload, OffloadOptions};
 pub use placement::{MAX_SHARDS, Placement, owner};
 pub use replicated::Replicated;
-pub use row::{Row, Snapshot};
+pub use row::{Array, Row, Snapshot};
 pub use schedule::Schedule;
 pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
 pub use spec::{BlockSpec, MemoryKind};

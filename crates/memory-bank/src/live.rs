@@ -5,7 +5,9 @@ use cluster_tree::ClusterId;
 use rayon::prelude::*;
 use tokio::sync::watch;
 
-use crate::{BlockSpec, Error, Gradients, Placement, Result, Shard, Snapshot, Step, Update, init_block};
+use crate::{
+    Array, BlockSpec, Error, Gradients, Offload, Placement, Result, Shard, Snapshot, Step, Update, init_block,
+};
 
 /// A shard that many requests share: readers beside each other, one push at a time, and those who
 /// wait for a step woken by the push that completes it.
@@ -16,6 +18,8 @@ pub struct Live {
     spec: Arc<BlockSpec>,
     placement: Placement,
     shard: RwLock<Shard>,
+    /// Where rows go beyond a part of memory.
+    offload: Option<Offload>,
     /// Follows the shard's applied step, for those who wait for it.
     applied: watch::Sender<Step>,
 }
@@ -27,16 +31,26 @@ pub struct Pushed {
     pub applied: Step,
     /// Blocks that were updated by it: none until a step is complete.
     pub n_updates: usize,
-    /// How long the updates took.
+    /// How long the updates took, with the reading and writing of rows that are offloaded.
     pub updating: Duration,
 }
 
 impl Live {
-    /// Takes over a shard.
+    /// Takes over a shard, whose rows stay in memory.
     pub fn new(shard: Shard) -> Self {
+        Self::offloaded(shard, None)
+    }
+
+    /// Takes over a shard, whose rows are in memory as far as `offload` lets them.
+    pub fn offloaded(shard: Shard, offload: Option<Offload>) -> Self {
         let (spec, placement) = (Arc::new(shard.spec().clone()), shard.options().placement);
         let applied = watch::Sender::new(shard.applied());
-        Self { spec, placement, shard: RwLock::new(shard), applied }
+        Self { spec, placement, shard: RwLock::new(shard), offload, applied }
+    }
+
+    /// Where rows go that are not in memory.
+    pub fn offload(&self) -> Option<&Offload> {
+        self.offload.as_ref()
     }
 
     /// The sizes of the blocks.
@@ -60,41 +74,47 @@ impl Live {
         applied.wait_for(|&applied| applied >= after).await.map(|_| ()).map_err(|_| Error::Unfinished)
     }
 
-    /// The weights of these blocks, shared with the shard. Fails on a block that it does not own.
+    /// The weights of these blocks, shared with the shard where they are in memory. Fails on a block that it
+    /// does not own, and as [`Array::read`].
     pub fn fetch(&self, ids: &[ClusterId]) -> Result<Vec<Arc<Vec<f32>>>> {
         let (seed, found) = {
             let shard = self.read()?;
             let found = ids.iter().map(|&id| shard.values(id)).collect::<Result<Vec<_>>>()?;
             (shard.options().seed, found)
         };
-        let initial = |id| Arc::new(init_block(&self.spec, seed, id));
-        let values = ids.par_iter().zip(found).map(|(&id, found)| found.unwrap_or_else(|| initial(id)));
-        Ok(values.collect())
+        let values = |(&id, found): (&ClusterId, Option<Array>)| match found {
+            Some(values) => values.read(),
+            None => Ok(Arc::new(init_block(&self.spec, seed, id))),
+        };
+        ids.par_iter().zip(found).map(values).collect()
     }
 
-    /// As [`Live::fetch`], if it needs neither wait for an update nor compute: `None` otherwise.
+    /// As [`Live::fetch`], if it needs neither wait for an update or a disk nor compute: `None` otherwise.
     pub fn fetch_at_once(&self, ids: &[ClusterId]) -> Result<Option<Vec<Arc<Vec<f32>>>>> {
+        let in_memory = |values: Option<Array>| values.and_then(|values| values.in_memory().cloned());
         match self.shard.try_read() {
-            Ok(shard) => ids.iter().map(|&id| shard.values(id)).collect(),
+            Ok(shard) => ids.iter().map(|&id| shard.values(id).map(in_memory)).collect(),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Poisoned(_)) => Err(Error::Unfinished),
         }
     }
 
     /// Hands over one rank's gradients of a step; see [`Shard::push`]. The updates of a step run on
-    /// all threads of the pool that this is called on.
+    /// all threads of the pool that this is called on. Fails when the rows of a step do not fit the memory
+    /// that they may take, and when a disk does, as one that is full: the step can be tried again.
     pub fn push(&self, step: Step, rank: usize, gradients: Gradients) -> Result<Pushed> {
         let mut shard = self.write()?;
-        let (mut n_updates, mut updating) = (0, Duration::ZERO);
-        shard.push(step, rank, gradients, |updates| {
-            let start = Instant::now();
-            n_updates += updates.len();
-            updates.into_par_iter().for_each(Update::run);
-            updating += start.elapsed();
-        })?;
-        let applied = shard.applied();
-        self.applied.send_replace(applied);
-        Ok(Pushed { applied, n_updates, updating })
+        shard.take(step, rank, gradients)?;
+        let (mut n_updates, start) = (0, Instant::now());
+        while let Some(ids) = shard.next_updates() {
+            if let Some(offload) = &self.offload {
+                offload.make_room(&mut shard, &ids)?;
+            }
+            shard.apply(&mut |updates| updates.into_par_iter().for_each(Update::run))?;
+            n_updates += ids.len();
+            self.applied.send_replace(shard.applied());
+        }
+        Ok(Pushed { applied: shard.applied(), n_updates, updating: start.elapsed() })
     }
 
     /// The blocks updated after `since`, as they are after `step`: they take no copy, and the next

@@ -6,10 +6,10 @@ use cluster_tree::ClusterId;
 use rayon::prelude::*;
 use tokio::sync::Mutex;
 
-use crate::blocking::blocking;
+use crate::blocking::{blocking, wait};
 use crate::{
-    AdamW, Block, BlockSpec, BlockStore, Checkpoint, Error, Gradients, Identity, Live, MappedBank, Placement,
-    Result, Shard, ShardOptions, Step, folder,
+    AdamW, Block, BlockSpec, BlockStore, Checkpoint, Error, Gradients, Identity, Live, MappedBank, Offload,
+    OffloadOptions, Placement, Result, Shard, ShardOptions, Step, folder,
 };
 
 /// How a bank is trained and where its checkpoints go.
@@ -27,6 +27,8 @@ pub struct BankOptions {
     pub checkpoint_root: PathBuf,
     /// Hashes of what the bank belongs to, such as `tree`, `tokenizer` and `anchor`.
     pub hashes: BTreeMap<String, String>,
+    /// Where rows go beyond a part of memory; without it all of them stay in memory.
+    pub offload: Option<OffloadOptions>,
 }
 
 /// A whole bank on this machine. A clone is another handle to the same bank.
@@ -57,21 +59,25 @@ impl LocalBank {
     /// A bank in its initial state, which takes no memory until it is updated. Fails on a spec or
     /// options that make no bank.
     pub fn create(spec: BlockSpec, options: BankOptions) -> Result<Self> {
-        Ok(Self::live(Shard::new(spec, options.shard())?, options))
+        let offload = options.open_offload()?;
+        Ok(Self::live(Shard::new(spec, options.shard())?, options, offload))
     }
 
     /// The bank that a checkpoint's `memory` folder holds, to continue to the bit; the blocks
-    /// updated so far are read into memory. Checks the files and every block, and fails when spec,
+    /// updated so far are read. Checks the files and every block, and fails when spec,
     /// seed or hashes are not those of the checkpoint.
     pub fn resume(memory_folder: &Path, spec: BlockSpec, options: BankOptions) -> Result<Self> {
-        let identity = Identity { spec, seed: options.seed, hashes: options.hashes.clone() };
-        Ok(Self::live(folder::resume(memory_folder, &identity, options.shard())?, options))
+        let resumed =
+            async { Self::resume_from(&Checkpoint::open_folder(memory_folder).await?, spec, options).await };
+        wait(memory_folder, resumed)
     }
 
     /// As [`LocalBank::resume`], of a checkpoint anywhere, also one that shards have saved.
     pub async fn resume_from(checkpoint: &Checkpoint, spec: BlockSpec, options: BankOptions) -> Result<Self> {
         let identity = Identity { spec, seed: options.seed, hashes: options.hashes.clone() };
-        Ok(Self::live(checkpoint.load(&identity, options.shard()).await?, options))
+        let offload = options.open_offload()?;
+        let shard = checkpoint.load_onto(&identity, options.shard(), vec![], offload.as_ref()).await?;
+        Ok(Self::live(shard, options, offload))
     }
 
     /// The bank that a `memory` folder holds, mapped to be fetched from only: a [`MappedBank`].
@@ -96,9 +102,9 @@ impl LocalBank {
         }
     }
 
-    fn live(shard: Shard, options: BankOptions) -> Self {
+    fn live(shard: Shard, options: BankOptions, offload: Option<Offload>) -> Self {
         let BankOptions { checkpoint_root, hashes, seed, .. } = options;
-        let live = Live::new(shard);
+        let live = Live::offloaded(shard, offload);
         let spec = Arc::clone(live.spec());
         let identity = Identity { spec: BlockSpec::clone(&spec), seed, hashes };
         let bank = Trained { live, saving: Mutex::new(()), checkpoint_root, identity };
@@ -155,6 +161,10 @@ impl BlockStore for LocalBank {
 }
 
 impl BankOptions {
+    fn open_offload(&self) -> Result<Option<Offload>> {
+        self.offload.as_ref().map(Offload::open).transpose()
+    }
+
     fn shard(&self) -> ShardOptions {
         ShardOptions {
             seed: self.seed,

@@ -1,10 +1,13 @@
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 
+use crate::row::Loaded;
 use crate::schedule::setting;
-use crate::{AdamW, BlockSpec, Error, Gradients, Placement, Result, Row, Snapshot, Step, Values, init_block};
+use crate::{
+    AdamW, Array, BlockSpec, Error, Gradients, Placement, Result, Row, Snapshot, Step, Values, init_block,
+};
 
 /// Most steps that a rank may be ahead of the slowest.
 pub const MAX_STALENESS: u64 = 64;
@@ -26,7 +29,8 @@ pub struct ShardOptions {
 
 /// The owner of blocks: a value without I/O, clock or threads, fed with pushes and asked for blocks.
 ///
-/// A block that was never updated takes no memory: it is [`init_block`], computed when asked for.
+/// A block that was never updated takes no memory: it is [`init_block`], computed when asked for. A row that
+/// its host has put on disk is read through the row's own arrays.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Shard {
     spec: BlockSpec,
@@ -46,7 +50,7 @@ pub struct Update<'a> {
     step: Step,
     id: ClusterId,
     /// None before the first update.
-    row: &'a mut Option<Row>,
+    row: &'a mut Option<Loaded>,
     /// In rank order, at least one.
     gradients: Vec<Values>,
 }
@@ -111,23 +115,27 @@ impl Shard {
     /// The weights of a block, `[L, 3, r, d]`, shared and not copied; `None` before its first
     /// update, when they are [`init_block`]. Fails on a block that the spec does not have, and on
     /// one that another shard owns.
-    pub fn values(&self, id: ClusterId) -> Result<Option<Arc<Vec<f32>>>> {
+    pub fn values(&self, id: ClusterId) -> Result<Option<Array>> {
         self.spec.check(id)?;
         self.options.placement.check(id)?;
-        Ok(self.row(id).map(|row| Arc::clone(&row.values)))
+        Ok(self.row(id).map(|row| row.values.clone()))
     }
 
-    /// The weights of a block as a copy, whether it was updated or not. Fails as [`Shard::values`].
+    /// The weights of a block as a copy, whether it was updated or not. Fails as [`Shard::values`] and
+    /// [`Array::read`].
     pub fn block(&self, id: ClusterId) -> Result<Vec<f32>> {
-        let values = self.values(id)?;
-        Ok(values.map_or_else(|| init_block(&self.spec, self.options.seed, id), |values| values.to_vec()))
+        match self.values(id)? {
+            Some(values) => values.read().map(|values| values.to_vec()),
+            None => Ok(init_block(&self.spec, self.options.seed, id)),
+        }
     }
 
     /// Takes one rank's gradients of a step, which counts from 1. The push that completes a step
     /// applies it, and those after it that are complete too: for each, `run` is called once and
     /// must run every update it is given, in any order and on any thread. A push already taken, of
     /// a step applied or not, is ignored. Fails on a rank outside the world, on a step beyond those
-    /// that may wait, and on a block that another shard owns.
+    /// that may wait, on a block that another shard owns, and as [`Array::read`]; then the step is not
+    /// applied, and is by the next push, of this step again too, that finds the rows.
     pub fn push(
         &mut self,
         step: Step,
@@ -135,6 +143,13 @@ impl Shard {
         gradients: Gradients,
         mut run: impl FnMut(Vec<Update<'_>>),
     ) -> Result<()> {
+        self.take(step, rank, gradients)?;
+        while self.apply(&mut run)? {}
+        Ok(())
+    }
+
+    /// The first half of [`Shard::push`]: nothing is applied yet.
+    pub(crate) fn take(&mut self, step: Step, rank: usize, gradients: Gradients) -> Result<()> {
         let world_size = self.options.world_size;
         if rank >= world_size {
             return Err(Error::Rank { rank, world_size });
@@ -149,14 +164,14 @@ impl Shard {
         }
         gradients.ids().try_for_each(|id| self.options.placement.check(id))?;
         let waiting = &mut self.pending[(step.0 - self.applied.0 - 1) as usize][rank];
-        if waiting.is_some() {
-            return Ok(());
-        }
-        *waiting = Some(gradients);
-        while self.pending[0].iter().all(Option::is_some) {
-            self.apply(&mut run);
-        }
+        waiting.get_or_insert(gradients);
         Ok(())
+    }
+
+    /// The blocks that the next step updates, once every rank has pushed it.
+    pub(crate) fn next_updates(&self) -> Option<BTreeSet<ClusterId>> {
+        let pushes: Option<Vec<&Gradients>> = self.pending[0].iter().map(Option::as_ref).collect();
+        pushes.map(|pushes| pushes.into_iter().flat_map(Gradients::ids).collect())
     }
 
     /// Whether a rank's push of a step has been taken.
@@ -169,13 +184,13 @@ impl Shard {
     /// The blocks updated after step `since`, as they are now. Their arrays are shared, so this takes
     /// time by the number of blocks and not by their size.
     pub fn snapshot(&self, since: Step) -> Snapshot {
-        let rows = self.rows_where(|row| row.last > since);
+        let rows = self.rows_where(|_, row| row.last > since);
         Snapshot { step: self.applied, placement: self.options.placement, rows }
     }
 
     /// The blocks whose last update is that of step `until` or an earlier one; shared as in a snapshot.
     pub fn unchanged_since(&self, until: Step) -> Vec<(ClusterId, Row)> {
-        self.rows_where(|row| row.last <= until)
+        self.rows_where(|_, row| row.last <= until)
     }
 
     /// Steps that some rank has pushed and that wait for another.
@@ -188,12 +203,17 @@ impl Shard {
         self.rows.iter().map(BTreeMap::len).collect()
     }
 
+    /// Bytes of updated blocks in memory.
+    pub fn host_bytes(&self) -> u64 {
+        self.rows.iter().flat_map(BTreeMap::values).map(Row::host_bytes).sum()
+    }
+
     /// Some of the updated blocks, in the order of ids.
-    fn rows_where(&self, takes: impl Fn(&Row) -> bool) -> Vec<(ClusterId, Row)> {
+    pub(crate) fn rows_where(&self, takes: impl Fn(ClusterId, &Row) -> bool) -> Vec<(ClusterId, Row)> {
         let mut found = Vec::new();
         for (level, rows) in self.rows.iter().enumerate() {
-            let taken = rows.iter().filter(|(_, row)| takes(row));
-            found.extend(taken.map(|(&index, row)| (ClusterId { level: level as u8, index }, row.clone())));
+            let rows = rows.iter().map(|(&index, row)| (ClusterId { level: level as u8, index }, row));
+            found.extend(rows.filter(|&(id, row)| takes(id, row)).map(|(id, row)| (id, row.clone())));
         }
         found
     }
@@ -202,9 +222,20 @@ impl Shard {
         self.rows[usize::from(id.level)].get(&id.index)
     }
 
-    /// Has every block that got gradients in the next step updated; the work is of their number, not
-    /// of the bank's.
-    fn apply(&mut self, run: &mut impl FnMut(Vec<Update<'_>>)) {
+    /// Has a row, of the same numbers, elsewhere.
+    pub(crate) fn place(&mut self, id: ClusterId, row: Row) {
+        self.rows[usize::from(id.level)].insert(id.index, row);
+    }
+
+    /// Has every block that got gradients in the next step updated, if every rank has pushed it: `false`
+    /// if not. The work is of their number, not of the bank's.
+    pub(crate) fn apply(&mut self, run: &mut impl FnMut(Vec<Update<'_>>)) -> Result<bool> {
+        let Some(ids) = self.next_updates() else { return Ok(false) };
+        // What cannot be read is an error while nothing has changed.
+        let load = |&id: &ClusterId| self.row(id).map(Row::load).transpose();
+        let mut rows = ids.iter().map(load).collect::<Result<Vec<Option<Loaded>>>>()?;
+        // What is also held here would be copied by its update.
+        ids.iter().for_each(|id| drop(self.rows[usize::from(id.level)].remove(&id.index)));
         let step = Step(self.applied.0 + 1);
         let pushes = self.pending.pop_front().into_iter().flatten().flatten();
         self.pending.push_back(vec![None; self.options.world_size]);
@@ -212,18 +243,16 @@ impl Shard {
         for (id, values) in pushes.flat_map(Gradients::into_blocks) {
             gradients.entry(id).or_default().push(values);
         }
-        let ids: Vec<ClusterId> = gradients.keys().copied().collect();
-        let take = |id: &ClusterId| self.rows[usize::from(id.level)].remove(&id.index);
-        let mut rows: Vec<Option<Row>> = ids.iter().map(take).collect();
         let (spec, options) = (&self.spec, self.options);
         let update = |((id, gradients), row)| Update { spec, options, step, id, row, gradients };
         run(gradients.into_iter().zip(&mut rows).map(update).collect());
         for (id, row) in ids.into_iter().zip(rows) {
             if let Some(row) = row {
-                self.rows[usize::from(id.level)].insert(id.index, row);
+                self.place(id, row.into_row(step));
             }
         }
         self.applied = step;
+        Ok(true)
     }
 }
 
@@ -234,9 +263,8 @@ impl Update<'_> {
         let row = row.get_or_insert_with(|| {
             let values = init_block(spec, options.seed, id);
             let zeros = || Arc::new(vec![0.0; values.len()]);
-            Row { m: zeros(), v: zeros(), values: Arc::new(values), steps: 0, last: Step(0) }
+            Loaded { m: zeros(), v: zeros(), values: Arc::new(values), steps: 0 }
         });
-        row.last = step;
         options.adamw.update(row, &gradients, step.0);
     }
 }

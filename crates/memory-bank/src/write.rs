@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use futures::future::join;
-use futures::stream::{self, Stream};
+use futures::future::{TryFutureExt, join};
+use futures::stream::{self, Stream, StreamExt};
 use rayon::prelude::*;
-use tokio::task::{JoinHandle, spawn_blocking};
 
+use crate::blocking::blocking;
 use crate::files::{Files, Parts};
 use crate::segment::{Index, Layout, LevelIndex, Part};
-use crate::{BlockSpec, Error, Placement, Result, Row, Segment, Step};
+use crate::{Array, BlockSpec, Placement, Result, Row, Segment, Step};
 
 /// Where a segment goes, and as what.
 pub(crate) struct Target<'a> {
@@ -62,8 +62,8 @@ where
     Ok(Segment { shard, step, rows, values, optimizer: optimizer? })
 }
 
-/// Writes blocks in memory, in the order of ids, as one segment. They are shared until they are
-/// written, and not copied.
+/// Writes a shard's blocks, in the order of ids, as one segment. They are shared until they are
+/// written, and not copied; those on disk are read one at a time.
 pub(crate) async fn write_rows(
     spec: &BlockSpec,
     target: Target<'_>,
@@ -76,36 +76,41 @@ pub(crate) async fn write_rows(
     let by_level = Arc::new(by_level);
     let levels = Arc::clone(&by_level);
     let steps = |rows: &[(u32, Row)]| rows.iter().map(|(_, row)| row.steps).collect();
-    let values = spawn_blocking(move || content(&levels, &[|row| &row.values], |_| Vec::new()));
-    let optimizer = spawn_blocking(move || content(&by_level, &[|row| &row.m, |row| &row.v], steps));
-    let done =
-        |content: JoinHandle<InMemory>| async { content.await.map_err(|source| Error::Task { source }) };
-    write_segment(spec, target, done(values), done(optimizer)).await
+    let values = blocking(move || Ok(content(&levels, &[|row| &row.values], |_| Vec::new())));
+    let optimizer = blocking(move || Ok(content(&by_level, &[|row| &row.m, |row| &row.v], steps)));
+    let read = |content: Content<Vec<Array>>| Content {
+        index: content.index,
+        blocks: stream::iter(content.blocks).then(array_bytes),
+    };
+    write_segment(spec, target, values.map_ok(read), optimizer.map_ok(read)).await
 }
 
 /// The weights or moments of a row.
-type Tensor = fn(&Row) -> &Arc<Vec<f32>>;
-/// A content whose blocks are at hand.
-type InMemory = Content<stream::Iter<std::vec::IntoIter<Result<Bytes>>>>;
+type Tensor = fn(&Row) -> &Array;
 
 fn content(
     by_level: &[Vec<(u32, Row)>],
     tensors: &[Tensor],
     steps: impl Fn(&[(u32, Row)]) -> Vec<u64>,
-) -> InMemory {
+) -> Content<Vec<Array>> {
     let mut blocks = Vec::new();
     let mut level_index = |rows: &Vec<(u32, Row)>| {
         let mut checksums = Vec::new();
         for tensor in tensors {
-            let sum = |(_, row): &(u32, Row)| crc32c::crc32c(bytemuck::cast_slice(tensor(row)));
-            checksums.push(rows.par_iter().map(sum).collect());
-            let shared = |(_, row): &(u32, Row)| Ok(as_bytes(Arc::clone(tensor(row))));
-            blocks.extend(rows.iter().map(shared));
+            checksums.push(rows.par_iter().map(|(_, row)| tensor(row).crc32c()).collect());
+            blocks.extend(rows.iter().map(|(_, row)| tensor(row).clone()));
         }
         LevelIndex { rows: rows.iter().map(|(row, _)| *row).collect(), steps: steps(rows), checksums }
     };
     let index = by_level.iter().map(&mut level_index).collect();
-    Content { index, blocks: stream::iter(blocks) }
+    Content { index, blocks }
+}
+
+async fn array_bytes(array: Array) -> Result<Bytes> {
+    match array.in_memory() {
+        Some(values) => Ok(as_bytes(Arc::clone(values))),
+        None => blocking(move || array.read()).await.map(as_bytes),
+    }
 }
 
 /// Numbers as the bytes that they are, in little-endian; they are not copied.

@@ -26,6 +26,7 @@ fn bank(root: &Path) -> Arc<LocalBank> {
         world_size: 1,
         staleness: 0,
         checkpoint_root: root.to_owned(),
+        offload: None,
         hashes: BTreeMap::new(),
     };
     Arc::new(LocalBank::create(spec(), options).unwrap())

@@ -285,6 +285,7 @@ fn piece_heads() -> Vec<Vec<u8>> {
 
 fn push_pieces() -> Vec<Vec<u8>> {
     let identity = |hashes: &[(&str, &str)]| proto::BankIdentity {
+        attempt: 0,
         bank: "facts".to_owned(),
         spec: "5a".repeat(32),
         hashes: hashes.iter().map(|(key, hash)| ((*key).to_owned(), (*hash).to_owned())).collect(),

@@ -30,6 +30,7 @@ impl Identity {
             shard: placement.shard as u32,
             n_shards: placement.n_shards as u32,
             life: 0,
+            attempt: 0,
         }
     }
 

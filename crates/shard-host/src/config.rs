@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use memory_bank::{AdamW, BlockSpec};
+use memory_bank::{AdamW, BlockSpec, OffloadOptions};
 use memory_service::{Compression, Limits};
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,9 @@ pub struct ShardConfig {
     /// Where checkpoints go; without it there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreSection>,
+    /// Where rows go beyond a part of memory; without it all of them stay in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload: Option<OffloadOptions>,
 }
 
 /// A bank, as all its shards and workers know it.

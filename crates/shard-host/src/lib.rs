@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use memory_bank::{Access, BankStore, Live, MappedBank, Placement, Shard, ShardOptions, Step, StoreOptions};
+use memory_bank::{
+    Access, BankStore, Live, MappedBank, Offload, Placement, Shard, ShardOptions, Step, StoreOptions,
+};
 use memory_service::security::{self, BankName, Role, Tls, TlsFiles, Tokens};
 use memory_service::{Identity, ServeOptions, Source, StoreOfBank, serve};
 use tokio::net::TcpListener;
@@ -90,7 +92,7 @@ pub async fn run(
     environment: &[(String, String)],
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Error> {
-    let ShardConfig { bank, serve: ports, store: store_section } = config;
+    let ShardConfig { bank, serve: ports, store: store_section, offload } = config;
     let name: BankName = bank.name.parse()?;
     security::check_bind(ports.listen, ports.tls.is_some(), ports.insecure)?;
     if let Some(http) = ports.http {
@@ -143,14 +145,15 @@ pub async fn run(
                 Some(section) => Some(open_store(section, name.as_str(), environment, Access::Write).await?),
                 None => None,
             };
-            let (shard, base) = load(&store, &identity, options, start).await?;
+            let offload = offload.as_ref().map(Offload::open).transpose()?;
+            let (shard, base) = load(&store, &identity, (options, offload.as_ref()), start).await?;
             let store = store.zip(store_section).map(|(store, section)| StoreOfBank {
                 store,
                 identity,
                 keep: section.keep,
                 base,
             });
-            (Source::Live(Arc::new(Live::new(shard))), store)
+            (Source::Live(Arc::new(Live::offloaded(shard, offload))), store)
         }
     };
     tracing::info!(
@@ -212,7 +215,7 @@ pub async fn open_store(
 async fn load(
     store: &Option<BankStore>,
     identity: &memory_bank::Identity,
-    options: ShardOptions,
+    (options, offload): (ShardOptions, Option<&Offload>),
     start: Start,
 ) -> Result<(Shard, Option<memory_bank::ShardRecord>), Error> {
     let initial = || Ok((Shard::new(identity.spec.clone(), options)?, None));
@@ -228,7 +231,7 @@ async fn load(
     match checkpoint {
         None => initial(),
         Some(checkpoint) => {
-            let shard = checkpoint.load(identity, options).await?;
+            let shard = checkpoint.load_onto(identity, options, vec![], offload).await?;
             Ok((shard, checkpoint.record(options.placement)))
         }
     }

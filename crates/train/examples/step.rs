@@ -18,7 +18,7 @@ use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, To
 use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
 use ops::{AdamW, Tape, Traced};
 use serde::{Deserialize, Serialize};
-use train::{Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
+use train::{Attempt, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -251,7 +251,7 @@ fn run(options: &Options) -> Result<Line> {
     let flops = anchor.training_flops(len, memory_width) * (batch * len) as u64;
     let scratch = tempfile::tempdir()?;
     let parts = Parts {
-        run_dir: scratch.path().into(),
+        attempt: Attempt::begin(scratch.path(), None)?,
         config: train,
         corpus: Arc::new(corpus(scratch.path(), len)?),
         anchor: Anchor::load(&folder.join("anchor.safetensors"), CPU)?,
@@ -331,6 +331,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
         adamw: TrainConfig { warmup_steps: 0, ..TrainConfig::default() }.memory_adamw(),
         world_size: 1,
         checkpoint_root: PathBuf::from("never-saved"),
+        offload: None,
         hashes: [].into(),
     };
     Ok(Blocking::new(Arc::new(LocalBank::create(spec, options)?))?)

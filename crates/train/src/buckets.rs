@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use anchor::Gradients;
 use candle_core::Tensor;
-use collective::{Call, Leaves, Mesh, TreeSum, all_reduce};
+use collective::{Call, Engine, Leaves, Mesh, TreeSum, all_reduce};
 
 use crate::Result;
 use crate::metrics::Laps;
@@ -20,6 +20,7 @@ pub(crate) const BUCKET: usize = 1 << 22;
 /// What the gradients of a step go through.
 pub(crate) struct Buckets<'a> {
     pub(crate) mesh: &'a mut Mesh,
+    pub(crate) engine: &'a mut Engine,
     /// Of the step.
     pub(crate) call: Call,
     /// All micro-batches.
@@ -64,21 +65,28 @@ impl Buckets<'_> {
             slots.push(slot);
             last.push(gradient);
             if len >= self.size || n_arrived == self.n_parameters {
-                self.reduce_bucket((&slots, &last), &mut total)?;
+                let sums = match self.engine {
+                    Engine::Tcp => self.sum_by_workers(&slots, &last)?,
+                    #[cfg(feature = "nccl")]
+                    Engine::Nccl(_) => self.sum_on_devices(&slots, &last)?,
+                };
+                slots.into_iter().zip(sums).for_each(|(slot, sum)| total.set(slot, sum));
                 (slots, last, len) = (vec![], vec![], 0);
             }
+        }
+        #[cfg(feature = "nccl")]
+        if let Engine::Nccl(nccl) = self.engine {
+            nccl.finish(self.mesh, &self.call)?;
         }
         Ok(total)
     }
 
-    fn reduce_bucket(&mut self, (slots, last): (&[usize], &[Tensor]), total: &mut Gradients) -> Result<()> {
+    /// Of a bucket's slots, with what the last micro-batch gave them.
+    fn sum_by_workers(&mut self, slots: &[usize], last: &[Tensor]) -> Result<Vec<Tensor>> {
         let own = self.leaves.of(self.mesh.rank());
         let mut sum = TreeSum::new(self.leaves.n, own.clone());
         for (leaves, gradients) in &mut self.before {
-            let missing = || candle_core::Error::Msg("micro-batches led to different parameters".into());
-            let take = |&slot: &usize| gradients.take(slot).ok_or_else(missing);
-            let before = slots.iter().map(take).collect::<candle_core::Result<Vec<_>>>()?;
-            sum.push_array(leaves.clone(), flat(&before)?);
+            sum.push_array(leaves.clone(), flat(&take(gradients, slots)?)?);
         }
         sum.push_array(own.end - 1..own.end, flat(last)?);
         let parts = sum.finish_arrays();
@@ -86,12 +94,65 @@ impl Buckets<'_> {
         let mut sum = vec![0.0; last.iter().map(Tensor::elem_count).sum()];
         all_reduce(self.mesh, &self.call, self.leaves, &parts, &mut sum)?;
         let mut rest = sum.as_slice();
-        for (&slot, like) in slots.iter().zip(last) {
+        let part = |like: &Tensor| {
             let (values, after) = rest.split_at(like.elem_count());
-            total.set(slot, Tensor::from_slice(values, like.shape(), like.device())?);
             rest = after;
+            Ok(Tensor::from_slice(values, like.shape(), like.device())?)
+        };
+        last.iter().map(part).collect()
+    }
+
+    /// As [`Buckets::sum_by_workers`]; they are made while the computation goes on.
+    #[cfg(feature = "nccl")]
+    fn sum_on_devices(&mut self, slots: &[usize], last: &[Tensor]) -> Result<Vec<Tensor>> {
+        let mut sums = last.to_vec();
+        // In the order of one worker, whose last sums are its largest.
+        for (_, gradients) in self.before.iter_mut().rev() {
+            let before = take(gradients, slots)?;
+            sums = before.iter().zip(&sums).map(|(a, b)| a + b).collect::<candle_core::Result<_>>()?;
         }
-        Ok(())
+        let arrays = sums.clone();
+        if let Engine::Nccl(nccl) = self.engine {
+            nccl.enqueue(move |group| {
+                let sum = |array: &Tensor| array.inplace_op1(&SumOnDevices(group));
+                arrays.iter().try_for_each(sum).map_err(|error| error.to_string())
+            });
+        }
+        Ok(sums)
+    }
+}
+
+/// The gradients of some slots.
+fn take(gradients: &mut Gradients, slots: &[usize]) -> Result<Vec<Tensor>> {
+    let missing = || candle_core::Error::Msg("micro-batches led to different parameters".into());
+    let take = |&slot: &usize| gradients.take(slot).ok_or_else(missing);
+    Ok(slots.iter().map(take).collect::<candle_core::Result<_>>()?)
+}
+
+/// A sum over all workers in place of a tensor.
+#[cfg(feature = "nccl")]
+struct SumOnDevices<'a>(&'a collective::Group<'a>);
+
+#[cfg(feature = "nccl")]
+impl candle_core::InplaceOp1 for SumOnDevices<'_> {
+    fn name(&self) -> &'static str {
+        "sum over workers"
+    }
+
+    fn cpu_fwd(&self, _: &mut candle_core::CpuStorage, _: &candle_core::Layout) -> candle_core::Result<()> {
+        candle_core::bail!("NCCL sums arrays on GPUs, and this one is in the host's memory")
+    }
+
+    fn cuda_fwd(
+        &self,
+        storage: &mut candle_core::CudaStorage,
+        layout: &candle_core::Layout,
+    ) -> candle_core::Result<()> {
+        let array = storage.as_cuda_slice_mut::<f32>()?;
+        if layout.contiguous_offsets() != Some((0, array.len())) {
+            candle_core::bail!("NCCL sums whole arrays, and this is a part of one: {layout:?}");
+        }
+        self.0.sum(array).map_err(candle_core::Error::Msg)
     }
 }
 

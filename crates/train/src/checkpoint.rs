@@ -1,4 +1,4 @@
-//! A run's checkpoints: `checkpoints/<step>/…` with DONE written last.
+//! A run's checkpoints: `checkpoints/<step>/…` with DONE written last. [`Attempt`](crate::Attempt) writes them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub struct Checkpoints {
 }
 
 /// Written last; a folder without it does not exist.
-const DONE: &str = "DONE";
+pub(crate) const DONE: &str = "DONE";
 
 impl Checkpoints {
     /// Those under `<run_dir>/checkpoints`.
@@ -34,7 +34,7 @@ impl Checkpoints {
         Self { root: run_dir.join("checkpoints") }
     }
 
-    /// The folder that holds them: also the checkpoint root of a local bank.
+    /// The folder that holds them.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -81,36 +81,8 @@ impl Checkpoints {
         serde_json::from_str(&text).map_err(|e| Error::file(&path, e))
     }
 
-    /// Removes what an interrupted save left, so that `step` can be saved anew.
-    pub(crate) fn begin(&self, step: u64) -> Result<PathBuf> {
-        for (step, whole) in self.folders()? {
-            if !whole {
-                let dir = self.dir(step);
-                fs::remove_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
-            }
-        }
-        let dir = self.dir(step);
-        fs::create_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
-        Ok(dir)
-    }
-
-    /// Marks `step` whole and removes all but the newest `keep`.
-    pub(crate) fn finish(&self, step: u64, keep: usize) -> Result<()> {
-        let dir = self.dir(step);
-        write_whole(&dir.join(DONE), b"")?;
-        atomic_file::sync_folder(&self.root).map_err(|e| Error::file(&self.root, e))?;
-        let steps = self.steps()?;
-        for &old in &steps[..steps.len().saturating_sub(keep)] {
-            let dir = self.dir(old);
-            // DONE goes first: a removal that is cut short leaves a folder that does not exist.
-            fs::remove_file(dir.join(DONE)).map_err(|e| Error::file(&dir, e))?;
-            fs::remove_dir_all(&dir).map_err(|e| Error::file(&dir, e))?;
-        }
-        Ok(())
-    }
-
     /// Every folder named by a step, and whether it is whole.
-    fn folders(&self) -> Result<Vec<(u64, bool)>> {
+    pub(crate) fn folders(&self) -> Result<Vec<(u64, bool)>> {
         let entries = match fs::read_dir(&self.root) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),

@@ -1,5 +1,7 @@
-use anchor::AnchorConfig;
-use anchor::Precision;
+use std::fmt;
+
+use anchor::{AnchorConfig, Precision};
+use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +52,50 @@ pub enum Assign {
     AlwaysOn,
 }
 
+/// A part of the corpus and of the bank that is trained by itself: the sequences and blocks under one cluster of
+/// the coarsest level, or those of the generic path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Subtree {
+    /// A cluster.
+    Cluster(u32),
+    /// The generic path, written "generic".
+    Named(Generic),
+}
+
+/// The name of the path that no document has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Generic {
+    /// "generic"
+    Generic,
+}
+
+impl Subtree {
+    /// Its cluster of the coarsest level.
+    pub fn cluster(self) -> ClusterId {
+        let index = match self {
+            Self::Cluster(index) => index,
+            Self::Named(Generic::Generic) => ClusterId::GENERIC,
+        };
+        ClusterId { level: 0, index }
+    }
+
+    /// Whether a path is in it.
+    pub fn has(self, path: &ClusterPath) -> bool {
+        path.index(0) == self.cluster().index
+    }
+}
+
+impl fmt::Display for Subtree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cluster(index) => index.fmt(f),
+            Self::Named(Generic::Generic) => f.write_str("generic"),
+        }
+    }
+}
+
 /// The section `[train]` of a run's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -58,6 +104,10 @@ pub struct TrainConfig {
     pub phase: Phase,
     /// Which path a sequence fetches.
     pub assign: Assign,
+    /// Of each step only the sequences of this subtree, with the blocks under it: the job of one of several
+    /// machines that need not know each other, on a frozen anchor. Together they are the whole run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subtree: Option<Subtree>,
     /// Share of sequences that fetch the generic path (arXiv 2510.02375: 1/17).
     pub generic_share: f64,
     /// Optimizer steps.
@@ -66,6 +116,9 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Sequences a forward pass; gradients of a step's passes are summed.
     pub micro_batch: usize,
+    /// Steps whose sequences are dealt out so that each micro-batch is of few clusters, from a window of the
+    /// shuffled order: fewer blocks are moved, and steps are less alike. 1 orders each step by itself.
+    pub locality_window: u64,
     /// Seeds the order of sequences and the initial weights.
     pub seed: u64,
     /// Peak learning rate of the anchor.
@@ -115,10 +168,12 @@ impl Default for TrainConfig {
         Self {
             phase: Phase::Anchor,
             assign: Assign::Fetched,
+            subtree: None,
             generic_share: 1.0 / 17.0,
             steps: 1000,
             batch_size: 32,
             micro_batch: 32,
+            locality_window: 1,
             seed: 1,
             learning_rate: 2e-3,
             final_share: 0.1,
@@ -156,11 +211,20 @@ impl TrainConfig {
             ("steps", self.steps),
             ("batch_size", self.batch_size as u64),
             ("micro_batch", self.micro_batch as u64),
+            ("locality_window", self.locality_window),
             ("log_every", self.log_every),
             ("keep", self.keep as u64),
         ];
         if let Some((key, found)) = positive.into_iter().find(|&(_, value)| value == 0) {
             return fail(key, "at least 1", found.to_string());
+        }
+        if let Some(subtree) = self.subtree {
+            if self.phase != Phase::Frozen {
+                return fail("subtree", "none, unless train.phase is \"frozen\"", subtree.to_string());
+            }
+            if self.assign != Assign::Fetched {
+                return fail("subtree", "none, unless train.assign is \"fetched\"", subtree.to_string());
+            }
         }
         let rates = [
             ("learning_rate", self.learning_rate),

@@ -35,6 +35,16 @@ pub enum Error {
         /// What is wrong, naming expected and found.
         problem: String,
     },
+    /// Another process has begun to train the run anew. What this one still has it keeps to itself.
+    #[error("{}: attempt {number} was taken over by attempt {by}: another process trains this run", run_dir.display())]
+    TakenOver {
+        /// The run's folder.
+        run_dir: PathBuf,
+        /// The attempt that is over.
+        number: u64,
+        /// The later one.
+        by: u64,
+    },
     /// The loader thread ended early.
     #[error("the thread that reads sequences ended before step {step}")]
     Loader {
@@ -65,17 +75,20 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the run may go on from its last checkpoint: what failed is another process, and that may be
-    /// there again.
-    pub fn is_transient(&self) -> bool {
-        let bank = |error: &memory_bank::Error| {
-            matches!(error, memory_bank::Error::Remote { is_transient: true, .. })
+    /// Who is the cause, if the run may go on from its last checkpoint: another process, and that may be there
+    /// again.
+    pub fn cause(&self) -> Option<String> {
+        let bank = |error: &memory_bank::Error| match error {
+            memory_bank::Error::Remote { is_transient: true, address, .. } => {
+                Some(format!("shard {address}"))
+            }
+            _ => None,
         };
         match self {
-            Self::Workers(error) => error.is_transient(),
+            Self::Workers(error) => error.cause(),
             Self::Bank(error) | Self::Generate(generate::Error::Bank(error)) => bank(error),
             Self::Eval(eval::Error::Generate(generate::Error::Bank(error))) => bank(error),
-            _ => false,
+            _ => None,
         }
     }
 

@@ -3,6 +3,7 @@
 //! The trainer sees the bank through `BlockStore` and data through `Corpus::sequence`, which is a pure
 //! function: all that resumes is [`TrainState`] and the files beside it in a checkpoint.
 
+mod attempt;
 mod buckets;
 mod checkpoint;
 mod config;
@@ -10,6 +11,7 @@ mod error;
 mod loader;
 mod metrics;
 mod optimizer;
+mod parts;
 mod pipe;
 mod share;
 mod tensorboard;
@@ -17,11 +19,13 @@ mod traffic;
 mod trainer;
 mod validation;
 
+pub use attempt::Attempt;
 pub use checkpoint::{Checkpoints, TrainState};
-pub use config::{Assign, Phase, TrainConfig};
+pub use config::{Assign, Generic, Phase, Subtree, TrainConfig};
 pub use error::{Error, Result};
 pub use metrics::{Metrics, StepMetrics, StepTime, read_metrics};
 pub use optimizer::Optimizer;
+pub use parts::{Ended, Parts, Workers};
 pub use pipe::MemoryPipe;
 pub use traffic::{LevelTraffic, cluster_shares, even_shares, expected, simulated};
-pub use trainer::{Ended, Parts, Trainer, Workers};
+pub use trainer::Trainer;

@@ -20,9 +20,10 @@ impl Loader {
         let (sender, batches) = sync_channel(AHEAD);
         let config = config.clone();
         std::thread::spawn(move || {
+            let mut batches = Batches::new(&corpus, &config);
             for step in first_step.. {
                 // The receiver is gone when training ends: so does this thread.
-                if sender.send(batch(&corpus, &config, step)).is_err() {
+                if sender.send(batches.of(step)).is_err() {
                     break;
                 }
             }
@@ -35,18 +36,74 @@ impl Loader {
     }
 }
 
-/// The batch of `step` (from 1): a pure function of the corpus and the configuration.
-pub(crate) fn batch(corpus: &Corpus, config: &TrainConfig, step: u64) -> corpus::Result<Batch> {
-    let n = config.batch_size as u64;
-    let sequence = |index: u64| {
-        let mut sequence = corpus.sequence(config.seed, index)?;
-        if takes_generic(config, index) {
-            sequence.path = ClusterPath::generic(sequence.path.n_levels())?;
+/// Makes batches: that of a step is a pure function of the corpus and the configuration.
+pub(crate) struct Batches<'a> {
+    corpus: &'a Corpus,
+    config: &'a TrainConfig,
+    /// The window of the last batch, and its sequences in the order of their paths.
+    window: Option<(u64, Vec<u64>)>,
+}
+
+impl<'a> Batches<'a> {
+    pub(crate) fn new(corpus: &'a Corpus, config: &'a TrainConfig) -> Self {
+        Self { corpus, config, window: None }
+    }
+
+    /// The batch of `step` (from 1).
+    pub(crate) fn of(&mut self, step: u64) -> corpus::Result<Batch> {
+        let sequence = |index: u64| {
+            let mut sequence = self.corpus.sequence(self.config.seed, index)?;
+            if takes_generic(self.config, index) {
+                sequence.path = ClusterPath::generic(sequence.path.n_levels())?;
+            }
+            Ok(sequence)
+        };
+        let n = self.config.batch_size as u64;
+        let sequences = match self.config.locality_window {
+            1 => ((step - 1) * n..step * n).map(sequence).collect::<corpus::Result<Vec<_>>>()?,
+            _ => {
+                let indices = self.of_window(step)?;
+                indices.into_iter().map(sequence).collect::<corpus::Result<Vec<_>>>()?
+            }
+        };
+        Ok(Batch::new(sequences, self.corpus.eot()))
+    }
+
+    /// The sequences of a step that its window deals to it: of the window's in the order of their paths, each
+    /// micro-batch of a step gets a run, and the same micro-batch of the next step the run after it. A worker, who
+    /// has the same micro-batches of every step, meets few clusters in a window, and a step meets all.
+    fn of_window(&mut self, step: u64) -> corpus::Result<Vec<u64>> {
+        let steps = self.config.locality_window;
+        let (window, step) = ((step - 1) / steps, (step - 1) % steps);
+        if self.window.as_ref().is_none_or(|(found, _)| *found != window) {
+            self.window = Some((window, self.order(window)?));
         }
-        Ok(sequence)
-    };
-    let sequences = ((step - 1) * n..step * n).map(sequence).collect::<corpus::Result<Vec<_>>>()?;
-    Ok(Batch::new(sequences, corpus.eot()))
+        let ordered = self.window.as_ref().map_or(&[][..], |(_, ordered)| ordered);
+        Ok(dealt(self.config, step).map(|place| ordered[place]).collect())
+    }
+
+    /// The sequences of a window in the order of their paths.
+    fn order(&self, window: u64) -> corpus::Result<Vec<u64>> {
+        let n = self.config.batch_size as u64 * self.config.locality_window;
+        let path = |index: u64| match takes_generic(self.config, index) {
+            true => Ok((None, index)),
+            false => Ok((Some(self.corpus.sequence_path(self.config.seed, index)?), index)),
+        };
+        let mut paths = (window * n..(window + 1) * n).map(path).collect::<corpus::Result<Vec<_>>>()?;
+        // The generic path is the last one.
+        paths.sort_by(|(a, _), (b, _)| a.is_none().cmp(&b.is_none()).then_with(|| a.cmp(b)));
+        Ok(paths.into_iter().map(|(_, index)| index).collect())
+    }
+}
+
+/// Places, in the order of its window, of the sequences of the `step`-th step there.
+fn dealt(config: &TrainConfig, step: u64) -> impl Iterator<Item = usize> {
+    let TrainConfig { batch_size, micro_batch, locality_window: steps, .. } = *config;
+    (0..batch_size).step_by(micro_batch).flat_map(move |begin| {
+        let n = micro_batch.min(batch_size - begin);
+        let first = begin * steps as usize + step as usize * n;
+        first..first + n
+    })
 }
 
 fn takes_generic(config: &TrainConfig, index: u64) -> bool {
@@ -70,6 +127,26 @@ fn mix(x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_window_is_dealt_out_whole_in_runs_of_a_micro_batch() {
+        for (batch_size, micro_batch, locality_window) in [(8, 4, 3), (10, 4, 2), (5, 5, 4), (6, 1, 2)] {
+            let config = TrainConfig { batch_size, micro_batch, locality_window, ..TrainConfig::default() };
+            let steps: Vec<Vec<usize>> =
+                (0..locality_window).map(|step| dealt(&config, step).collect()).collect();
+            let mut all = steps.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..batch_size * locality_window as usize).collect::<Vec<_>>());
+            for step in &steps {
+                assert_eq!(step.len(), batch_size);
+                let is_run = |places: &[usize]| places.windows(2).all(|pair| pair[1] == pair[0] + 1);
+                assert!(step.chunks(micro_batch).all(is_run));
+            }
+            // A micro-batch's sequences of all steps stand together.
+            let first: Vec<usize> = steps.iter().flat_map(|step| &step[..micro_batch]).copied().collect();
+            assert_eq!(first, (0..first.len()).collect::<Vec<_>>());
+        }
+    }
 
     #[test]
     fn a_seventeenth_of_the_sequences_takes_the_generic_path() {

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub struct StepMetrics {
     /// Optimizer steps done.
     pub step: u64,
-    /// Mean training loss of the step's tokens, nats, z-loss included.
+    /// Mean training loss of the step's tokens, nats, z-loss included; 0 of a step that has none of the subtree.
     pub loss: f64,
     /// Mean loss on held-out documents, nats, when it was computed after this step.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -82,23 +82,23 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens a run's metrics to continue after `step`: later lines, of steps that were not saved, go.
+    /// Opens a run's metrics to continue after `step`: later lines, of steps that were not saved, go. The file
+    /// is another one than before: who has that open writes no line of this one.
     ///
     /// # Errors
     /// When the files cannot be read or written.
     pub fn resume(run_dir: &Path, step: u64, tokens_seen: u64) -> Result<Self> {
         let path = run_dir.join("metrics.jsonl");
+        let mut kept = String::new();
         if path.exists() {
-            let mut kept = String::new();
             // The text as it was written: a number read and written again may differ in its last digit.
             for (text, _) in read_lines(&path)?.iter().filter(|(_, line)| line.step <= step) {
                 kept += text;
                 kept.push('\n');
             }
-            write_whole(&path, kept.as_bytes())?;
         }
-        let file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(|e| Error::file(&path, e))?;
+        write_whole(&path, kept.as_bytes())?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::file(&path, e))?;
         let events = EventWriter::create(&run_dir.join("tb"), step, wall_time())?;
         let now = Instant::now();
         Ok(Self { path, file, events, began: now, last: (now, tokens_seen) })

@@ -4,18 +4,22 @@
 //! touch, and what each worker sends to whom: nothing but numbers is sent. The gradient of a block is added
 //! up by one of the workers that have a part of it, who pushes it, once.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use anchor::{Gradients, unique_ids};
 use bytes::Bytes;
-use cluster_tree::ClusterId;
+use cluster_tree::{ClusterId, ClusterPath};
 use collective::{Call, Leaves, Mesh, TreeSum};
 use corpus::Batch;
 use memory_bank::{Block, BlockSpec, squared_norm};
 use rayon::prelude::*;
 
-use crate::Result;
+use crate::{Result, Subtree, TrainConfig};
+
+/// What is sent of blocks at once is bounded: a batch of a large model touches gigabytes.
+const AT_ONCE: usize = 1 << 24;
 
 /// Sums of a worker's micro-batches, as [`TreeSum`] leaves them.
 pub(crate) struct Sums {
@@ -32,7 +36,10 @@ pub(crate) struct Share {
     leaves: Leaves,
     rank: usize,
     micro_batch: usize,
+    subtree: Option<Subtree>,
     spec: Option<BlockSpec>,
+    /// Numbers of blocks that are sent at once, or those of a block that has more.
+    most_at_once: usize,
     touched: BTreeMap<ClusterId, Touched>,
 }
 
@@ -50,15 +57,17 @@ impl Share {
     /// Of `batch`, in the micro-batches that all workers together make of it.
     pub(crate) fn new(
         batch: &Batch,
-        micro_batch: usize,
+        config: &TrainConfig,
         spec: Option<&BlockSpec>,
         (rank, world_size): (usize, usize),
     ) -> Self {
+        let TrainConfig { micro_batch, subtree, .. } = *config;
         let leaves = Leaves { n: batch.n_sequences().div_ceil(micro_batch), world_size };
         let mut by_block: BTreeMap<ClusterId, Vec<usize>> = BTreeMap::new();
         if let Some(spec) = spec {
             for (leaf, paths) in batch.paths.chunks(micro_batch).enumerate() {
-                unique_ids(paths, spec).into_iter().for_each(|id| by_block.entry(id).or_default().push(leaf));
+                let ids = unique_ids(&taken(paths, subtree), spec);
+                ids.into_iter().for_each(|id| by_block.entry(id).or_default().push(leaf));
             }
         }
         let touched = |(id, of_block): (ClusterId, Vec<usize>)| {
@@ -68,7 +77,7 @@ impl Share {
             (id, Touched { leaves: of_block, ranks, owner })
         };
         let touched = by_block.into_iter().map(touched).collect();
-        Self { leaves, rank, micro_batch, spec: spec.cloned(), touched }
+        Self { leaves, rank, micro_batch, subtree, spec: spec.cloned(), most_at_once: AT_ONCE, touched }
     }
 
     /// All micro-batches.
@@ -91,7 +100,7 @@ impl Share {
     /// The blocks that this worker's sequences fetch.
     pub(crate) fn ids(&self, batch: &Batch) -> Vec<ClusterId> {
         match &self.spec {
-            Some(spec) => unique_ids(&batch.paths[self.sequences(batch)], spec),
+            Some(spec) => unique_ids(&taken(&batch.paths[self.sequences(batch)], self.subtree), spec),
             None => vec![],
         }
     }
@@ -148,30 +157,57 @@ impl Share {
         step: u64,
         mut parts: BTreeMap<ClusterId, Vec<Vec<f32>>>,
     ) -> Result<Vec<Block>> {
-        let mut messages: Vec<Vec<f32>> = vec![vec![]; mesh.world_size()];
-        for (&id, touched) in self.touched.iter().filter(|(_, touched)| touched.owner != self.rank) {
-            messages[touched.owner].extend(parts.get(&id).into_iter().flatten().flatten());
-        }
         let call = Call::new("block gradients", step);
-        let messages = messages.iter().map(|values| bytes_of(values)).collect();
-        let received = mesh.exchange(&call, messages)?;
-        let mut received = Numbers::of(&call, &received);
         let mut own = vec![];
-        for (&id, touched) in self.touched.iter().filter(|(_, touched)| touched.owner == self.rank) {
-            let mut mine = parts.remove(&id).unwrap_or_default().into_iter();
-            let mut sum = TreeSum::new(self.leaves.n, 0..self.leaves.n);
-            for &rank in &touched.ranks {
-                for range in self.part_ranges(rank, &touched.leaves) {
-                    let values = match rank == self.rank {
-                        true => mine.next().unwrap_or_default(),
-                        false => received[rank].take(self.len(id))?,
-                    };
-                    sum.push_array(range, values);
-                }
+        for ids in self.pieces(|_, touched| Some(touched.ranks.len() - 1)) {
+            let mut messages: Vec<Vec<f32>> = vec![vec![]; mesh.world_size()];
+            for id in ids.iter().filter(|id| self.touched[id].owner != self.rank) {
+                let mine = parts.remove(id).unwrap_or_default();
+                messages[self.touched[id].owner].extend(mine.into_iter().flatten());
             }
-            own.extend(sum.finish_arrays().into_iter().map(|(_, values)| Block { id, values }));
+            let messages = messages.iter().map(|values| bytes_of(values)).collect();
+            let received = mesh.exchange(&call, messages)?;
+            let mut received = Numbers::of(&call, &received);
+            for id in ids.into_iter().filter(|id| self.touched[id].owner == self.rank) {
+                let mine = parts.remove(&id).unwrap_or_default();
+                own.extend(self.add_up(id, mine, &mut received)?);
+            }
         }
         Ok(own)
+    }
+
+    /// One block, of this worker's parts and those that others have sent.
+    fn add_up(&self, id: ClusterId, mine: Vec<Vec<f32>>, received: &mut [Numbers]) -> Result<Option<Block>> {
+        let Touched { leaves, ranks, .. } = &self.touched[&id];
+        let mut mine = mine.into_iter();
+        let mut sum = TreeSum::new(self.leaves.n, 0..self.leaves.n);
+        for &rank in ranks {
+            for range in self.part_ranges(rank, leaves) {
+                let values = match rank == self.rank {
+                    true => mine.next().unwrap_or_default(),
+                    false => received[rank].take(self.len(id))?,
+                };
+                sum.push_array(range, values);
+            }
+        }
+        Ok(sum.finish_arrays().pop().map(|(_, values)| Block { id, values }))
+    }
+
+    /// The step's blocks in the order of ids, as many at a time as may be sent at once; all workers know the same
+    /// pieces. `sent` tells how often a block is sent, or that it is none of them.
+    fn pieces(&self, sent: impl Fn(ClusterId, &Touched) -> Option<usize>) -> Vec<Vec<ClusterId>> {
+        let (mut pieces, mut piece, mut len) = (vec![], vec![], 0);
+        for (&id, touched) in &self.touched {
+            let Some(times) = sent(id, touched) else { continue };
+            piece.push(id);
+            len += times * self.len(id);
+            if len >= self.most_at_once {
+                pieces.push(std::mem::take(&mut piece));
+                len = 0;
+            }
+        }
+        pieces.extend((!piece.is_empty()).then_some(piece));
+        pieces
     }
 
     /// √Σ g² over all blocks, added up in the order of ids.
@@ -193,20 +229,25 @@ impl Share {
         replicated: &[bool],
     ) -> Result<Vec<Block>> {
         let is_replicated = |id: ClusterId| replicated.get(usize::from(id.level)) == Some(&true);
-        if mesh.world_size() == 1 || !self.touched.keys().any(|&id| is_replicated(id)) {
+        if mesh.world_size() == 1 {
             return Ok(own);
         }
-        let mine = own.iter().filter(|block| is_replicated(block.id));
-        let mine: Vec<f32> = mine.flat_map(|block| &block.values).copied().collect();
         let call = Call::new("replicated blocks", step);
-        let gathered = mesh.all_gather(&call, bytes_of(&mine))?;
-        let mut gathered = Numbers::of(&call, &gathered);
-        let mut all = own;
-        for (&id, touched) in self.touched.iter().filter(|&(&id, _)| is_replicated(id)) {
-            if touched.owner != self.rank {
-                all.push(Block { id, values: gathered[touched.owner].take(self.len(id))? });
+        let mut all = vec![];
+        for ids in self.pieces(|id, _| is_replicated(id).then_some(1)) {
+            let is_mine = |id: &&ClusterId| self.touched[id].owner == self.rank;
+            let find = |id: &ClusterId| own.binary_search_by_key(id, |block| block.id).ok();
+            let mine = ids.iter().filter(is_mine).filter_map(find).flat_map(|place| &own[place].values);
+            let gathered = mesh.all_gather(&call, bytes_of(&mine.copied().collect::<Vec<f32>>()))?;
+            let mut gathered = Numbers::of(&call, &gathered);
+            for id in ids {
+                let owner = self.touched[&id].owner;
+                if owner != self.rank {
+                    all.push(Block { id, values: gathered[owner].take(self.len(id))? });
+                }
             }
         }
+        all.extend(own);
         all.sort_unstable_by_key(|block| block.id);
         Ok(all)
     }
@@ -221,6 +262,14 @@ impl Share {
         let own = self.leaves.of(rank);
         let leaves = touched.iter().copied().filter(|leaf| own.contains(leaf));
         TreeSum::<()>::ranges(self.leaves.n, own.clone(), leaves)
+    }
+}
+
+/// The paths of a subtree.
+fn taken(paths: &[ClusterPath], subtree: Option<Subtree>) -> Cow<'_, [ClusterPath]> {
+    match subtree {
+        Some(subtree) => paths.iter().filter(|path| subtree.has(path)).cloned().collect(),
+        None => paths.into(),
     }
 }
 
@@ -258,4 +307,66 @@ fn f64s(bytes: &[u8]) -> Vec<f64> {
 /// Numbers as they are in memory, in little-endian.
 fn bytes_of(values: &[impl bytemuck::NoUninit]) -> Bytes {
     Bytes::copy_from_slice(bytemuck::cast_slice(values))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use cluster_tree::ClusterPath;
+    use collective::local;
+    use memory_bank::MemoryKind;
+
+    use super::*;
+
+    /// What each worker hands to its bank and the norm, of blocks sent `most_at_once` numbers at a time.
+    fn reduced(world_size: usize, most_at_once: usize, replicated: [bool; 2]) -> Vec<(Vec<Block>, f64)> {
+        let spec = BlockSpec {
+            kind: MemoryKind::Ffn,
+            n_layers: 1,
+            d_model: 2,
+            width: vec![2, 1],
+            branching: vec![2, 2],
+        };
+        let path = |leaf: u32| ClusterPath::new(vec![leaf / 2, leaf]).unwrap();
+        let paths = [0, 0, 0, 1, 1, 2, 3, 3].map(path).to_vec();
+        let batch = Batch { paths, ..Batch::default() };
+        let config = TrainConfig { micro_batch: 1, ..TrainConfig::default() };
+        let work = |mut mesh: Mesh| {
+            let place = (mesh.rank(), world_size);
+            let share = Share { most_at_once, ..Share::new(&batch, &config, Some(&spec), place) };
+            let mut parts = BTreeMap::new();
+            for leaf in share.leaves() {
+                for id in batch.paths[leaf].ids() {
+                    let value = |i: usize| ((leaf * 31 + i * 17 + id.index as usize) % 23) as f32 / 7.0;
+                    let values = (0..share.len(id)).map(value).collect();
+                    let sum: &mut TreeSum<Vec<f32>> = parts.entry(id).or_insert_with(|| share.sum());
+                    sum.push_array(leaf..leaf + 1, values);
+                }
+            }
+            let arrays = |sum: TreeSum<Vec<f32>>| sum.finish_arrays().into_iter().map(|(_, values)| values);
+            let parts = parts.into_iter().map(|(id, sum)| (id, arrays(sum).collect())).collect();
+            share.reduce_blocks(&mut mesh, 1, parts, &replicated).unwrap()
+        };
+        std::thread::scope(|scope| {
+            let meshes = local(world_size, Duration::from_secs(60));
+            let threads: Vec<_> = meshes.into_iter().map(|mesh| scope.spawn(|| work(mesh))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn blocks_are_the_same_however_many_are_sent_at_once() {
+        let (one, norm) = reduced(1, usize::MAX, [true; 2]).pop().unwrap();
+        assert_eq!(one.len(), 6);
+        for most_at_once in [1, 13, usize::MAX] {
+            for (blocks, found) in reduced(3, most_at_once, [true; 2]) {
+                assert_eq!((&blocks, found), (&one, norm), "{most_at_once}");
+            }
+            let mut all: Vec<Block> =
+                reduced(3, most_at_once, [false; 2]).into_iter().flat_map(|(blocks, _)| blocks).collect();
+            all.sort_by_key(|block| block.id);
+            assert_eq!(all, one, "{most_at_once}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use cluster_tree::ClusterPath;
 use corpus::Corpus;
 use memory_bank::BlockSpec;
 
-use crate::loader::batch;
+use crate::loader::Batches;
 use crate::share::Share;
 use crate::{Result, TrainConfig};
 
@@ -33,9 +33,9 @@ pub fn simulated(
 ) -> Result<Vec<LevelTraffic>> {
     let mut sum = vec![LevelTraffic::default(); spec.n_levels()];
     let n_steps = steps.clone().count() as f64;
+    let mut batches = Batches::new(corpus, config);
     for step in steps {
-        let batch = batch(corpus, config, step)?;
-        let share = Share::new(&batch, config.micro_batch, Some(spec), (0, world_size));
+        let share = Share::new(&batches.of(step)?, config, Some(spec), (0, world_size));
         for (id, n_workers) in share.touched() {
             let level = &mut sum[usize::from(id.level)];
             level.unique += 1.0 / n_steps;

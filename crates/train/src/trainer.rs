@@ -1,109 +1,27 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use anchor::{Anchor, Compute, Gradients, Targets};
-use collective::{Call, Mesh, TreeSum};
+use collective::{Call, TreeSum};
 use corpus::{Batch, Corpus};
 use generate::Model;
 use memory_bank::{Block, BlockStore, Blocking, Step};
 
+use crate::attempt::Attempt;
 use crate::buckets::{BUCKET, Buckets};
-use crate::checkpoint::{Checkpoints, TrainState, write_whole};
+use crate::checkpoint::{Checkpoints, TrainState};
 use crate::loader::Loader;
 use crate::metrics::{Laps, Metrics, StepMetrics, StepTime};
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::pipe::MemoryPipe;
 use crate::share::{Share, Sums};
-use crate::{Error, Result, TrainConfig, validation};
-
-/// What a trainer is made of.
-pub struct Parts<S> {
-    /// Where metrics and checkpoints go.
-    pub run_dir: PathBuf,
-    /// How to train.
-    pub config: TrainConfig,
-    /// Packed sequences.
-    pub corpus: Arc<Corpus>,
-    /// The model at the beginning; frozen when the phase says so.
-    pub anchor: Anchor,
-    /// The bank, in phases with memory.
-    pub memory: Option<Blocking<S>>,
-    /// The workers that share every step, this one among them.
-    pub workers: Workers,
-}
-
-/// A worker's place among those that train together.
-pub struct Workers {
-    /// Its connections to the others.
-    pub mesh: Mesh,
-    /// Levels of the bank of which every worker has a copy of its own: all gradients reach it. Gradients of
-    /// other levels are handed to the bank by one worker each.
-    pub replicated: Vec<bool>,
-    /// As which rank this worker pushes: 0 to a bank of its own.
-    pub rank_at_bank: usize,
-    /// Set by whoever wants the run to save and stop: one worker is enough.
-    pub stop: Arc<AtomicBool>,
-}
-
-/// How a run ended.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub enum Ended {
-    /// With its last step.
-    Done,
-    /// Saved after an earlier one, as it was told to.
-    Stopped,
-}
-
-impl Workers {
-    /// One worker, who does all.
-    pub fn alone() -> Self {
-        Self { mesh: Mesh::alone(), replicated: vec![], rank_at_bank: 0, stop: Arc::default() }
-    }
-}
-
-impl<S> Parts<S> {
-    /// Fails on a configuration that cannot be trained with, and on a bank too many or too few.
-    fn check(&self) -> Result<()> {
-        self.config.check()?;
-        let (n, world_size) =
-            (self.config.batch_size.div_ceil(self.config.micro_batch), self.workers.mesh.world_size());
-        if n < world_size {
-            let most = self.config.batch_size / world_size;
-            let expected = match most {
-                0 => {
-                    return Err(Error::Config {
-                        key: "batch_size",
-                        expected: format!("at least the number of workers ({world_size})"),
-                        found: self.config.batch_size.to_string(),
-                    });
-                }
-                most => format!("at most {most}, so that each of {world_size} workers has one"),
-            };
-            return Err(Error::Config {
-                key: "micro_batch",
-                expected,
-                found: self.config.micro_batch.to_string(),
-            });
-        }
-        let (phase, has_bank) = (self.config.phase, self.memory.is_some());
-        if phase.has_memory() == has_bank {
-            return Ok(());
-        }
-        let found = format!("{phase:?} {} a bank", if has_bank { "with" } else { "without" });
-        Err(Error::Config {
-            key: "phase",
-            expected: "a phase with memory and a bank, or neither".into(),
-            found,
-        })
-    }
-}
+use crate::{Ended, Error, Parts, Result, Subtree, TrainConfig, Workers, validation};
 
 /// The training loop and its state.
 pub struct Trainer<S> {
-    run_dir: PathBuf,
+    attempt: Attempt,
     config: TrainConfig,
     corpus: Arc<Corpus>,
     anchor: Anchor,
@@ -113,7 +31,6 @@ pub struct Trainer<S> {
     optimizer: Option<Optimizer>,
     /// Of the anchor, in the last step.
     gradients: Gradients,
-    checkpoints: Checkpoints,
     state: TrainState,
     last_loss: f64,
     /// Whether a worker was told to stop, as all know since the last step.
@@ -142,7 +59,7 @@ impl<S: BlockStore> Trainer<S> {
     /// When the checkpoint lacks a file or was made for another anchor.
     pub fn resume(parts: Parts<S>, step: u64) -> Result<Self> {
         Self::start(parts, |parts| {
-            let checkpoints = Checkpoints::of(&parts.run_dir);
+            let checkpoints = Checkpoints::of(parts.attempt.run_dir());
             let state = checkpoints.state(step)?;
             let optimizer = match parts.config.phase.trains_anchor() {
                 true => {
@@ -163,19 +80,18 @@ impl<S: BlockStore> Trainer<S> {
         match parts.check().and_then(|()| begin(&parts)) {
             Ok((optimizer, state)) => Ok(Self::with(parts, optimizer, state)),
             Err(error) => {
-                parts.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+                parts.workers.mesh.give_up(&error.to_string(), error.cause());
                 Err(error)
             }
         }
     }
 
     fn with(parts: Parts<S>, optimizer: Option<Optimizer>, state: TrainState) -> Self {
-        let Parts { run_dir, config, corpus, anchor, memory, workers } = parts;
-        let checkpoints = Checkpoints::of(&run_dir);
+        let Parts { attempt, config, corpus, anchor, memory, workers } = parts;
         let anchor = if config.phase.trains_anchor() { anchor } else { anchor.freeze() };
         let memory = memory.map(|bank| MemoryPipe::new(bank, config.staleness));
         Self {
-            run_dir,
+            attempt,
             config,
             corpus,
             anchor,
@@ -183,7 +99,6 @@ impl<S: BlockStore> Trainer<S> {
             workers,
             optimizer,
             gradients: Gradients::default(),
-            checkpoints,
             state,
             last_loss: f64::NAN,
             is_stopping: false,
@@ -214,14 +129,18 @@ impl<S: BlockStore> Trainer<S> {
     pub fn run(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let done = self.run_steps(progress);
         if let Err(error) = &done {
-            self.workers.mesh.give_up(&error.to_string(), !error.is_transient());
+            self.workers.mesh.give_up(&error.to_string(), error.cause());
         }
         done
     }
 
     fn run_steps(&mut self, progress: &mut dyn FnMut(&StepMetrics)) -> Result<Ended> {
         let mut metrics = match self.workers.mesh.rank() {
-            0 => Some(Metrics::resume(&self.run_dir, self.state.step, self.state.tokens_seen)?),
+            0 => {
+                self.attempt.check()?;
+                let TrainState { step, tokens_seen, .. } = self.state;
+                Some(Metrics::resume(self.attempt.run_dir(), step, tokens_seen)?)
+            }
             _ => None,
         };
         let loader = Loader::start(self.corpus.clone(), &self.config, self.state.step + 1);
@@ -254,6 +173,7 @@ impl<S: BlockStore> Trainer<S> {
             if let Some(metrics) = &mut metrics
                 && (last || line.validation_loss.is_some() || due(step, self.config.log_every))
             {
+                self.attempt.check()?;
                 line = metrics.write(line)?;
             }
             progress(&line);
@@ -318,6 +238,12 @@ impl<S: BlockStore> Trainer<S> {
         let Workers { mesh, replicated, stop, .. } = &mut self.workers;
         let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
         let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
+        // Of a subtree, gradients are those that it has in the whole step, and the loss is its own.
+        let n_scored = match self.config.subtree {
+            Some(subtree) => batch.only(|path| subtree.has(path)).n_scored(),
+            None => batch.n_scored(),
+        };
+        let loss = if n_scored == 0 { 0.0 } else { loss * batch.n_scored() as f64 / n_scored as f64 };
         time.reduce_ms += laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
         let norm = match self.optimizer {
@@ -342,8 +268,7 @@ impl<S: BlockStore> Trainer<S> {
         }
         time.update_ms = laps.lap_ms();
         (self.last_loss, self.is_stopping) = (loss, is_stopping);
-        self.state =
-            TrainState { step, tokens_seen: self.state.tokens_seen + batch.n_scored() as u64, ..self.state };
+        self.state = TrainState { step, tokens_seen: self.state.tokens_seen + n_scored as u64, ..self.state };
         let has_memory = self.memory.is_some();
         Ok(StepMetrics {
             step,
@@ -363,7 +288,7 @@ impl<S: BlockStore> Trainer<S> {
     fn share(&self, batch: &Batch) -> Share {
         let spec = self.memory.as_ref().map(|memory| memory.bank().store().spec());
         let Workers { mesh, .. } = &self.workers;
-        Share::new(batch, self.config.micro_batch, spec, (mesh.rank(), mesh.world_size()))
+        Share::new(batch, &self.config, spec, (mesh.rank(), mesh.world_size()))
     }
 
     fn shared(&self, batch: Batch) -> (Batch, Share) {
@@ -389,6 +314,10 @@ impl<S: BlockStore> Trainer<S> {
         let compute = Compute { precision: config.precision, checkpoint: config.checkpoint_activations };
         let (mut losses, mut block_sums) = (vec![], BTreeMap::new());
         let mut run = |leaf: usize, part: &Batch, gradients: &mut Gradients| {
+            if part.n_sequences() == 0 {
+                losses.push(0.0);
+                return Ok(());
+            }
             let memory = Model { anchor, bank, step: Step(step - 1) }.place(blocks, &part.paths)?;
             let work = (eval::input(part), Targets { targets: &part.targets, scale, z_loss });
             let (loss, part_gradients) = anchor.loss_and_gradients(work, &memory, compute, gradients)?;
@@ -404,10 +333,12 @@ impl<S: BlockStore> Trainer<S> {
         let (mut sum, mut failed, mut total) = (share.sum(), Ok(()), Gradients::default());
         let parts = batch.split(config.micro_batch).enumerate();
         for (leaf, part) in parts.skip(share.leaves().start).take(share.leaves().len()) {
+            let part = of_subtree(part, config.subtree);
             if is_shared && leaf == last {
                 let before = std::mem::replace(&mut sum, share.sum()).into_parts();
                 let buckets = Buckets {
                     mesh: &mut workers.mesh,
+                    engine: &mut workers.engine,
                     call: Call::new("anchor gradients", step),
                     leaves: share.all_leaves(),
                     before,
@@ -443,7 +374,9 @@ impl<S: BlockStore> Trainer<S> {
     /// Fails when the model as the last step left it has no finite loss, so that every checkpoint can be
     /// gone on with.
     fn check_update(&self, batch: &Batch) -> Result<()> {
-        let Some(part) = batch.split(self.config.micro_batch).next() else { return Ok(()) };
+        let mut parts =
+            batch.split(self.config.micro_batch).map(|part| of_subtree(part, self.config.subtree));
+        let Some(part) = parts.find(|part| part.n_sequences() > 0) else { return Ok(()) };
         let model = self.model();
         let memory = model.place(&model.fetch(&part.paths)?, &part.paths)?;
         let targets = Targets { targets: &part.targets, scale: 1.0, z_loss: 0.0 };
@@ -460,7 +393,11 @@ impl<S: BlockStore> Trainer<S> {
         let (step, mesh) = (self.state.step, &self.workers.mesh);
         let part = (mesh.rank(), mesh.world_size());
         let mine = validation::losses(&self.model(), &self.corpus, &self.config, part)?;
-        let loss = validation::total(&mut self.workers.mesh, step, &mine)?.mean();
+        let total = validation::total(&mut self.workers.mesh, step, &mine)?;
+        if total.tokens == 0 {
+            return Ok(None);
+        }
+        let loss = total.mean();
         self.check_finite(step, "held-out loss", loss)?;
         Ok(Some(loss))
     }
@@ -477,25 +414,33 @@ impl<S: BlockStore> Trainer<S> {
     /// Writes a whole checkpoint of the current step, DONE last.
     ///
     /// # Errors
-    /// When a file cannot be written; the checkpoints before stay whole.
+    /// When another attempt at the run has begun, and when a file cannot be written; the checkpoints before stay whole.
     pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
         self.reach()?;
-        let dir = self.workers.mesh.at_work(|| {
-            let dir = self.checkpoints.begin(step)?;
+        self.workers.mesh.at_work(|| {
+            let dir = self.attempt.begin_save(step)?;
             self.anchor.save(&dir.join("anchor.safetensors"))?;
             if let Some(optimizer) = &self.optimizer {
                 optimizer.save(&dir.join("optimizer.safetensors"))?;
             }
-            Ok::<_, Error>(dir)
+            Ok::<_, Error>(())
         })?;
+        // Shards publish what they save on their own.
+        self.attempt.check()?;
         if let Some(memory) = &mut self.memory {
             memory.save(step, minding(&mut self.workers, step))?;
         }
-        let path = dir.join("state.json");
-        let state = serde_json::to_string_pretty(&self.state).map_err(|e| Error::file(&path, e))?;
-        write_whole(&path, state.as_bytes())?;
-        self.workers.mesh.at_work(|| self.checkpoints.finish(step, self.config.keep))
+        self.attempt.write_state(&self.state)?;
+        self.workers.mesh.at_work(|| self.attempt.publish(step, self.config.keep))
+    }
+}
+
+/// The part of a micro-batch that a run trains on; as wide as the whole, which decides no bit.
+fn of_subtree(part: Batch, subtree: Option<Subtree>) -> Batch {
+    match subtree {
+        Some(subtree) => part.only(|path| subtree.has(path)),
+        None => part,
     }
 }
 

@@ -6,7 +6,7 @@ use eval::{MemoryMode, Sample, TokenSum};
 use generate::Model;
 use memory_bank::BlockStore;
 
-use crate::{Assign, Result, TrainConfig};
+use crate::{Assign, Result, Subtree, TrainConfig};
 
 /// The losses of one worker's part of the held-out sequences, with the memory that they were trained to fetch.
 pub(crate) fn losses<S: BlockStore>(
@@ -24,7 +24,8 @@ pub(crate) fn losses<S: BlockStore>(
         (Some(_), Assign::AlwaysOn) => MemoryMode::Generic,
         (Some(_), Assign::Fetched) => MemoryMode::Fetched,
     };
-    let sample = Sample { n, batch: config.micro_batch, part };
+    let under = config.subtree.map(Subtree::cluster);
+    let sample = Sample { n, batch: config.micro_batch, part, under };
     Ok(eval::held_out(model, corpus, memory, &sample, &[])?.sequences)
 }
 

@@ -64,6 +64,7 @@ pub(crate) fn fresh_blocks(spec: &BlockSpec, paths: &[ClusterPath]) -> Vec<Block
         world_size: 1,
         staleness: 0,
         checkpoint_root: PathBuf::from("never-saved"),
+        offload: None,
         hashes: BTreeMap::new(),
     };
     let bank = LocalBank::create(spec.clone(), options).unwrap();

@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use collective::{TlsConfigs, is_on_this_machine};
+use memory_service::security::{TlsFiles, WorkerTls};
 use serde::{Deserialize, Serialize};
 
 /// How the workers of a job mind each other.
@@ -13,13 +15,59 @@ pub(crate) struct CollectiveSection {
     pub(crate) join_s: u64,
     /// Seconds after which a worker that is waited for is late, and the step given up.
     pub(crate) patience_s: u64,
-    /// How often workers and shards may fail without a checkpoint in between until the job does.
+    /// What sums the anchor's gradients over all workers.
+    pub(crate) engine: EngineKind,
+    /// How often each worker and each shard may fail without a checkpoint in between until the job does.
     pub(crate) retries: usize,
+    /// Certificates of role worker, for the connections of workers to each other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<shard_host::TlsSection>,
+    /// Whether workers may meet on other addresses than loopback without certificates.
+    pub(crate) insecure: bool,
+}
+
+impl CollectiveSection {
+    /// The certificates with which a worker meets the others at `master`.
+    pub(crate) fn tls(&self, master: &str) -> Result<Option<TlsConfigs>> {
+        let Some(shard_host::TlsSection { cert, key, ca }) = self.tls.clone() else {
+            if self.insecure || is_on_this_machine(master) {
+                return Ok(None);
+            }
+            bail!(
+                "collective.tls: expected certificates (or collective.insecure = true), since {master}, where the \
+                 workers meet, is not loopback; found nothing"
+            );
+        };
+        let WorkerTls { server, client } =
+            WorkerTls::read(&TlsFiles { cert, key, ca }).context("collective.tls")?;
+        Ok(Some(TlsConfigs { server, client }))
+    }
 }
 
 impl Default for CollectiveSection {
     fn default() -> Self {
-        Self { join_s: 600, patience_s: 600, retries: 3 }
+        Self { join_s: 600, patience_s: 600, engine: EngineKind::Tcp, retries: 3, tls: None, insecure: false }
+    }
+}
+
+/// What sums gradients.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum EngineKind {
+    /// The workers, over the connections they have: the bits of one worker, for any number of them.
+    Tcp,
+    /// NCCL, on GPUs.
+    Nccl,
+}
+
+impl CollectiveSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.engine == EngineKind::Nccl && !cfg!(feature = "nccl") {
+            bail!(
+                "collective.engine: expected \"tcp\", as this program was built without nccl, found \"nccl\""
+            );
+        }
+        Ok(())
     }
 }
 
@@ -61,4 +109,8 @@ pub(crate) struct ShardSection {
     /// Where checkpoints go.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) store: Option<shard_host::StoreSection>,
+    /// Where rows go beyond a part of memory, also those of a run that keeps its bank in its own process;
+    /// without it all of them stay in memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) offload: Option<memory_bank::OffloadOptions>,
 }

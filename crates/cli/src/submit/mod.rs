@@ -99,6 +99,13 @@ pub(crate) fn submit(args: &SubmitArgs) -> Result<()> {
              shard.serve.insecure = true where nobody else can), found none"
         );
     }
+    let collective = &config.collective;
+    if shape.workers > 1 && collective.tls.is_none() && !collective.insecure {
+        bail!(
+            "collective.tls: expected certificates, since others may reach the workers (or collective.insecure = true \
+             where nobody else can), found none"
+        );
+    }
     if let Some(setting) = setting_of_store(&config)? {
         let set = files.set.iter().cloned().chain([setting]).collect::<Vec<_>>();
         config = Config::load(&files.config, &set)?;

@@ -30,13 +30,19 @@ pub(super) fn begin(config: &Config, prepared: &Prepared, resumed: Option<u64>) 
             .compare(&Fingerprint::load(&prepared.dir)?)
             .with_context(|| format!("{} goes on only with the corpus it began with", dir.display()))?;
     } else {
-        for name in COPIED {
-            let (from, to) = (prepared.dir.join(name), dir.join(name));
-            match fs::read(&from) {
-                Ok(bytes) => write_whole(&to, &bytes)?,
-                Err(e) if name == EMBEDDER && e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(e).with_context(|| format!("{}", from.display())),
-            }
+        copy_belongings(&prepared.dir, dir)?;
+    }
+    Ok(())
+}
+
+/// Copies what a run routes and generates with.
+pub(super) fn copy_belongings(from: &Path, to: &Path) -> Result<()> {
+    for name in COPIED {
+        let path = from.join(name);
+        match fs::read(&path) {
+            Ok(bytes) => write_whole(&to.join(name), &bytes)?,
+            Err(e) if name == EMBEDDER && e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("{}", path.display())),
         }
     }
     Ok(())
@@ -51,19 +57,21 @@ pub(super) fn write_config(config: &Config) -> Result<()> {
 
 /// A run goes on only with the configuration it began with; what is only reported may change.
 fn check_same(path: &Path, before: &Config, now: &Config) -> Result<()> {
-    let (before, now) = (decisive(before)?, decisive(now)?);
-    for key in before.keys().chain(now.keys()) {
-        if before.get(key) != now.get(key) {
-            let show = |value: Option<&String>| value.map_or("nothing".to_string(), Clone::clone);
-            bail!(
-                "{}: {key} was {} when the run began and is {} now; use another run.dir, or remove this one",
-                path.display(),
-                show(before.get(key)),
-                show(now.get(key))
-            );
-        }
+    match difference(before, now)? {
+        None => Ok(()),
+        Some((key, before, now)) => bail!(
+            "{}: {key} was {before} when the run began and is {now} now; use another run.dir, or remove this one",
+            path.display()
+        ),
     }
-    Ok(())
+}
+
+/// A key that decides what is trained and is not the same, with both values.
+pub(super) fn difference(one: &Config, other: &Config) -> Result<Option<(String, String, String)>> {
+    let (one, other) = (decisive(one)?, decisive(other)?);
+    let key = one.keys().chain(other.keys()).find(|&key| one.get(key) != other.get(key));
+    let show = |value: Option<&String>| value.map_or("nothing".to_owned(), Clone::clone);
+    Ok(key.map(|key| (key.clone(), show(one.get(key)), show(other.get(key)))))
 }
 
 /// The keys that decide what is trained, with their values.

@@ -1,6 +1,7 @@
 //! `anchorage train`: a run folder made or gone on with.
 
 mod folder;
+mod merge;
 mod parts;
 mod stop;
 
@@ -11,22 +12,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use collective::{Call, Mesh, TcpOptions};
+use candle_core::Device;
+use collective::{Call, Engine, Mesh, TcpOptions};
 use launch::Ranks;
 use memory_bank::{BlockStore, Step};
 use memory_service::RemoteStats;
 use serde::{Deserialize, Serialize};
-use train::{Checkpoints, Ended, Parts, StepMetrics, TrainConfig, Trainer, Workers};
+use train::{Attempt, Checkpoints, Ended, Parts, StepMetrics, TrainConfig, Trainer, Workers};
 
-use crate::config::{CollectiveSection, Config};
+use crate::config::{CollectiveSection, Config, EngineKind};
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
 use crate::shards::{self, Bank};
 use crate::status::{Observer, Rates};
 
 use folder::{begin, belongings, decisive, write_config};
+pub(crate) use merge::{MergeArgs, merge};
 pub(crate) use parts::block_spec;
-use parts::{Assembled, bank_identity};
+use parts::{Assembled, Start, bank_identity};
 pub(crate) use stop::Stop;
 
 /// Trains the run of `config`, as one of its workers, from its newest checkpoint if it has one. When another
@@ -34,7 +37,7 @@ pub(crate) use stop::Stop;
 pub(crate) fn train(config: &Config, ranks: &Ranks) -> Result<Ended> {
     let stop = Stop::when_told()?;
     let observer = Observer::start(config, ranks)?;
-    let mut worker = Worker { config, ranks, observer: &observer, held: None };
+    let mut worker = Worker { config, ranks, observer: &observer, held: None, attempt: None };
     let ended = worker.train(&stop);
     observer.tell(match &ended {
         Ok(Ended::Done) => "done".to_owned(),
@@ -51,30 +54,39 @@ struct Worker<'a> {
     observer: &'a Observer,
     /// The run's folder, which the first worker holds once the corpus is prepared.
     held: Option<fs::File>,
+    /// The last one, of the first worker, who begins them.
+    attempt: Option<Attempt>,
 }
 
 impl Worker<'_> {
     fn train(&mut self, stop: &Stop) -> Result<Ended> {
         let config = self.config;
-        let (mut failures, mut newest) = (0, None);
+        // By who was the cause: one that comes and goes does not use up what another is allowed.
+        let (mut failures, mut newest) = (BTreeMap::<String, usize>::new(), None);
         loop {
             let error = match self.attempt(&stop.flag) {
                 // What was saved before is what the next start goes on from.
                 Err(_) if stop.is_set() => return Ok(Ended::Stopped),
-                Err(error) if is_transient(&error) => error,
+                Err(error) => error,
                 ended => return ended,
             };
+            // Who was cut off sees the others gone: what it has to say is that they go on without it.
+            self.attempt.as_ref().map_or(Ok(()), Attempt::check)?;
+            let Some(cause) = cause(&error) else { return Err(error) };
             let checkpoint = Checkpoints::of(&config.run.dir).latest()?;
             if std::mem::replace(&mut newest, checkpoint) != checkpoint {
-                failures = 0;
+                failures.clear();
             }
-            failures += 1;
-            if failures > config.collective.retries {
-                return Err(
-                    error.context(format!("failed {failures} times since step {}", newest.unwrap_or(0)))
+            let since = newest.unwrap_or(0);
+            let n_failures = failures.entry(cause.clone()).or_default();
+            *n_failures += 1;
+            if *n_failures > config.collective.retries {
+                let told = format!(
+                    "{cause} failed {n_failures} times since step {since}, more than collective.retries allows"
                 );
+                return Err(error.context(told));
             }
-            eprintln!("back to step {}: {error:#}", newest.unwrap_or(0));
+            eprintln!("back to step {since}: {error:#}");
             self.observer.back(&format!("{error:#}"));
         }
     }
@@ -84,12 +96,17 @@ impl Worker<'_> {
         let Self { config, ranks, .. } = *self;
         let Ranks { rank, world_size, ref master, ref job, .. } = *ranks;
         let CollectiveSection { join_s, patience_s, .. } = config.collective;
+        let tls = match world_size {
+            1 => None,
+            _ => config.collective.tls(master)?,
+        };
         self.observer.tell("waiting for all workers");
         let mut mesh = collective::join(&TcpOptions {
             rank,
             world_size,
             master: master.clone(),
             job: format!("{job} {}", config.run.dir.display()),
+            tls,
             join: Duration::from_secs(join_s),
             stop: Arc::clone(stop),
             patience: Duration::from_secs(patience_s),
@@ -98,16 +115,29 @@ impl Worker<'_> {
             Ok(assembled) => assembled,
             Err(error) => {
                 // Who was told to stop goes on later, and the others with it.
-                let is_final = !is_transient(&error) && !stop.load(Ordering::Relaxed);
-                mesh.give_up(&format!("{error:#}"), is_final);
+                let is_told = stop.load(Ordering::Relaxed);
+                let cause = if is_told { Some(format!("rank {rank}")) } else { cause(&error) };
+                mesh.give_up(&format!("{error:#}"), cause);
                 return Err(error);
             }
         };
-        let Assembled { resumed, tokens_before, corpus, anchor, memory, replicated, sizes } = parts;
+        let Assembled {
+            start: Start { attempt, resumed },
+            tokens_before,
+            corpus,
+            anchor,
+            memory,
+            replicated,
+            sizes,
+        } = parts;
         let rank_at_bank = if config.memory.shards.is_empty() { 0 } else { rank };
-        let workers = Workers { mesh, replicated, rank_at_bank, stop: Arc::clone(stop) };
-        let (run_dir, config_of_train) = (config.run.dir.clone(), config.train.clone());
-        let parts = Parts { run_dir, config: config_of_train, corpus, anchor, memory, workers };
+        let engine = match config.collective.engine {
+            _ if world_size == 1 => Engine::Tcp,
+            EngineKind::Tcp => Engine::Tcp,
+            EngineKind::Nccl => on_gpus(&mut mesh, anchor.device())?,
+        };
+        let workers = Workers { mesh, engine, replicated, rank_at_bank, stop: Arc::clone(stop) };
+        let parts = Parts { attempt, config: config.train.clone(), corpus, anchor, memory, workers };
         let trainer = match resumed {
             Some(step) => Trainer::resume(parts, step)?,
             None => Trainer::new(parts, tokens_before)?,
@@ -119,18 +149,19 @@ impl Worker<'_> {
     fn assemble(&mut self, mesh: &mut Mesh, stop: &AtomicBool) -> Result<Assembled> {
         let Self { config, ranks, .. } = *self;
         let led = match ranks.rank {
-            0 => mesh.at_work(|| self.make_ready(stop))?,
+            0 => Some(mesh.at_work(|| self.make_ready(stop))?),
             _ => None,
         };
-        let resumed = Begin { resumed: led, ..Begin::of(config)? }.agree(mesh)?;
+        let (attempt, resumed) = Begin { led, ..Begin::of(config)? }.agree(mesh)?;
+        let attempt = Attempt::of(&config.run.dir, attempt);
         self.observer.write_from_now();
         self.observer.tell("reading its part");
-        mesh.at_work(|| Assembled::open(config, ranks, resumed))
+        mesh.at_work(|| Assembled::open(config, ranks, Start { attempt, resumed }))
     }
 
     /// What the first worker does for all: prepares the corpus, makes the run's folder and brings the shards to
-    /// where the run goes on, which is returned.
-    fn make_ready(&mut self, stop: &AtomicBool) -> Result<Option<u64>> {
+    /// where the run goes on, which is returned with the number of the attempt.
+    fn make_ready(&mut self, stop: &AtomicBool) -> Result<Led> {
         let Self { config, ranks, .. } = *self;
         let dir = &config.run.dir;
         if self.held.is_none() {
@@ -142,6 +173,8 @@ impl Worker<'_> {
                 bail!("{}: another process is training this run", dir.display());
             }
         }
+        let attempt = Attempt::begin(dir, self.attempt.as_ref())?;
+        self.attempt = Some(attempt.clone());
         let resumed = Checkpoints::of(dir).latest()?;
         begin(config, &Prepared::of(config), resumed)?;
         if parts::on_shards(config) {
@@ -154,27 +187,46 @@ impl Worker<'_> {
                 shards::hand_over(config, bank_identity(config, &tree, &tokenizer), &memory, goal.0)?;
             }
             self.observer.tell(format!("bringing the shards to step {}", goal.0.0));
-            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), ranks.world_size, goal, stop)?;
+            let job = (ranks.world_size, &attempt);
+            shards::bring_to(config, bank_identity(config, &tree, &tokenizer), job, goal, stop)?;
         }
         write_config(config)?;
-        Ok(resumed)
+        Ok((attempt.number(), resumed))
     }
 }
 
-/// Whether the same may succeed from the last checkpoint, once another process is there again.
-fn is_transient(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.downcast_ref::<train::Error>().is_some_and(train::Error::is_transient)
-            || cause.downcast_ref::<collective::Error>().is_some_and(collective::Error::is_transient)
-            || matches!(cause.downcast_ref(), Some(memory_bank::Error::Remote { is_transient: true, .. }))
+/// Sums on the GPUs of all workers.
+#[cfg(feature = "nccl")]
+fn on_gpus(mesh: &mut Mesh, device: &Device) -> Result<Engine> {
+    Ok(Engine::Nccl(collective::Nccl::join(mesh, device.as_cuda_device()?.cuda_stream())?))
+}
+
+/// Refused when the configuration was read.
+#[cfg(not(feature = "nccl"))]
+fn on_gpus(_: &mut Mesh, _: &Device) -> Result<Engine> {
+    bail!("collective.engine: this program was built without nccl")
+}
+
+/// Who is the cause, if the same may succeed from the last checkpoint once another process is there again.
+fn cause(error: &anyhow::Error) -> Option<String> {
+    error.chain().find_map(|error| match error.downcast_ref::<collective::Error>() {
+        Some(error) => error.cause(),
+        None => match error.downcast_ref() {
+            Some(memory_bank::Error::Remote { is_transient: true, address, .. }) => {
+                Some(format!("shard {address}"))
+            }
+            _ => error.downcast_ref().and_then(train::Error::cause),
+        },
     })
 }
+
+/// What the first worker says: the number of the attempt, and the checkpoint that all go on from.
+type Led = (u64, Option<u64>);
 
 /// What workers tell each other first.
 #[derive(Serialize, Deserialize)]
 struct Begin {
-    /// The checkpoint that all go on from, as the first one says.
-    resumed: Option<u64>,
+    led: Option<Led>,
     version: String,
     /// All that decides what is trained.
     keys: BTreeMap<String, String>,
@@ -187,11 +239,12 @@ impl Begin {
         let TrainConfig { validate_every, validate_sequences, .. } = config.train;
         keys.insert("train.validate_every".into(), validate_every.to_string());
         keys.insert("train.validate_sequences".into(), validate_sequences.to_string());
-        Ok(Self { resumed: None, version: env!("CARGO_PKG_VERSION").into(), keys })
+        keys.insert("collective.engine".into(), format!("{:?}", config.collective.engine));
+        Ok(Self { led: None, version: env!("CARGO_PKG_VERSION").into(), keys })
     }
 
-    /// The checkpoint that the first worker goes on from, when all are of one configuration.
-    fn agree(&self, mesh: &mut Mesh) -> Result<Option<u64>> {
+    /// What the first worker says, when all are of one configuration.
+    fn agree(&self, mesh: &mut Mesh) -> Result<Led> {
         let told = mesh.all_gather(&Call::new("begin", 0), serde_json::to_vec(self)?.into())?;
         let first: Self = serde_json::from_slice(&told[0]).context("what rank 0 says of the run")?;
         if (&first.version, &first.keys) != (&self.version, &self.keys) {
@@ -201,7 +254,7 @@ impl Begin {
             let rank = mesh.rank();
             bail!("{key} is {found} for rank {rank} and {value} for rank 0: expected one configuration");
         }
-        Ok(first.resumed)
+        first.led.context("what rank 0 says of the run: expected an attempt, found none")
     }
 }
 

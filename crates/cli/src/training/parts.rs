@@ -11,7 +11,7 @@ use corpus::{Corpus, Tokenizer};
 use launch::Ranks;
 use memory_bank::{BankOptions, BlockSpec, Blocking, LocalBank, Step};
 use memory_service::Identity;
-use train::Checkpoints;
+use train::{Attempt, Checkpoints};
 
 use super::folder::belongings;
 use crate::config::Config;
@@ -19,10 +19,17 @@ use crate::prepare::Prepared;
 use crate::run::{device_of, hashes};
 use crate::shards::{self, Bank};
 
-/// What a worker trains with.
-pub(super) struct Assembled {
+/// What all workers of an attempt begin with.
+#[derive(Clone)]
+pub(super) struct Start {
+    pub(super) attempt: Attempt,
     /// The checkpoint that all go on from.
     pub(super) resumed: Option<u64>,
+}
+
+/// What a worker trains with.
+pub(super) struct Assembled {
+    pub(super) start: Start,
     pub(super) tokens_before: u64,
     pub(super) corpus: Arc<Corpus>,
     pub(super) anchor: Anchor,
@@ -40,7 +47,8 @@ pub(super) fn on_shards(config: &Config) -> bool {
 
 impl Assembled {
     /// Opens all that the worker of `ranks` trains with, from a checkpoint or from the beginning.
-    pub(super) fn open(config: &Config, ranks: &Ranks, resumed: Option<u64>) -> Result<Self> {
+    pub(super) fn open(config: &Config, ranks: &Ranks, start: Start) -> Result<Self> {
+        let resumed = start.resumed;
         let (tree, tokenizer) = belongings(config)?;
         let corpus = Arc::new(Corpus::open(&Prepared::of(config).dir)?);
         corpus.check_tokenizer(&tokenizer)?;
@@ -58,9 +66,9 @@ impl Assembled {
             (true, true) => {
                 let (place, step) = ((ranks.rank, ranks.world_size), Step(resumed.unwrap_or(0)));
                 let identity = bank_identity(config, &tree, &tokenizer);
-                Some(shards::train_on_shards(config, identity, place, step)?)
+                Some(shards::train_on_shards(config, identity, place, (&start.attempt, step))?)
             }
-            (true, false) => Some(own_bank(config, (&tree, &tokenizer), resumed)?),
+            (true, false) => Some(own_bank(config, (&tree, &tokenizer), &start)?),
         };
         let sizes_of_memory = match memory {
             Some(_) => format!(" + {} fetched of a bank of {}", spec.fetch_len(), spec.bank_len()),
@@ -69,7 +77,7 @@ impl Assembled {
         let sizes = format!("{} parameters{sizes_of_memory}", anchor.config().n_parameters());
         let is_replicated = |level| !on_shards(config) || config.memory.replicated.contains(&level);
         let replicated = (0..spec.n_levels()).map(is_replicated).collect();
-        Ok(Self { resumed, tokens_before, corpus, anchor, memory, replicated, sizes })
+        Ok(Self { start, tokens_before, corpus, anchor, memory, replicated, sizes })
     }
 }
 
@@ -85,10 +93,10 @@ pub(super) fn bank_identity(
 }
 
 /// The bank of a run that keeps it in its own process.
-fn own_bank(
+pub(super) fn own_bank(
     config: &Config,
     (tree, tokenizer): (&ClusterTree, &Tokenizer),
-    resumed: Option<u64>,
+    start: &Start,
 ) -> Result<Blocking<Bank>> {
     let checkpoints = Checkpoints::of(&config.run.dir);
     let spec = block_spec(config, tree);
@@ -97,10 +105,11 @@ fn own_bank(
         adamw: config.train.memory_adamw(),
         world_size: 1,
         staleness: config.train.staleness,
-        checkpoint_root: checkpoints.root().into(),
+        checkpoint_root: start.attempt.dir(),
+        offload: config.shard.offload.clone(),
         hashes: hashes(tree, tokenizer),
     };
-    let bank = match resumed {
+    let bank = match start.resumed {
         Some(step) => {
             let memory = checkpoints.dir(step).join("memory");
             // One that was saved by shards is with them.

@@ -60,12 +60,23 @@ impl Corpus {
     /// visits every sequence once, in a new order. A pure function, so a position in the data is one
     /// number. Fails on damaged files.
     pub fn sequence(&self, seed: u64, index: u64) -> Result<Sequence> {
+        self.assemble(&self.train, self.place(seed, index)?)
+    }
+
+    /// The path of [`Corpus::sequence`], without its tokens.
+    pub fn sequence_path(&self, seed: u64, index: u64) -> Result<ClusterPath> {
+        let place = self.place(seed, index)?;
+        self.path(&self.train, &self.train.sequences()[place as usize])
+    }
+
+    /// Where a sequence of the training order is packed.
+    fn place(&self, seed: u64, index: u64) -> Result<u64> {
         let n = self.n_sequences();
         if n == 0 {
             return Err(Error::OutOfRange { what: "training sequence", index, len: 0 });
         }
         let (epoch, position) = (index / n, index % n);
-        self.assemble(&self.train, permute(position, n, mix2(seed, epoch)))
+        Ok(permute(position, n, mix2(seed, epoch)))
     }
 
     /// Validation sequence `index`, in packing order. Fails past the end and on damaged files.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use cluster_tree::ClusterId;
 use memory_bank::{
-    BankStore, Block, Checkpoint, Gradients, Identity, Live, Placement, Shard, ShardOptions, ShardRecord,
-    Step, StoreOptions,
+    Array, BankStore, Block, Checkpoint, Gradients, Identity, Live, Placement, Shard, ShardOptions,
+    ShardRecord, Step, StoreOptions,
 };
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -95,9 +95,8 @@ impl Shards {
     pub(crate) fn state(&self) -> BTreeMap<ClusterId, (u64, [Vec<u32>; 3])> {
         let snapshots = self.live.iter().map(|live| live.snapshot(live.applied(), Step(0)).unwrap());
         let rows = snapshots.flat_map(|snapshot| snapshot.rows);
-        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
-        rows.map(|(id, row)| (id, (row.steps, [&row.values, &row.m, &row.v].map(|values| bits(values)))))
-            .collect()
+        let bits = |array: &Array| array.read().unwrap().iter().map(|value| value.to_bits()).collect();
+        rows.map(|(id, row)| (id, (row.steps, [&row.values, &row.m, &row.v].map(bits)))).collect()
     }
 }
 

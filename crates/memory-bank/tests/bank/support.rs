@@ -33,6 +33,7 @@ pub(crate) fn options(world_size: usize, root: &Path) -> BankOptions {
         staleness: 0,
         checkpoint_root: root.to_owned(),
         hashes,
+        offload: None,
     }
 }
 

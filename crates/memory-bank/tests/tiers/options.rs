@@ -108,6 +108,7 @@ async fn sources_are_of_one_bank() {
         world_size: 1,
         staleness: 0,
         checkpoint_root: "/nonexistent".into(),
+        offload: None,
         hashes: Default::default(),
     };
     let mut wider = spec();

@@ -60,6 +60,7 @@ impl Bank {
             world_size: 1,
             staleness: 0,
             checkpoint_root: folder.path().to_owned(),
+            offload: None,
             hashes: hashes(),
         };
         let bank = LocalBank::create(spec(), options).unwrap();

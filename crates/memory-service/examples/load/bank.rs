@@ -1,10 +1,9 @@
 //! The banks that are measured.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use cluster_tree::ClusterId;
-use memory_bank::{AdamW, BlockSpec, MemoryKind, Placement, Row, Schedule, Shard, ShardOptions, Step};
+use memory_bank::{AdamW, Array, BlockSpec, MemoryKind, Placement, Row, Schedule, Shard, ShardOptions, Step};
 use memory_service::{Identity, RemoteBank, RemoteOptions, Retry};
 
 use crate::closed_loop::{Result, number};
@@ -20,7 +19,10 @@ const MOMENT: f32 = 1.0 / 1024.0;
 /// The sizes of a bank.
 #[derive(clap::Args, Clone)]
 pub(crate) struct Sizes {
-    /// Memory width by level: a block has 86,016 bytes for each.
+    /// Layers of the model.
+    #[arg(long, default_value_t = 14)]
+    layers: usize,
+    /// Memory width by level: a block has 86,016 bytes for each with 14 layers.
     #[arg(long, value_delimiter = ',', required = true)]
     width: Vec<usize>,
     #[arg(long, value_delimiter = ',', required = true)]
@@ -40,7 +42,7 @@ impl Sizes {
     pub(crate) fn spec(&self) -> BlockSpec {
         BlockSpec {
             kind: MemoryKind::Ffn,
-            n_layers: 14,
+            n_layers: self.layers,
             d_model: 512,
             width: self.width.clone(),
             branching: self.branching.clone(),
@@ -64,20 +66,20 @@ impl Sizes {
     /// A shard all of whose blocks have been updated.
     pub(crate) fn shard(&self, moments: Moments) -> Result<Shard> {
         let spec = self.spec();
-        let moment = |id: ClusterId| Arc::new(vec![MOMENT; spec.block_len(usize::from(id.level))]);
+        let moment = |id: ClusterId| Array::from(vec![MOMENT; spec.block_len(usize::from(id.level))]);
         let mut of_level = BTreeMap::new();
         let mut rows = vec![];
         for id in self.ids() {
-            let values =
+            let values: Vec<f32> =
                 (0..spec.block_len(usize::from(id.level))).map(|place| number(id.index, place)).collect();
             let (m, v) = match moments {
                 Moments::Own => (moment(id), moment(id)),
                 Moments::Shared => {
                     let moment = of_level.entry(id.level).or_insert_with(|| moment(id));
-                    (Arc::clone(moment), Arc::clone(moment))
+                    (moment.clone(), moment.clone())
                 }
             };
-            rows.push((id, Row { values: Arc::new(values), m, v, steps: 1, last: START }));
+            rows.push((id, Row { values: Array::from(values), m, v, steps: 1, last: START }));
         }
         Ok(Shard::with_rows(spec, options(), START, rows)?)
     }

@@ -1,13 +1,14 @@
 //! Our side of bench/shard, one subcommand for each thing that is measured. Those that are asked again and again answer
 //! every line of their input by one line of JSON; the others print one line. All end when their input does.
 //!
-//! `load COMMAND --width 80,20 --branching 64,1`: the bank has 14 layers of 512 and these levels.
+//! `load COMMAND --width 80,20 --branching 64,1`: the bank has 14 layers of 512, unless told otherwise, and these levels.
 
 mod bank;
 mod closed_loop;
 mod fetch;
 mod files;
 mod overload;
+mod paths;
 mod push;
 mod serve;
 mod train;
@@ -36,6 +37,8 @@ enum Command {
     Push(push::Args),
     /// Trains for some steps: fetches and pushes, with readers beside.
     Train(train::Args),
+    /// Trains for some steps on a random path each.
+    Paths(paths::Args),
     /// Bytes on the wire for the blocks of a batch.
     Wire(wire::Args),
     /// Per line, the seconds of one save.
@@ -55,6 +58,7 @@ fn main() -> Result<()> {
         Command::Fetch(args) => fetch::run(args, &runtime),
         Command::Push(args) => push::run(args),
         Command::Train(args) => runtime.block_on(train::run(args)),
+        Command::Paths(args) => runtime.block_on(paths::run(args)),
         Command::Wire(args) => runtime.block_on(wire::run(args)),
         Command::Save(args) => files::save(args, &runtime),
         Command::Make(args) => runtime.block_on(files::make(args)),

@@ -42,6 +42,9 @@ pub struct RemoteOptions {
     pub identity: Identity,
     /// Ranks whose pushes make a step, as this client takes it; `None` when it only reads.
     pub world_size: Option<usize>,
+    /// The attempt at a run that this client is of; shards refuse it once they have been told of a later one.
+    /// 0 is of none.
+    pub attempt: u64,
     /// Of fetched weights on the wire.
     pub fetch_dtype: Dtype,
     /// Of pushed gradients on the wire.
@@ -77,6 +80,7 @@ impl RemoteOptions {
             spec,
             identity,
             world_size: None,
+            attempt: 0,
             fetch_dtype: Dtype::F32,
             push_dtype: Dtype::F32,
             bulk: true,

@@ -79,7 +79,7 @@ impl ShardClient {
         Ok(Self {
             address: address.to_owned(),
             host: host.to_owned(),
-            identity: options.identity.message(placement),
+            identity: BankIdentity { attempt: options.attempt, ..options.identity.message(placement) },
             life: AtomicU64::new(0),
             relied_on: AtomicU64::new(0),
             clients: channels.iter().cloned().map(client).collect(),
@@ -100,7 +100,8 @@ impl ShardClient {
     }
 
     pub(crate) async fn stat(&self) -> Result<StatResponse, Status> {
-        Ok(self.client().stat(self.request(StatRequest {})).await?.into_inner())
+        let request = StatRequest { attempt: self.identity.attempt };
+        Ok(self.client().stat(self.request(request)).await?.into_inner())
     }
 
     /// Learns in which life the shard is; returns where it stands. Fails when it has lost steps that this

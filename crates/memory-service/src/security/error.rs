@@ -225,6 +225,12 @@ pub enum Error {
         /// What its certificate says.
         found: Identity,
     },
+    /// A certificate of one who is no worker, where only workers meet.
+    #[error("the certificate is that of {found}, expected a worker")]
+    NotAWorker {
+        /// Whose it is.
+        found: Identity,
+    },
     /// A peer that speaks something else.
     #[error("{peer}: speaks {found:?}, expected {expected:?}")]
     Protocol {

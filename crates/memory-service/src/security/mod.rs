@@ -13,7 +13,8 @@
 //! | no | no | nobody, everything is allowed: [`check_bind`] keeps this to loopback unless told |
 //!
 //! Certificates and tokens are [`Reloading`]: a file that changes counts for the next connection or
-//! request. [`certs`] makes an authority and certificates for development.
+//! request. [`certs`] makes an authority and certificates for development. [`WorkerTls`] is for the
+//! connections of workers to each other, which are made elsewhere.
 
 mod access;
 mod audit;
@@ -26,6 +27,7 @@ mod reload;
 mod stream;
 mod tls;
 mod tokens;
+mod workers;
 
 #[cfg(test)]
 mod tests;
@@ -40,3 +42,4 @@ pub use reload::{Reloading, ReloadingTls, ReloadingTokens};
 pub use stream::Stream;
 pub use tls::{Protocol, Tls, TlsFiles};
 pub use tokens::{MIN_TOKEN_LEN, Tokens};
+pub use workers::WorkerTls;

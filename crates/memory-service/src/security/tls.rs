@@ -7,6 +7,7 @@ use rustls::client::Resumption;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, InconsistentKeys, RootCertStore, ServerConfig};
@@ -79,7 +80,10 @@ impl Tls {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let own = own(files, chain, &provider)?;
         let roots = Arc::new(roots(&files.ca, now)?);
-        let server = server(own.clone(), roots.clone(), provider.clone())?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
+            .build()
+            .map_err(|e| Error::Tls { what: SERVER, reason: e.to_string() })?;
+        let server = server(own.clone(), verifier, provider.clone())?;
         let client = client(own, roots, provider)?;
         let of = |protocol: Protocol| {
             let (mut server, mut client) = (server.clone(), client.clone());
@@ -113,18 +117,16 @@ impl Tls {
     }
 }
 
-fn server(
+const SERVER: &str = "TLS of the server";
+
+pub(super) fn server(
     own: Arc<CertifiedKey>,
-    roots: Arc<RootCertStore>,
+    verifier: Arc<dyn ClientCertVerifier>,
     provider: Arc<CryptoProvider>,
 ) -> Result<ServerConfig> {
-    let what = "TLS of the server";
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
-        .build()
-        .map_err(|e| Error::Tls { what, reason: e.to_string() })?;
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(Error::tls(what))?
+        .map_err(Error::tls(SERVER))?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(own)));
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -132,7 +134,7 @@ fn server(
     Ok(config)
 }
 
-fn client(
+pub(super) fn client(
     own: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
@@ -147,7 +149,7 @@ fn client(
 }
 
 /// The own certificate with its key.
-fn own(
+pub(super) fn own(
     files: &TlsFiles,
     chain: Vec<CertificateDer<'static>>,
     provider: &CryptoProvider,
@@ -166,7 +168,7 @@ fn own(
 }
 
 /// The authorities of a file. That none has expired is checked here: a verifier of TLS does not.
-fn roots(path: &Path, now: SystemTime) -> Result<RootCertStore> {
+pub(super) fn roots(path: &Path, now: SystemTime) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path, now)? {
         let is_ca = identity::parse(&certificate).map(|parsed| parsed.is_ca());

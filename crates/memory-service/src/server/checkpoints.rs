@@ -103,7 +103,7 @@ impl Checkpoints {
         // Until this function ends, also when its caller goes away in the middle of it.
         let _not_ready = NotReady::begin(host);
         let restored = async {
-            let shard = checkpoint.load_onto(&self.identity, options, held).await?;
+            let shard = checkpoint.load_onto(&self.identity, options, held, live.offload()).await?;
             self.store.discard_after(step).await?;
             Ok(shard)
         };

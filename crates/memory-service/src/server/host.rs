@@ -1,9 +1,10 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Placement, Shard, Step, Values};
+use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Offload, Placement, Shard, Step, Values};
 use rand::RngExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
@@ -17,7 +18,7 @@ use crate::wire::Dtype;
 /// Where a server's blocks are.
 #[derive(Clone)]
 pub enum Source {
-    /// In memory, updated by pushes.
+    /// Updated by pushes.
     Live(Arc<Live>),
     /// In the files of a checkpoint, to be fetched from only.
     ReadOnly(Arc<MappedBank>),
@@ -51,6 +52,8 @@ pub(crate) struct Host {
     /// Of the blocks: a number that no other process and no restore has. Held while it is asked about,
     /// so that it does not end in the middle of an answer.
     life: watch::Sender<u64>,
+    /// The latest attempt at a run that the shard has been told of. It changes while `life` is held.
+    attempt: AtomicU64,
     /// False while blocks are replaced, and once the server stops.
     ready: watch::Sender<bool>,
     fetches: Bound,
@@ -87,6 +90,7 @@ impl Host {
             identity,
             placement,
             life: watch::Sender::new(new_life()),
+            attempt: AtomicU64::new(0),
             ready: watch::Sender::new(true),
             fetches: Bound::new("fetches", limits.fetches),
             waiting: Bound::new("waiting requests", limits.waiting),
@@ -105,11 +109,36 @@ impl Host {
             None => {}
             Some(difference) => return Err(Status::failed_precondition(difference)),
         }
+        self.check_attempt(identity.attempt)?;
         let life = *self.life.borrow();
         match identity.life {
             0 => Ok(life),
             meant => self.in_life(meant).map(|_| meant),
         }
+    }
+
+    /// Fails for an attempt at the run that is over, since a later one has begun.
+    fn check_attempt(&self, attempt: u64) -> Result<(), Status> {
+        match self.attempt.load(Ordering::Relaxed) {
+            latest if attempt != 0 && attempt < latest => Err(Status::failed_precondition(format!(
+                "attempt {attempt} was taken over by attempt {latest}: another job trains on this shard"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Follows the latest attempt at the run. With the first word of it a life begins, and nothing is taken
+    /// any more that was meant for the one before, on whatever connection it comes.
+    pub(crate) fn follow(&self, attempt: u64) -> Result<(), Status> {
+        self.life.send_if_modified(|life| {
+            let is_later = attempt > self.attempt.load(Ordering::Relaxed);
+            if is_later {
+                self.attempt.store(attempt, Ordering::Relaxed);
+                *life = new_life();
+            }
+            is_later
+        });
+        self.check_attempt(attempt)
     }
 
     /// Keeps a life from ending while what this returns is held. Fails when it has ended.
@@ -150,8 +179,11 @@ impl Host {
     pub(crate) fn update_metrics(&self) {
         self.metrics.applied.set(self.source.applied().0 as i64);
         if let Source::Live(live) = &self.source
-            && let Ok((lag, touched)) = live.with(|shard| (shard.lag(), shard.n_touched()))
+            && let Ok((lag, touched, in_memory)) =
+                live.with(|shard| (shard.lag(), shard.n_touched(), shard.host_bytes()))
         {
+            self.metrics.row_bytes("memory", in_memory);
+            self.metrics.row_bytes("disk", live.offload().map_or(0, Offload::disk_bytes));
             self.metrics.fence_lag.set(lag as i64);
             touched.into_iter().enumerate().for_each(|(level, n)| self.metrics.touched(level as u8, n));
         }

@@ -28,6 +28,7 @@ pub(crate) struct Metrics {
     pub(crate) applied: Gauge,
     pub(crate) fence_lag: Gauge,
     touched: Family<Level, Gauge>,
+    row_bytes: Family<Place, Gauge>,
     in_use: Family<Resource, Gauge>,
     pub(crate) save_seconds: Histogram,
     pub(crate) saved_bytes: Counter,
@@ -55,6 +56,11 @@ struct Direction {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct Place {
+    place: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
 struct Resource {
     resource: &'static str,
 }
@@ -79,6 +85,7 @@ impl Metrics {
             applied: Gauge::default(),
             fence_lag: Gauge::default(),
             touched: Family::default(),
+            row_bytes: Family::default(),
             in_use: Family::default(),
             save_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 16)),
             saved_bytes: Counter::default(),
@@ -114,6 +121,8 @@ impl Metrics {
         let lag = "Steps that some rank has pushed and that wait for another";
         registry.register("fence_lag_steps", lag, m.fence_lag.clone());
         registry.register("touched_blocks", "Blocks updated at least once, by level", m.touched.clone());
+        let rows = "Bytes of updated blocks with their moments, in memory and on disk";
+        registry.register_with_unit("row", rows, Unit::Bytes, m.row_bytes.clone());
         registry.register("in_use", "Bounded resources in use", m.in_use.clone());
         registry.register_with_unit(
             "save",
@@ -140,6 +149,10 @@ impl Metrics {
 
     pub(crate) fn touched(&self, level: u8, n: usize) {
         self.touched.get_or_create(&Level { level }).set(n as i64);
+    }
+
+    pub(crate) fn row_bytes(&self, place: &'static str, n_bytes: u64) {
+        self.row_bytes.get_or_create(&Place { place }).set(n_bytes as i64);
     }
 
     pub(crate) fn received(&self, n_bytes: usize) {

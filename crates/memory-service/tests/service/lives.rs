@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memory_bank::{BlockStore, Placement, Step};
 use memory_service::proto::OpenBulkRequest;
-use memory_service::{RemoteBank, ServeOptions};
+use memory_service::{RemoteBank, RemoteOptions, ServeOptions};
 use object_store::memory::InMemory;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -163,4 +163,46 @@ async fn a_push_that_is_on_its_way_when_the_blocks_are_replaced_is_not_taken() {
     push(&bank, 2..=2, 2).await;
     let found = soon(bank.fetch(Step(2), &all_ids())).await.unwrap();
     assert!(bits(&found) == bits(&reference(2, 2)));
+}
+
+/// As of a job that was started again elsewhere while the one before still runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_attempt_at_a_run_ends_what_an_earlier_one_may_ask() {
+    for bulk in [false, true] {
+        let objects = Arc::new(InMemory::new());
+        let served = start(&objects, 2, bulk).await;
+        let connect =
+            |attempt| RemoteBank::connect(RemoteOptions { attempt, ..remote(std::slice::from_ref(&served)) });
+        let (first, same) = (connect(5).await.unwrap(), connect(5).await.unwrap());
+        push(&first, 1..=1, 2).await;
+        push(&same, 2..=2, 2).await;
+        first.save(Step(2)).await.unwrap();
+        // A part of the next step is there, and another is waited for.
+        first.push(Step(3), 0, gradients(9, 0)).await.unwrap();
+        let waiting = first.prefetch(Step(3), &all_ids());
+        let second = connect(6).await.unwrap();
+        assert!(!second.is_after(Step(2)).await.unwrap(), "something is pending");
+        let over = "attempt 5 was taken over by attempt 6: another job trains on this shard";
+        let errors = [
+            soon(waiting).await.unwrap().map(drop),
+            soon(first.push(Step(3), 1, gradients(9, 1))).await,
+            soon(first.save(Step(2))).await,
+            soon(first.restore(Some(Step(2)))).await.map(drop),
+            soon(same.fetch(Step(0), &all_ids())).await.map(drop),
+            connect(5).await.map(drop),
+        ];
+        for error in errors {
+            let error = error.unwrap_err();
+            assert!(error.to_string().contains(over), "bulk {bulk}: {error}");
+            assert!(matches!(error, memory_bank::Error::Remote { is_transient: false, .. }), "{error}");
+        }
+        second.restore(Some(Step(2))).await.unwrap();
+        push(&second, 3..=4, 2).await;
+        second.save(Step(4)).await.unwrap();
+        let found = soon(second.fetch(Step(4), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(4, 2)), "bulk {bulk}");
+        // Who is of no attempt reads what is there.
+        let found = soon(connect(0).await.unwrap().fetch(Step(4), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(4, 2)), "bulk {bulk}");
+    }
 }

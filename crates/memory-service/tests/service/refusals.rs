@@ -25,6 +25,7 @@ pub(crate) async fn client(served: &Served) -> MemoryServiceClient<Channel> {
 pub(crate) fn wire_identity(shard: u32, n_shards: u32) -> BankIdentity {
     let identity = identity();
     BankIdentity {
+        attempt: 0,
         bank: identity.bank,
         spec: identity.spec,
         hashes: identity.hashes.into_iter().collect(),

@@ -90,5 +90,10 @@ async fn tokens_decide_without_certificates() {
         assert!(bits(&reader.fetch(Step(1), &all_ids()).await.unwrap()) == bits(&reference(1, 1)));
         let error = reader.push(Step(2), 0, vec![]).await.unwrap_err().to_string();
         assert!(error.contains("PermissionDenied"), "{error}");
+        // Nor does it end what the writer may do by the number of a later attempt.
+        let options = RemoteOptions { token: Some(token("read")), attempt: 9, ..remote(&served) };
+        let error = RemoteBank::connect(options).await.err().unwrap().to_string();
+        assert!(error.contains("PermissionDenied"), "{error}");
+        writer.push(Step(2), 0, vec![]).await.unwrap();
     }
 }

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
-use memory_bank::{Block, Gradients, Placement, Row, Shard, Step, Update, init_block};
+use memory_bank::{Array, Block, Gradients, Placement, Row, Shard, Step, Update, init_block};
 
 use crate::setting::Setting;
 
@@ -63,7 +63,11 @@ impl Reference {
         for ((id, expected), (_, found)) in expected.into_iter().zip(found) {
             let arrays =
                 [(&expected.values, &found.values), (&expected.m, &found.m), (&expected.v, &found.v)];
-            let same = arrays.iter().all(|(expected, found)| same_bits(expected, found));
+            let read = |array: &Array| array.read().map_err(|error| error.to_string());
+            let mut same = true;
+            for (expected, found) in arrays {
+                same &= same_bits(&read(expected)?, &read(found)?);
+            }
             if !same || expected.steps != found.steps {
                 return Err(format!(
                     "block {id} after step {step} is not the reference's: {} updates, expected {}",
@@ -75,7 +79,8 @@ impl Reference {
     }
 
     fn values(&self, step: u64, id: ClusterId) -> &[f32] {
-        self.rows[step as usize].get(&id).map_or(&self.initial[&id], |row| &row.values)
+        let row = self.rows[step as usize].get(&id);
+        row.and_then(|row| row.values.in_memory()).unwrap_or(&self.initial[&id])
     }
 }
 

@@ -12,7 +12,7 @@ use candle_core::{DType, Device};
 use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
 use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind};
 use tempfile::TempDir;
-use train::{Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
+use train::{Attempt, Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
 
 pub(crate) use crate::files::files;
 
@@ -74,8 +74,10 @@ impl World {
     }
 
     pub(crate) fn parts(&self, name: &str, config: &TrainConfig) -> Parts<LocalBank> {
-        let bank = || LocalBank::create(spec(), self.bank_options(name, config)).unwrap();
-        self.parts_with(name, config, (self.fresh_anchor(), config.phase.has_memory().then(bank)))
+        let attempt = self.attempt(name);
+        let bank = || LocalBank::create(spec(), bank_options(&attempt, config)).unwrap();
+        let bank = config.phase.has_memory().then(bank);
+        self.parts_with(attempt, config, (self.fresh_anchor(), bank))
     }
 
     /// A run from its newest checkpoint, as a second process would make it.
@@ -84,34 +86,40 @@ impl World {
         let step = checkpoints.require_latest().unwrap();
         let dir = checkpoints.dir(step);
         let anchor = Anchor::load(&dir.join("anchor.safetensors"), CPU).unwrap();
-        let options = self.bank_options(name, config);
+        let attempt = self.attempt(name);
+        let options = bank_options(&attempt, config);
         let bank = || LocalBank::resume(&dir.join("memory"), spec(), options).unwrap();
         let bank = config.phase.has_memory().then(bank);
-        let parts = self.parts_with(name, config, (anchor, bank));
+        let parts = self.parts_with(attempt, config, (anchor, bank));
         (step, Trainer::resume(parts, step).unwrap())
     }
 
-    pub(crate) fn bank_options(&self, name: &str, config: &TrainConfig) -> BankOptions {
-        BankOptions {
-            seed: 4,
-            adamw: config.memory_adamw(),
-            world_size: 1,
-            staleness: 0,
-            checkpoint_root: Checkpoints::of(&self.run_dir(name)).root().into(),
-            hashes: BTreeMap::from([("tree".into(), "t".into())]),
-        }
+    /// The next attempt at a run.
+    pub(crate) fn attempt(&self, name: &str) -> Attempt {
+        Attempt::begin(&self.run_dir(name), None).unwrap()
     }
 
     pub(crate) fn parts_with(
         &self,
-        name: &str,
+        attempt: Attempt,
         config: &TrainConfig,
         (anchor, bank): (Anchor, Option<LocalBank>),
     ) -> Parts<LocalBank> {
         let memory = bank.map(|bank| Blocking::new(Arc::new(bank)).unwrap());
-        let (run_dir, corpus) = (self.run_dir(name), self.corpus.clone());
-        fs::create_dir_all(&run_dir).unwrap();
-        Parts { run_dir, config: config.clone(), corpus, anchor, memory, workers: Workers::alone() }
+        let (config, corpus) = (config.clone(), self.corpus.clone());
+        Parts { attempt, config, corpus, anchor, memory, workers: Workers::alone() }
+    }
+}
+
+pub(crate) fn bank_options(attempt: &Attempt, config: &TrainConfig) -> BankOptions {
+    BankOptions {
+        seed: 4,
+        adamw: config.memory_adamw(),
+        world_size: 1,
+        staleness: 0,
+        checkpoint_root: attempt.dir(),
+        offload: None,
+        hashes: BTreeMap::from([("tree".into(), "t".into())]),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Whole runs on a tiny corpus: resuming to the byte, phases, divergence, checkpoints and metrics.
 
+mod attempts;
 mod checkpoints;
 #[path = "../../../../tests/fixtures/files.rs"]
 mod files;

@@ -105,12 +105,13 @@ fn a_run_goes_on_with_another_number_of_workers() {
     assert!(text.contains("rank 1 is gone") && text.contains("of step 9"), "{text}");
     let (step, _) = world.resume("run", &config);
     assert_eq!(step, 5);
+    let attempt = world.attempt("run");
     on_all(3, |mesh| {
         let dir = Checkpoints::of(&world.run_dir("run")).dir(5);
         let anchor = anchor::Anchor::load(&dir.join("anchor.safetensors"), CPU).unwrap();
-        let bank =
-            memory_bank::LocalBank::resume(&dir.join("memory"), spec(), world.bank_options("run", &config));
-        let parts = world.parts_with("run", &config, (anchor, Some(bank.unwrap())));
+        let options = bank_options(&attempt, &config);
+        let bank = memory_bank::LocalBank::resume(&dir.join("memory"), spec(), options).unwrap();
+        let parts = world.parts_with(attempt.clone(), &config, (anchor, Some(bank)));
         train(Trainer::resume(Parts { workers: replicated(mesh), ..parts }, 5).unwrap());
     });
     assert_same(&world, "one", "run");
@@ -201,10 +202,10 @@ fn any_number_of_workers_and_shards_gives_the_bits_of_one() {
         let bank = Arc::new(Sharded::new(n_shards, world_size, &config));
         let all = on_all(world_size, |mesh| {
             let name = format!("{world_size}-{n_shards}-{}", mesh.rank());
-            let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
+            let Parts { attempt, config, corpus, anchor, .. } = world.parts(&name, &config);
             let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
             let workers = shared(mesh);
-            let parts = Parts { run_dir, config, corpus, anchor, memory, workers };
+            let parts = Parts { attempt, config, corpus, anchor, memory, workers };
             let mut trainer = Trainer::new(parts, 0).unwrap();
             let mut all = vec![];
             trainer.run(&mut |line| all.push(line.clone())).unwrap();
@@ -247,10 +248,10 @@ fn a_stale_run_learns_and_keeps_its_steps_apart() {
     let bank = Arc::new(Sharded::new(2, 2, &config));
     let all = on_all(2, |mesh| {
         let name = format!("stale-{}", mesh.rank());
-        let Parts { run_dir, config, corpus, anchor, .. } = world.parts(&name, &config);
+        let Parts { attempt, config, corpus, anchor, .. } = world.parts(&name, &config);
         let memory = Some(Blocking::new(Arc::clone(&bank)).unwrap());
         let workers = shared(mesh);
-        train(Trainer::new(Parts { run_dir, config, corpus, anchor, memory, workers }, 0).unwrap())
+        train(Trainer::new(Parts { attempt, config, corpus, anchor, memory, workers }, 0).unwrap())
     });
     assert_eq!(all[0].iter().map(|line| line.step).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
     assert!(all[0][11].loss < all[0][0].loss - 0.3, "it learns");

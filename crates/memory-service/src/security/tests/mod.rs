@@ -6,6 +6,7 @@ mod grpc;
 mod log;
 mod reload;
 mod tls;
+mod workers;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
