@@ -133,8 +133,7 @@ fn a_bank_larger_than_the_memory_of_its_rows_is_the_one_in_memory() {
     let work = Workdir::new();
     // 5.7 MB of rows, of which a step may need 3.
     let sizes = ["--set", "memory.width=[64, 128]"];
-    let in_mib = |mib: &'static str| ["--set", "shard.offload.dir=rows", "--set", mib];
-    let rows = in_mib("shard.offload.host_mib=3");
+    let rows = ["--set", r#"shard.offload={ dir = "rows", host_mib = 3 }"#];
     work.ok(&[&["train", "run.toml"], &sizes[..], &LONG[..]].concat());
     let own = ["train", "run.toml", "--set", "run.dir=own"];
     work.ok(&[&own[..], &sizes[..], &rows[..], &LONG[..]].concat());
@@ -151,12 +150,17 @@ fn a_bank_larger_than_the_memory_of_its_rows_is_the_one_in_memory() {
 
     let small = ["train", "run.toml", "--set", "run.dir=small"];
     work.fails(
-        &[&small[..], &sizes[..], &in_mib("shard.offload.host_mib=0")].concat(),
+        &[&small[..], &sizes[..], &rows[..], &["--set", "shard.offload.host_mib=0"]].concat(),
         &["offload.host_mib is 0, expected at least ", " blocks of step 1"],
     );
-    let dir = ["--set", "shard.offload.host_mib=3", "--set", "shard.offload.dir=run.toml/rows"];
-    work.fails(&[&small[..], &sizes[..], &dir].concat(), &["run.toml/rows: Not a directory"]);
-    work.fails(&[&small[..], &["--set", "shard.offload.mib=3"]].concat(), &["shard.offload", "mib"]);
+    work.fails(
+        &[&small[..], &sizes[..], &rows[..], &["--set", "shard.offload.dir=run.toml/rows"]].concat(),
+        &["run.toml/rows: Not a directory"],
+    );
+    work.fails(
+        &[&small[..], &rows[..1], &["shard.offload.dir=rows"]].concat(),
+        &["missing field `host_mib`"],
+    );
 }
 
 #[test]

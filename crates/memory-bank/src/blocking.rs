@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_tree::ClusterId;
+use futures::FutureExt;
 use tokio::task::JoinHandle;
 
 use crate::tensor_file::io_error;
@@ -118,6 +119,14 @@ impl<S: BlockStore> Blocking<S> {
 /// A request under way.
 #[derive(Debug)]
 pub struct Pending<T>(JoinHandle<Result<T>>);
+
+impl<T> Pending<T> {
+    /// What has become of it, once it has ended; it is not asked again then.
+    pub fn ended(&mut self) -> Option<Result<T>> {
+        let ended = (&mut self.0).now_or_never()?;
+        Some(ended.map_err(|source| Error::Task { source }).flatten())
+    }
+}
 
 impl<T> Drop for Pending<T> {
     fn drop(&mut self) {

@@ -45,18 +45,23 @@ impl<S: BlockStore> MemoryPipe<S> {
     /// come.
     ///
     /// # Errors
-    /// Those of the bank, and that of `check`.
+    /// Those of the bank, also for an earlier push, and that of `check`.
     pub fn blocks(
         &mut self,
         step: u64,
         ids: impl FnOnce() -> Vec<ClusterId>,
-        check: impl FnMut() -> Result<()>,
+        mut check: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Block>> {
         self.begin_fetch(step, ids);
-        match self.fetching.remove(&step) {
-            Some(pending) => self.bank.finish(pending, check),
-            None => Ok(vec![]),
-        }
+        let Some(pending) = self.fetching.remove(&step) else { return Ok(vec![]) };
+        self.bank.finish(pending, || {
+            // The fetch would wait for the step of a push that has failed.
+            while let Some(ended) = self.pushing.front_mut().and_then(Pending::ended) {
+                self.pushing.pop_front();
+                ended?;
+            }
+            check()
+        })
     }
 
     /// Begins to push the gradients of a step; waits for those of earlier ones, so that at most `staleness`
