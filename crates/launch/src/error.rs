@@ -86,6 +86,26 @@ pub enum Error {
         /// What is there.
         found: String,
     },
+    /// What the cluster has, beside what was asked for.
+    #[cfg(feature = "kubernetes")]
+    #[error("{name}: expected {expected}, found {found}")]
+    Job {
+        /// Kind and name.
+        name: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// What the cluster refuses, or that it is not reached.
+    #[cfg(feature = "kubernetes")]
+    #[error("{what}: {reason}")]
+    Cluster {
+        /// Kind and name of what was asked about.
+        what: String,
+        /// What it says.
+        reason: String,
+    },
     /// A role that ended and is not started again.
     #[error("{role} ended with {ended}{}: its log is {}", said(last_line), log.display())]
     Ended {

@@ -2,11 +2,15 @@
 //! manifests that are rendered and checked here.
 
 mod check;
+#[cfg(feature = "kubernetes")]
+mod cluster;
 mod render;
 mod site;
 mod yaml;
 
 pub use check::check;
+#[cfg(feature = "kubernetes")]
+pub use cluster::{Cluster, JobStatus, Phase, PodStatus};
 pub use render::{Job, name_of};
 pub use site::{Pods, Site, Toleration};
 pub use yaml::to_yaml;

@@ -375,5 +375,7 @@ fn toleration(toleration: &super::Toleration) -> Value {
     rendered
 }
 
+#[cfg(all(test, feature = "kubernetes"))]
+mod schema;
 #[cfg(test)]
 pub(super) mod tests;
