@@ -6,6 +6,7 @@ mod comparison;
 mod fixtures;
 mod jobs;
 mod kill;
+mod kubernetes;
 mod pipeline;
 mod route_study;
 mod s3;

@@ -146,7 +146,8 @@ impl Job<'_> {
         let pods = &self.site.worker;
         let is = |action: &str, codes: &[u8]| {
             let codes = json!({ "containerName": "worker", "operator": "In", "values": codes });
-            json!({ "action": action, "onExitCodes": codes })
+            // The list is empty, not absent: by the schemas of Kubernetes 1.28 it must be there.
+            json!({ "action": action, "onExitCodes": codes, "onPodConditions": [] })
         };
         let disrupted = json!([{ "type": "DisruptionTarget", "status": "True" }]);
         let job = json!({

@@ -200,7 +200,7 @@ pub(super) fn port_of(found: &Node, containers: &[Node]) -> Result<()> {
 pub(super) fn failure_rule(rule: &Node, template: &Node) -> Result<()> {
     rule.get("action").one_of(&["Count", "FailIndex", "FailJob", "Ignore"])?;
     let (codes, conditions) = (rule.get("onExitCodes"), rule.get("onPodConditions"));
-    if codes.is_there() == conditions.is_there() {
+    if codes.is_there() != conditions.items().is_empty() {
         return Err(rule.wrong("one of onExitCodes and onPodConditions"));
     }
     if !codes.is_there() {

@@ -280,7 +280,11 @@ fn restarts_fit_the_kind() {
     ] {
         assert_eq!(refused(JOB_SET, &format!("{JOB}/{place}"), value), format!("{at}.{expected}"));
     }
-    let both = refused(JOB_SET, &format!("{JOB}/podFailurePolicy/rules/0/onPodConditions"), json!([]));
+    let both = refused(
+        JOB_SET,
+        &format!("{JOB}/podFailurePolicy/rules/0/onPodConditions"),
+        json!([{ "status": "True" }]),
+    );
     assert!(both.contains("rules[0]: expected one of onExitCodes and onPodConditions"), "{both}");
     let none = refused(JOB_SET, "/spec/replicatedJobs", json!([]));
     assert_eq!(none, "JobSet facts: spec.replicatedJobs: expected one job at least, found []");

@@ -41,10 +41,9 @@ impl Server {
     fn answer(&mut self, request: Request) -> (u16, Value) {
         let Request { method, path, query, body, .. } = &request;
         let refused = |code: u16, message: &str| {
-            (
-                code,
-                json!({ "kind": "Status", "status": "Failure", "code": code, "message": message, "reason": "Because" }),
-            )
+            let reason = if code == 404 { "NotFound" } else { "Because" };
+            let status = json!({ "kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": message });
+            (code, status)
         };
         let is_dry = query.contains("dryRun=All");
         let is_refused = |refusal: &&(&str, &str, u16)| {
