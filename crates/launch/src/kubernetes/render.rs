@@ -319,6 +319,10 @@ impl Job<'_> {
             volumes.push(json!({ "name": "shm", "emptyDir": { "medium": "Memory", "sizeLimit": size } }));
             mounts.push(mount("shm", "/dev/shm"));
         }
+        if let Some(size) = &pods.scratch {
+            volumes.push(scratch(size, pods.scratch_class.as_deref()));
+            mounts.push(mount("scratch", "/scratch"));
+        }
         for (name, secret, path) in [("tls", &pods.certificate, TLS), ("token", &pods.token, TOKEN)] {
             if let Some(secret) = secret {
                 let source = json!({ "secretName": secret, "defaultMode": 0o400 });
@@ -362,6 +366,18 @@ impl Job<'_> {
         }
         pod
     }
+}
+
+fn scratch(size: &str, class: Option<&str>) -> Value {
+    let Some(class) = class else {
+        return json!({ "name": "scratch", "emptyDir": { "sizeLimit": size } });
+    };
+    let claim = json!({
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": class,
+        "resources": { "requests": { "storage": size } },
+    });
+    json!({ "name": "scratch", "ephemeral": { "volumeClaimTemplate": { "spec": claim } } })
 }
 
 fn toleration(toleration: &super::Toleration) -> Value {

@@ -66,6 +66,10 @@ pub struct Pods {
     pub gpu: String,
     /// Size of /dev/shm, which counts as memory of the pod.
     pub shared_memory: Option<String>,
+    /// Size of /scratch, a disk that is the pod's own and ends with it: for `shard.offload` or caches.
+    pub scratch: Option<String>,
+    /// StorageClass that it is of; the node's own disk without it.
+    pub scratch_class: Option<String>,
     /// A Secret with `tls.crt`, `tls.key` and `ca.crt`.
     pub certificate: Option<String>,
     /// A Secret with `tokens`, a shard's file of tokens, or `token`, a worker's own.

@@ -149,7 +149,7 @@ impl<'a> All<'a> {
         if policy.is_there() {
             policy.one_of(&["Always"])?;
         }
-        self.pod(&template, &spec.get("volumeClaimTemplates").items())
+        self.pod(&template)
     }
 
     fn disruption_budget(&self, root: &Node) -> Result<()> {
@@ -213,7 +213,7 @@ impl<'a> All<'a> {
         for rule in spec.get("podFailurePolicy.rules").items() {
             pod::failure_rule(&rule, &template)?;
         }
-        self.pod(&template, &[])
+        self.pod(&template)
     }
 }
 

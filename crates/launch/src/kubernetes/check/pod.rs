@@ -10,8 +10,8 @@ use crate::kubernetes::check::node::Node;
 const PROBES: [&str; 3] = ["startupProbe", "livenessProbe", "readinessProbe"];
 
 impl All<'_> {
-    /// A template; `claims` are those that a set makes for each of its pods.
-    pub(super) fn pod(&self, template: &Node, claims: &[Node]) -> Result<()> {
+    /// A template.
+    pub(super) fn pod(&self, template: &Node) -> Result<()> {
         labels(&template.get("metadata.labels"))?;
         let spec = template.get("spec");
         for (key, value) in spec.get("nodeSelector").entries() {
@@ -41,7 +41,7 @@ impl All<'_> {
         for secret in spec.get("imagePullSecrets").items() {
             self.reference(&secret.get("name"), "Secret")?;
         }
-        self.volumes(&spec, claims)?;
+        self.volumes(&spec)?;
         let containers = [spec.get("containers").items(), spec.get("initContainers").items()].concat();
         Node::all_differ(containers.iter().map(|container| container.get("name")))?;
         let names = |key: &str| {
@@ -49,7 +49,7 @@ impl All<'_> {
         };
         Node::all_differ(names("name"))?;
         Node::all_differ(names("containerPort"))?;
-        containers.iter().try_for_each(|container| self.container(container, &spec, claims))
+        containers.iter().try_for_each(|container| self.container(container, &spec))
     }
 
     /// The name of an object that these manifests make, or that the cluster has.
@@ -61,10 +61,9 @@ impl All<'_> {
         }
     }
 
-    fn volumes(&self, spec: &Node, claims: &[Node]) -> Result<()> {
+    fn volumes(&self, spec: &Node) -> Result<()> {
         let volumes = spec.get("volumes").items();
-        let names = claims.iter().map(|claim| claim.get("metadata.name"));
-        Node::all_differ(volumes.iter().map(|volume| volume.get("name")).chain(names))?;
+        Node::all_differ(volumes.iter().map(|volume| volume.get("name")))?;
         for volume in volumes {
             volume.get("name").is("a DNS label (lower-case letters, digits and -)", is_part_of_host)?;
             let sources: Vec<_> = volume.entries().into_iter().filter(|(key, _)| *key != "name").collect();
@@ -86,13 +85,18 @@ impl All<'_> {
                         amount(&size)?;
                     }
                 }
-                _ => return Err(source.wrong("a configMap, secret, persistentVolumeClaim or emptyDir")),
+                "ephemeral" => claim(&source.get("volumeClaimTemplate.spec"))?,
+                _ => {
+                    return Err(
+                        source.wrong("a configMap, emptyDir, ephemeral, persistentVolumeClaim or secret")
+                    );
+                }
             }
         }
         Ok(())
     }
 
-    fn container(&self, container: &Node, spec: &Node, claims: &[Node]) -> Result<()> {
+    fn container(&self, container: &Node, spec: &Node) -> Result<()> {
         container.get("name").is("a DNS label (lower-case letters, digits and -)", is_part_of_host)?;
         container
             .get("image")
@@ -113,7 +117,7 @@ impl All<'_> {
         for key in PROBES {
             probe(&container.get(key), container)?;
         }
-        mounts(&container.get("volumeMounts").items(), spec, claims)?;
+        mounts(&container.get("volumeMounts").items(), spec)?;
         for secret in container.get("envFrom").items() {
             self.reference(&secret.get("secretRef.name"), "Secret")?;
         }
@@ -121,15 +125,23 @@ impl All<'_> {
     }
 }
 
+/// A claim that is made for a pod.
+fn claim(spec: &Node) -> Result<()> {
+    const MODES: [&str; 4] = ["ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"];
+    for mode in spec.get("accessModes").items() {
+        mode.one_of(&MODES)?;
+    }
+    spec.get("storageClassName").is("a DNS name (lower-case letters, digits, - and .)", is_name)?;
+    amount(&spec.get("resources.requests.storage")).map(|_| ())
+}
+
 /// Volumes that a container sees, each of which the pod has.
-fn mounts(mounts: &[Node], spec: &Node, claims: &[Node]) -> Result<()> {
+fn mounts(mounts: &[Node], spec: &Node) -> Result<()> {
     Node::all_differ(mounts.iter().map(|mount| mount.get("mountPath")))?;
     let volumes = spec.get("volumes").items();
-    let of_pod = volumes.iter().map(|volume| volume.get("name"));
-    let names: Vec<Node> = of_pod.chain(claims.iter().map(|claim| claim.get("metadata.name"))).collect();
     for mount in mounts {
         let name = mount.get("name");
-        if !names.iter().any(|volume| volume.value == name.value) {
+        if !volumes.iter().any(|volume| volume.get("name").value == name.value) {
             return Err(name.wrong("the name of a volume of the pod"));
         }
         let rule = |path: &str| path.starts_with('/') && path.len() > 1 && !path.contains(':');

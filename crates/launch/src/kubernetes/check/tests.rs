@@ -394,6 +394,33 @@ fn references_that_lead_nowhere_are_refused() {
     ] {
         assert_eq!(refused(SHARDS, &format!("{pod}/{place}"), value), format!("{at}.{expected}"));
     }
+    let claim = |key: &str, value: Value| {
+        let mut spec = json!({
+            "accessModes": ["ReadWriteOnce"],
+            "storageClassName": "nvme",
+            "resources": { "requests": { "storage": "1Ti" } },
+        });
+        spec[key] = value;
+        let volume = json!({ "name": "scratch", "ephemeral": { "volumeClaimTemplate": { "spec": spec } } });
+        refused(SHARDS, &format!("{pod}/volumes/-"), volume)
+    };
+    let at = format!("{at}.volumes[4].ephemeral.volumeClaimTemplate.spec");
+    for (key, value, expected) in [
+        (
+            "accessModes",
+            json!(["ReadWrite"]),
+            "accessModes[0]: expected one of ReadOnlyMany, ReadWriteMany, ReadWriteOnce, ReadWriteOncePod, found \
+             \"ReadWrite\"",
+        ),
+        (
+            "storageClassName",
+            json!("NVMe"),
+            "storageClassName: expected a DNS name (lower-case letters, digits, - and .), found \"NVMe\"",
+        ),
+        ("resources", json!({}), "resources.requests.storage: expected a text, found nothing"),
+    ] {
+        assert_eq!(claim(key, value), format!("{at}.{expected}"));
+    }
     assert_eq!(
         refused(SHARDS, "/spec/serviceName", json!("shards")),
         "StatefulSet facts-shard: spec.serviceName: expected a service of these manifests without an address \

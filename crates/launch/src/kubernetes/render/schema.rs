@@ -74,6 +74,11 @@ fn manifests_have_the_form_of_the_api() {
         for key in ["queue", "pull_secret", "store_secret", "service_account", "priority_class"] {
             section.insert(key.into(), "some".into());
         }
+        for (key, value) in [("scratch", "1Ti"), ("scratch_class", "nvme"), ("token", "tokens")] {
+            for pods in ["worker", "shard"] {
+                section[pods].as_table_mut().unwrap().insert(key.into(), value.into());
+            }
+        }
     });
     for (site, store_is_here) in [(site(), true), (queued, false)] {
         let job = Job { name: "facts", workers: 3, shards: 2, site: &site };

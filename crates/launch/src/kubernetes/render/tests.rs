@@ -88,6 +88,9 @@ fn a_site_decides_about_pods() {
         }
         put(section, "worker", ("token", "worker-token"));
         put(section, "shard", ("token", "shard-tokens"));
+        put(section, "worker", ("scratch", "100Gi"));
+        put(section, "shard", ("scratch", "1Ti"));
+        put(section, "shard", ("scratch_class", "nvme"));
     });
     let job = Job { name: "facts", workers: 64, shards: 16, site: &site };
     let settings = job.settings().join("\n");
@@ -121,6 +124,16 @@ fn a_site_decides_about_pods() {
     let toleration = json!([{ "key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule" }]);
     assert_eq!(at(worker, "/tolerations"), &toleration);
     assert_eq!(at(worker, "/nodeSelector"), &json!({ "nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3" }));
+    let scratch = json!({ "name": "scratch", "mountPath": "/scratch" });
+    for (pod, source) in [
+        (worker, "/emptyDir/sizeLimit"),
+        (shard, "/ephemeral/volumeClaimTemplate/spec/resources/requests/storage"),
+    ] {
+        assert!(at(pod, "/containers/0/volumeMounts").as_array().unwrap().contains(&scratch));
+        let volumes = at(pod, "/volumes").as_array().unwrap();
+        let size = volumes.iter().find(|volume| volume["name"] == "scratch").map(|volume| at(volume, source));
+        assert!(size.is_some_and(|size| size == "100Gi" || size == "1Ti"), "{volumes:?}");
+    }
     // The bank's checkpoints go elsewhere: shards only read the volume.
     assert_eq!(at(shard, "/containers/0/volumeMounts/1/readOnly"), true);
     assert_eq!(at(worker, "/containers/0/volumeMounts/1/readOnly"), &Value::Null);
