@@ -99,6 +99,9 @@ pub(crate) fn submit(args: &SubmitArgs) -> Result<()> {
     if let Some(site) = &site.kubernetes {
         return kubernetes::submit_to(args, site).with_context(|| format!("{}", path.display()));
     }
+    let Some(site) = &site.slurm else {
+        bail!("{}: expected a section [slurm] or [kubernetes], found neither", path.display());
+    };
     let serve = &config.shard.serve;
     if shape.shards > 0 && serve.tls.is_none() && !serve.insecure {
         bail!(
@@ -110,9 +113,6 @@ pub(crate) fn submit(args: &SubmitArgs) -> Result<()> {
         let set = files.set.iter().cloned().chain([setting]).collect::<Vec<_>>();
         config = Config::load(&files.config, &set)?;
     }
-    let Some(site) = &site.slurm else {
-        bail!("{}: expected a section [slurm] or [kubernetes], found neither", path.display());
-    };
     let dir = std::path::absolute(&config.run.dir)?;
     let submission = Submission { config, dir, shape: *shape };
     let script = slurm::render(&submission, site).with_context(|| format!("{}", path.display()))?;

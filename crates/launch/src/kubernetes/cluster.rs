@@ -93,7 +93,7 @@ impl<'a> Cluster<'a> {
     pub async fn apply(&self, given: &[(&'static str, String)]) -> Result<()> {
         match self.phase().await? {
             Phase::Absent => {}
-            Phase::Completed | Phase::Failed(_) => self.delete().await?,
+            Phase::Completed | Phase::Failed(_) => self.delete(Duration::ZERO).await?,
             phase => {
                 let expected = "no job of this name (cancel it, or use another run.dir)".to_owned();
                 return Err(Error::Job {
@@ -124,7 +124,7 @@ impl<'a> Cluster<'a> {
             let mut owned = manifest.clone();
             owned["metadata"]["ownerReferences"] = owner.clone();
             if let Err(error) = self.patch(i, &owned, &params).await {
-                self.delete().await?;
+                self.delete(Duration::ZERO).await?;
                 return Err(error);
             }
         }
@@ -154,13 +154,13 @@ impl<'a> Cluster<'a> {
                 let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(&suspend)).await;
                 patched.map_err(|error| failed(&self.label(0), &error))?;
                 self.wait(grace, "its workers gone", async || {
-                    Ok(self.pods("worker").await?.iter().all(|pod| is_over(pod)))
+                    Ok(self.pods("worker").await?.iter().all(is_over))
                 })
                 .await?;
             }
             Phase::Suspended | Phase::Completed | Phase::Failed(_) => {}
         }
-        self.delete().await
+        self.delete(grace).await
     }
 
     /// How the job is now.
@@ -218,7 +218,7 @@ impl<'a> Cluster<'a> {
     }
 
     /// Deletes all manifests, and waits until the JobSet is gone: another of its name may follow.
-    async fn delete(&self) -> Result<()> {
+    async fn delete(&self, grace: Duration) -> Result<()> {
         for i in (0..self.manifests.len()).rev() {
             let params = if i == 0 { DeleteParams::foreground() } else { DeleteParams::background() };
             match self.api(i).delete(self.name(i), &params).await {
@@ -226,7 +226,7 @@ impl<'a> Cluster<'a> {
                 deleted => drop(deleted.map_err(|error| failed(&self.label(i), &error))?),
             }
         }
-        self.wait(Duration::ZERO, "it gone", async || Ok(self.phase().await? == Phase::Absent)).await
+        self.wait(grace, "it gone", async || Ok(self.phase().await? == Phase::Absent)).await
     }
 
     /// Looks until something is so, for `grace` and what pods take to be gone.
@@ -294,18 +294,19 @@ impl<'a> Cluster<'a> {
 
 /// What the server says, or why it says nothing, in one line.
 fn failed(what: &str, error: &kube::Error) -> Error {
-    let mut reason = match error {
+    let reason = match error {
         kube::Error::Api(status) => status.message.clone(),
-        other => other.to_string(),
+        other => with_causes(other),
     };
-    let mut cause = std::error::Error::source(error);
-    while let (Some(found), false) = (cause, matches!(error, kube::Error::Api(_))) {
-        if !reason.contains(&found.to_string()) {
-            reason += &format!(": {found}");
-        }
-        cause = found.source();
-    }
     Error::Cluster { what: what.to_owned(), reason: reason.replace('\n', " ") }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.map(ToString::to_string).fold(error.to_string(), |text, cause| match text.contains(&cause) {
+        true => text,
+        false => format!("{text}: {cause}"),
+    })
 }
 
 fn is_over(pod: &Pod) -> bool {
@@ -332,21 +333,16 @@ fn status_of(pod: &Pod) -> PodStatus {
 
 /// Why a container waits, or how it ended, now or the last time.
 fn said_of(container: &ContainerStatus) -> Option<String> {
+    let joined = |parts: Vec<Option<String>>| parts.into_iter().flatten().collect::<Vec<_>>().join(": ");
     let state = container.state.clone().unwrap_or_default();
     if let Some(waiting) = state.waiting {
-        return Some([waiting.reason, waiting.message].into_iter().flatten().collect::<Vec<_>>().join(": "));
+        return Some(joined(vec![waiting.reason, waiting.message]));
     }
     let ended = state.terminated.or_else(|| container.last_state.clone()?.terminated)?;
-    let last_line = ended.message.unwrap_or_default();
-    let last_line = last_line.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned);
-    let code = format!("exit code {}", ended.exit_code);
-    Some(
-        [Some(code), ended.reason.filter(|reason| reason != "Error" && reason != "Completed"), last_line]
-            .into_iter()
-            .flatten()
-            .collect::<Vec<_>>()
-            .join(": "),
-    )
+    let lines = ended.message.unwrap_or_default();
+    let last = lines.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned);
+    let reason = ended.reason.filter(|reason| reason != "Error" && reason != "Completed");
+    Some(joined(vec![Some(format!("exit code {}", ended.exit_code)), reason, last]))
 }
 
 #[cfg(test)]
