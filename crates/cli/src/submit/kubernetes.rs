@@ -105,9 +105,14 @@ mod with_cluster {
         manifests: &[Value],
         given: &Given,
     ) -> Result<()> {
-        submission.prepare()?;
-        write_whole(&submission.folder().join(MANIFESTS), &serde_json::to_vec_pretty(manifests)?)?;
-        runtime()?.block_on(async { Cluster::connect(manifests).await?.apply(given).await })?;
+        runtime()?.block_on(async {
+            let cluster = Cluster::connect(manifests).await?;
+            cluster.refuse_second().await?;
+            submission.prepare()?;
+            write_whole(&submission.folder().join(MANIFESTS), &serde_json::to_vec_pretty(manifests)?)?;
+            cluster.apply(given).await?;
+            anyhow::Ok(())
+        })?;
         submission.note(&Submitted::Kubernetes)?;
         println!("{}", name(manifests));
         Ok(())

@@ -85,23 +85,28 @@ impl<'a> Cluster<'a> {
         Ok(Self { client, manifests })
     }
 
+    /// Fails while a job of this name is not over; tells what is there else.
+    ///
+    /// # Errors
+    /// When there is one, and when the server does not say.
+    pub async fn refuse_second(&self) -> Result<Phase> {
+        match self.phase().await? {
+            phase @ (Phase::Active | Phase::Suspended) => {
+                let expected = "no job of this name (cancel it, or use another run.dir)".to_owned();
+                Err(Error::Job { name: self.label(0), expected, found: format!("one that is {phase}") })
+            }
+            phase => Ok(phase),
+        }
+    }
+
     /// Makes the job, whole or not at all. One of its name that is over is taken away first; `given` is what must
     /// be in the cluster already.
     ///
     /// # Errors
     /// When a job of its name is there, when something of `given` is not, and when the server refuses a manifest.
     pub async fn apply(&self, given: &[(&'static str, String)]) -> Result<()> {
-        match self.phase().await? {
-            Phase::Absent => {}
-            Phase::Completed | Phase::Failed(_) => self.delete(Duration::ZERO).await?,
-            phase => {
-                let expected = "no job of this name (cancel it, or use another run.dir)".to_owned();
-                return Err(Error::Job {
-                    name: self.label(0),
-                    expected,
-                    found: format!("one that is {phase}"),
-                });
-            }
+        if self.refuse_second().await? != Phase::Absent {
+            self.delete(Duration::ZERO).await?;
         }
         for (kind, name) in given {
             self.require(kind, name).await?;
