@@ -173,7 +173,7 @@ fn what_cannot_be_submitted_is_told_and_nothing_is_written() {
         &["site.toml: slurm.ports: expected at least 3, found 20000 to 20001"],
     );
     fs::write(work.path("site.toml"), "").unwrap();
-    work.fails(&SUBMIT, &["site.toml: expected a section [slurm], found none"]);
+    work.fails(&SUBMIT, &["site.toml: expected a section [slurm] or [kubernetes], found neither"]);
     let plan = ["plan", "run.toml", "--site", "site.toml"];
     work.fails(&plan, &["site.toml: expected a section [worker] with speeds and prices, found none"]);
     assert!(!work.path("run").exists() && calls(&work).is_empty());

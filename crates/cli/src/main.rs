@@ -90,7 +90,7 @@ enum Command {
     /// Train with several workers and memory shards, processes of this machine that are started, watched and
     /// started again when they are killed.
     Up(up::UpArgs),
-    /// Train as a job of a site with Slurm.
+    /// Train as a job of a site with Slurm or Kubernetes.
     Submit(submit::SubmitArgs),
     /// The job that a run was submitted as.
     Job {

@@ -67,9 +67,29 @@ pub(crate) fn certs(command: CertsCommand) -> Result<()> {
     Ok(())
 }
 
-/// Serves one shard of a run's bank.
+/// Serves one shard of a run's bank, once its corpus is prepared.
 pub(crate) fn serve(config: &Config, args: ShardArgs) -> Result<()> {
+    if config.train.phase.has_memory() {
+        wait_for_corpus(config)?;
+    }
     Ok(args.serve(describe(config)?, &environment())?)
+}
+
+/// Shards may be started before the first worker, who prepares the corpus unless that is done.
+fn wait_for_corpus(config: &Config) -> Result<()> {
+    let (dir, join_s) = (&config.corpus.prepared, config.collective.join_s);
+    let (begin, mut is_told) = (Instant::now(), false);
+    while !corpus::stage_is_finished(dir, "pack")? {
+        if begin.elapsed().as_secs() >= join_s {
+            let dir = dir.display();
+            bail!("{dir}: waited {join_s} s (collective.join_s) for the corpus to be prepared");
+        }
+        if !std::mem::replace(&mut is_told, true) {
+            eprintln!("waiting for the corpus to be prepared in {}", dir.display());
+        }
+        std::thread::park_timeout(Duration::from_secs(1));
+    }
+    Ok(())
 }
 
 /// What the shards of a run's bank are told; its corpus is prepared, since the bank belongs to its tree.

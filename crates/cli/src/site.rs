@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use launch::slurm;
+use launch::{kubernetes, slurm};
 use serde::Deserialize;
 
 use crate::config::explain;
@@ -16,6 +16,8 @@ pub(crate) struct Site {
     shard: Option<ShardSpeeds>,
     /// How it takes jobs.
     pub(crate) slurm: Option<slurm::Site>,
+    /// The same, of a Kubernetes cluster.
+    pub(crate) kubernetes: Option<kubernetes::Site>,
 }
 
 /// What machines can do.
@@ -49,7 +51,10 @@ impl Site {
         let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
         let name = path.display().to_string();
         let site: Self = toml::from_str(&text).map_err(|e| explain(&e, Some(&text), &name))?;
-        let Self { worker, shard, slurm } = &site;
+        let Self { worker, shard, slurm, kubernetes } = &site;
+        if slurm.is_some() && kubernetes.is_some() {
+            bail!("{name}: expected one of [slurm] and [kubernetes], found both");
+        }
         if let Some(slurm) = slurm {
             slurm.check().context(name.clone())?;
         }

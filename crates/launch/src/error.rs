@@ -64,6 +64,48 @@ pub enum Error {
         /// What it printed.
         found: String,
     },
+    /// A key of a site's section `[kubernetes]` that no job can have.
+    #[error("kubernetes.{key}: expected {expected}, found {found}")]
+    Site {
+        /// Below the section.
+        key: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// A manifest that no cluster would take.
+    #[error("{object}: {path}: expected {expected}, found {found}")]
+    Manifest {
+        /// Its kind and name.
+        object: String,
+        /// Where in it.
+        path: String,
+        /// What may be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// What the cluster has, beside what was asked for.
+    #[cfg(feature = "kubernetes")]
+    #[error("{name}: expected {expected}, found {found}")]
+    Job {
+        /// Kind and name.
+        name: String,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// What the cluster refuses, or that it is not reached.
+    #[cfg(feature = "kubernetes")]
+    #[error("{what}: {reason}")]
+    Cluster {
+        /// Kind and name of what was asked about.
+        what: String,
+        /// What it says.
+        reason: String,
+    },
     /// A role that ended and is not started again.
     #[error("{role} ended with {ended}{}{}: its log is {}", again(*started_again), said(last_line), log.display())]
     Ended {

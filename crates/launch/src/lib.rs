@@ -2,6 +2,7 @@
 //! this machine that are started, watched and started again; and a run as a job of a site ([`slurm`]).
 
 mod error;
+pub mod kubernetes;
 mod ranks;
 mod shell;
 pub mod slurm;

@@ -3,6 +3,7 @@
 //! The run's folder has `job/`: `config.toml` is the configuration as it was submitted, which all processes of the
 //! job read however often it starts, beside what the site was given; `submitted.json` says which job it is.
 
+mod kubernetes;
 mod slurm;
 
 use std::fs;
@@ -70,6 +71,8 @@ pub(crate) enum JobCommand {
 enum Submitted {
     /// Of Slurm.
     Slurm { id: JobId },
+    /// Of a Kubernetes cluster, by the name of the manifests beside.
+    Kubernetes,
 }
 
 /// A run that is to be a job.
@@ -92,6 +95,13 @@ pub(crate) fn submit(args: &SubmitArgs) -> Result<()> {
             shape.workers
         );
     }
+    let site = Site::load(path)?;
+    if let Some(site) = &site.kubernetes {
+        return kubernetes::submit_to(args, site).with_context(|| format!("{}", path.display()));
+    }
+    let Some(site) = &site.slurm else {
+        bail!("{}: expected a section [slurm] or [kubernetes], found neither", path.display());
+    };
     let serve = &config.shard.serve;
     if shape.shards > 0 && serve.tls.is_none() && !serve.insecure {
         bail!(
@@ -110,10 +120,6 @@ pub(crate) fn submit(args: &SubmitArgs) -> Result<()> {
         let set = files.set.iter().cloned().chain([setting]).collect::<Vec<_>>();
         config = Config::load(&files.config, &set)?;
     }
-    let site = Site::load(path)?;
-    let Some(site) = &site.slurm else {
-        bail!("{}: expected a section [slurm], found none", path.display());
-    };
     let dir = std::path::absolute(&config.run.dir)?;
     let submission = Submission { config, dir, shape: *shape };
     let script = slurm::render(&submission, site).with_context(|| format!("{}", path.display()))?;
@@ -163,18 +169,21 @@ pub(crate) fn job(command: &JobCommand) -> Result<()> {
             .with_context(|| format!("{}: expected a run that was submitted, found no job", run.display()))
     };
     match command {
-        JobCommand::Logs { run, name, lines } => {
-            of(run)?;
-            logs(run, name.as_deref(), *lines)
-        }
+        JobCommand::Logs { run, name, lines } => match of(run)? {
+            Submitted::Slurm { .. } => logs(run, name.as_deref(), *lines),
+            Submitted::Kubernetes => kubernetes::logs(run, (name.as_deref(), *lines)),
+        },
         JobCommand::Status { run } => match of(run)? {
             Submitted::Slurm { id } => slurm::status(run, id),
+            Submitted::Kubernetes => kubernetes::status(run),
         },
         JobCommand::Cancel { run } => match of(run)? {
             Submitted::Slurm { id } => slurm::cancel(id),
+            Submitted::Kubernetes => kubernetes::cancel(run),
         },
         JobCommand::Requeue { run } => match of(run)? {
             Submitted::Slurm { id } => slurm::requeue(id),
+            Submitted::Kubernetes => kubernetes::requeue(run),
         },
     }
 }

@@ -135,7 +135,7 @@ pub enum Error {
         limit: u32,
     },
     /// Secrets that others can read.
-    #[error("others may read it (mode {mode:04o}), expected 0600 or 0400")]
+    #[error("others may read it (mode {mode:04o}), expected 0600 or 0400 (of root, 0640 or 0440 too)")]
     Readable {
         /// The mode of the file.
         mode: u32,

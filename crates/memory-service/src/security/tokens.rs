@@ -37,7 +37,7 @@ impl Tokens {
     /// admin = ["…"]
     /// ```
     ///
-    /// A file that its group or others may read is refused.
+    /// A file that others may read is refused, or its group, unless it belongs to root.
     pub fn read(path: &Path) -> Result<Self> {
         let mut file = File::open(path).map_err(Error::io(path))?;
         let metadata = file.metadata().map_err(Error::io(path))?;
@@ -108,8 +108,16 @@ fn list<'a>(table: &'a Table, key: &str) -> Result<Vec<&'a str>> {
 
 #[cfg(unix)]
 fn check_private(metadata: &Metadata) -> Result<()> {
-    let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777;
-    if mode & 0o077 == 0 { Ok(()) } else { Err(Error::Readable { mode }) }
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let mode = metadata.permissions().mode() & 0o7777;
+    if is_private(mode, metadata.uid()) { Ok(()) } else { Err(Error::Readable { mode }) }
+}
+
+/// Whether a file of a mode and an owner is one's own. What root hands out, such as a Secret of Kubernetes, a
+/// process that is not root can only read by its group.
+pub(super) fn is_private(mode: u32, owner: u32) -> bool {
+    let others = if owner == 0 { 0o037 } else { 0o077 };
+    mode & others == 0
 }
 
 /// Other systems have no such mode.
