@@ -44,6 +44,7 @@ fn a_dry_run_prints_what_the_cluster_would_be_given() {
         "url = \"/work/run/bank\"\n",
         "tokens = \"/etc/anchorage-token/tokens\"\n",
         "token_file = \"/etc/anchorage-token/token\"\n",
+        "[collective.tls]\ncert = \"/etc/anchorage-tls/tls.crt\"\n",
         "[memory.tls]\ncert = \"/etc/anchorage-tls/tls.crt\"\n",
         "[shard.serve.tls]\ncert = \"/etc/anchorage-tls/tls.crt\"\n",
     ] {

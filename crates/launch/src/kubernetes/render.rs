@@ -64,12 +64,16 @@ impl Job<'_> {
         let address = |i: usize| format!("{service}-{i}.{service}.{namespace}.svc:{GRPC}");
         let addresses: Vec<String> = (0..self.shards).map(address).collect();
         let mut settings = vec![format!("memory.shards={addresses:?}")];
+        let tls = format!("{{ cert = \"{TLS}/tls.crt\", key = \"{TLS}/tls.key\", ca = \"{TLS}/ca.crt\" }}");
+        settings.push(match worker.certificate {
+            Some(_) => format!("collective.tls={tls}"),
+            None => format!("collective.insecure={insecure}"),
+        });
         let Some(shard) = shard.as_ref().filter(|_| self.shards > 0) else { return settings };
         settings.push(format!("shard.serve.listen=\"0.0.0.0:{GRPC}\""));
         settings.push(format!("shard.serve.bulk_port={BULK}"));
         settings.push(format!("shard.serve.http=\"0.0.0.0:{HTTP}\""));
         settings.push(format!("shard.serve.insecure={insecure}"));
-        let tls = format!("{{ cert = \"{TLS}/tls.crt\", key = \"{TLS}/tls.key\", ca = \"{TLS}/ca.crt\" }}");
         let optional = [
             (&shard.certificate, "shard.serve.tls", tls.clone()),
             (&worker.certificate, "memory.tls", tls),
@@ -88,7 +92,7 @@ impl Job<'_> {
     /// # Errors
     /// When the site lacks something, or what it says makes no manifest that a cluster would take.
     pub fn manifests(&self, config: &str, store_is_here: bool) -> Result<Vec<Value>> {
-        self.site.check(self.shards)?;
+        self.site.check(self.workers, self.shards)?;
         let mut manifests = vec![self.job_set(), self.config_map(config)];
         if let Some(shard) = self.site.shard.as_ref().filter(|_| self.shards > 0) {
             manifests.push(self.service());

@@ -28,7 +28,7 @@ pub struct Site {
     pub priority_class: Option<String>,
     /// LocalQueue of Kueue that the workers wait in.
     pub queue: Option<String>,
-    /// Whether shards may do without certificates.
+    /// Whether workers and shards may do without certificates.
     #[serde(default)]
     pub insecure: bool,
     /// User and group of the processes, and group of the volume.
@@ -123,43 +123,41 @@ fn default_gpu() -> String {
 }
 
 impl Site {
-    /// Fails on what a job of so many shards lacks; the rest shows in its manifests.
+    /// Fails on what a job of so many workers and shards lacks; the rest shows in its manifests.
     ///
     /// # Errors
     /// Names the key.
-    pub fn check(&self, shards: usize) -> Result<()> {
-        let wrong = |key: &'static str, expected: &str, found: String| {
-            Err(Error::Site { key, expected: expected.into(), found })
+    pub fn check(&self, workers: usize, shards: usize) -> Result<()> {
+        let wrong = |key: &'static str, expected: &str, found: &str| {
+            Err(Error::Site { key, expected: expected.into(), found: found.into() })
         };
         if self.user == 0 {
-            return wrong("user", "one that is not root", "0".into());
+            return wrong("user", "one that is not root", "0");
+        }
+        match (&self.worker.certificate, self.insecure) {
+            (Some(_), true) => return wrong("insecure", "false, since there are certificates", "true"),
+            (None, false) if workers > 1 || shards > 0 => {
+                let expected = "the name of a Secret with tls.crt, tls.key and ca.crt (or insecure = true)";
+                return wrong("worker.certificate", expected, "nothing");
+            }
+            _ => {}
         }
         if shards == 0 {
             return Ok(());
         }
         let Some(shard) = &self.shard else {
-            return wrong("shard", &format!("what the pods of {shards} shards need"), "nothing".into());
+            return wrong("shard", &format!("what the pods of {shards} shards need"), "nothing");
         };
-        match (&shard.certificate, &self.worker.certificate, self.insecure) {
-            (Some(_), Some(_), false) | (None, None, true) => {}
-            (Some(_), Some(_), true) => {
-                return wrong("insecure", "false, since there are certificates", "true".into());
-            }
-            (None, None, false) => {
-                let expected = "the name of a Secret with tls.crt, tls.key and ca.crt (or insecure = true)";
-                return wrong("shard.certificate", expected, "nothing".into());
-            }
-            (Some(_), None, _) => {
-                return wrong("worker.certificate", "one beside the shards'", "nothing".into());
-            }
-            (None, Some(_), _) => {
-                return wrong("shard.certificate", "one beside the workers'", "nothing".into());
+        for (key, key_of_worker, of_shard, of_worker) in [
+            ("shard.certificate", "worker.certificate", &shard.certificate, &self.worker.certificate),
+            ("shard.token", "worker.token", &shard.token, &self.worker.token),
+        ] {
+            match (of_shard, of_worker) {
+                (Some(_), None) => return wrong(key_of_worker, "one beside the shards'", "nothing"),
+                (None, Some(_)) => return wrong(key, "one beside the workers'", "nothing"),
+                _ => {}
             }
         }
-        match (&shard.token, &self.worker.token) {
-            (Some(_), None) => wrong("worker.token", "one beside the shards'", "nothing".into()),
-            (None, Some(_)) => wrong("shard.token", "one beside the workers'", "nothing".into()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 }

@@ -51,6 +51,7 @@ fn a_small_job_is_these_manifests() {
         job.settings(),
         [
             r#"memory.shards=["facts-shard-0.facts-shard.default.svc:7070"]"#,
+            "collective.insecure=true",
             r#"shard.serve.listen="0.0.0.0:7070""#,
             "shard.serve.bulk_port=7071",
             r#"shard.serve.http="0.0.0.0:9090""#,
@@ -100,6 +101,7 @@ fn a_site_decides_about_pods() {
         "shard.serve.insecure=false",
         &format!("shard.serve.tls={tls}"),
         &format!("memory.tls={tls}"),
+        &format!("collective.tls={tls}"),
         r#"shard.serve.tokens="/etc/anchorage-token/tokens""#,
         r#"memory.token_file="/etc/anchorage-token/token""#,
     ] {
@@ -147,9 +149,16 @@ fn a_site_decides_about_pods() {
 
 #[test]
 fn a_job_without_shards_is_workers_alone() {
-    let site = site_with(|section| drop(section.remove("shard")));
+    let site = site_with(|section| {
+        section.remove("shard").unwrap();
+        take(section, "worker", "certificate");
+    });
+    // Alone, a worker needs no certificate.
     let job = Job { name: "facts", workers: 1, shards: 0, site: &site };
-    assert_eq!(job.settings(), ["memory.shards=[]"]);
+    assert_eq!(job.settings(), ["memory.shards=[]", "collective.insecure=false"]);
+    let two = Job { workers: 2, ..job.clone() };
+    let error = two.manifests("", true).unwrap_err().to_string();
+    assert!(error.starts_with("kubernetes.worker.certificate: expected the name of a Secret"), "{error}");
     let manifests = job.manifests("", true).unwrap();
     let kinds: Vec<_> = manifests.iter().map(|manifest| manifest["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["JobSet", "ConfigMap"]);
@@ -170,12 +179,13 @@ fn a_site_that_lacks_something_is_refused() {
                 take(site, "worker", "certificate");
                 take(site, "shard", "certificate");
             },
-            "shard.certificate: expected the name of a Secret with tls.crt, tls.key and ca.crt (or insecure = true), \
+            "worker.certificate: expected the name of a Secret with tls.crt, tls.key and ca.crt (or insecure = true), \
              found nothing",
         ),
         (
             |site| take(site, "worker", "certificate"),
-            "worker.certificate: expected one beside the shards', found nothing",
+            "worker.certificate: expected the name of a Secret with tls.crt, tls.key and ca.crt (or insecure = true), \
+             found nothing",
         ),
         (
             |site| take(site, "shard", "certificate"),
