@@ -13,11 +13,11 @@ use crate::shards::signal;
 use crate::support::{Workdir, files, metrics};
 
 /// Between two looks at a job.
-pub(crate) const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(5);
 /// Micro-batches enough for three workers.
 const MICRO: [&str; 2] = ["--set", "train.micro_batch=2"];
 /// A run long enough to be disturbed.
-pub(crate) const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
+const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
 
 pub(crate) fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
     vec!["up", "run.toml", "--shards", shards, "--workers", workers, "--set", dir]
@@ -47,7 +47,7 @@ pub(crate) fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
 }
 
 /// The processes of a job that is up: of the shard or the worker `index`.
-pub(crate) fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
+fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     let job = job.id();
     let children = fs::read_to_string(format!("/proc/{job}/task/{job}/children")).unwrap();
     let is_meant = |process: &&str| {
