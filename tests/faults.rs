@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
-use crate::jobs::{assert_same, up, wait_for_lines};
+use crate::jobs::{assert_same, process_of, up, wait_for_lines};
 use crate::shards::{addresses, signal, two};
 use crate::support::{Workdir, failure, files, half_written};
 
@@ -108,4 +109,44 @@ fn a_job_that_was_taken_over_ends_and_leaves_the_other_ones_bytes() {
     let shards = addresses(&shards);
     let store = ["--set", "shard.store.url=again/bank", "--set", &shards];
     take_over(&work, &[&alone[..], &store].concat(), (17, true));
+}
+
+/// Each worker and each shard may fail as often as `collective.retries` says: others do not use that up.
+#[test]
+fn who_fails_uses_up_what_it_is_allowed_and_nobody_elses() {
+    let work = Workdir::new();
+    // No checkpoint forgives.
+    let settings = ["train.steps=60", "train.micro_batch=2", "train.save_every=0", "collective.retries=1"];
+    let settings = settings.map(|setting| ["--set", setting]).concat();
+    work.ok(&[&["train", "run.toml"], &settings[..]].concat());
+    for (killed, is_last_straw) in
+        [(&[("shard", 1), ("worker", 1), ("shard", 0)][..], false), (&[("worker", 1); 2], true)]
+    {
+        let mut job =
+            work.command(&[&up("2", "2", "run.dir=again")[..], &settings].concat()).spawn().unwrap();
+        let mut before = None;
+        for &(kind, index) in killed {
+            // Each attempt has a file of its own.
+            let metrics = || fs::metadata(work.path("again/metrics.jsonl")).ok().map(|file| file.ino());
+            while metrics() == before {
+                assert!(job.try_wait().unwrap().is_none(), "the job has ended");
+                std::thread::yield_now();
+            }
+            before = metrics();
+            wait_for_lines(&mut job, &work.path("again"), 3);
+            signal(process_of(&job, kind, index), "-KILL");
+        }
+        let output = job.wait_with_output().unwrap();
+        if is_last_straw {
+            // The launcher sees it, and so do the others: who is first says so.
+            let launcher = "worker 1 ended with signal 9 once more, started again 1 times without progress";
+            let other = "rank 1 failed 2 times since step 0, more than collective.retries allows";
+            let error = failure(&output, &[]);
+            assert!(error.contains(launcher) || error.contains(other), "{error}");
+        } else {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            assert_same(&work, "again", true);
+        }
+        fs::remove_dir_all(work.path("again")).unwrap();
+    }
 }

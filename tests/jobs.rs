@@ -47,7 +47,7 @@ pub(crate) fn assert_same(work: &Workdir, dir: &str, on_shards: bool) {
 }
 
 /// The processes of a job that is up: of the shard or the worker `index`.
-fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
+pub(crate) fn process_of(job: &Child, kind: &str, index: usize) -> u32 {
     let job = job.id();
     let children = fs::read_to_string(format!("/proc/{job}/task/{job}/children")).unwrap();
     let is_meant = |process: &&str| {
