@@ -368,9 +368,9 @@ fn no_space_for_a_run() {
         assert!(pair[0] + 1 < pair[1], "{name} is no larger than the file before it: {sizes:?}");
         // The bank is written in a temporary folder beside its place, which the error names; of its
         // two files, either may be the first that finds no space.
-        let place = format!("run/{last}/{}", name.replace("memory/optimizer.safetensors", "memory.tmp/"));
-
-        failure(&without_space(&work, pair[0] + 1, &train), &[&place, "File too large"]);
+        let place = format!("/00000004/{}", name.replace("memory/optimizer.safetensors", "memory.tmp/"));
+        let output = without_space(&work, pair[0] + 1, &train);
+        failure(&output, &["run/attempts/", &place, "File too large"]);
         assert!(checkpoints(&run).into_values().all(|whole| !whole));
         assert!(half_written(&run).is_empty(), "{:?}", half_written(&run));
     }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 
-use crate::jobs::{LONG, assert_same, up, wait_for_lines};
+use crate::jobs::{assert_same, process_of, up, wait_for_lines};
 use crate::shards::{addresses, signal, two};
 use crate::support::{Workdir, failure, files, half_written};
 
@@ -67,14 +68,13 @@ fn of_run(work: &Workdir) -> BTreeMap<PathBuf, Vec<u8>> {
 /// Begins a job, holds it still once it has `lines` lines, as on a host that is cut off, lets the same job
 /// train the run to its end, and lets the first one go on.
 fn take_over(work: &Workdir, args: &[&str], (lines, on_shards): (usize, bool)) {
-    let args = [args, &LONG[..]].concat();
-    let mut first = work.command(&args).spawn().unwrap();
+    let mut first = work.command(args).spawn().unwrap();
     wait_for_lines(&mut first, &work.path("again"), lines);
     let held = processes(&first);
     held.iter().for_each(|&process| signal(process, "-STOP"));
     // Where the second one is, the lock of the first is not seen.
     fs::remove_file(work.path("again/.lock")).unwrap();
-    work.ok(&args);
+    work.ok(args);
     assert_same(work, "again", on_shards);
     let before = of_run(work);
     held.iter().for_each(|&process| signal(process, "-CONT"));
@@ -92,7 +92,11 @@ fn take_over(work: &Workdir, args: &[&str], (lines, on_shards): (usize, bool)) {
 #[test]
 fn a_job_that_was_taken_over_ends_and_leaves_the_other_ones_bytes() {
     let work = Workdir::new();
-    work.ok(&[&["train", "run.toml"], &LONG[..]].concat());
+    // In the file, since shards that are started by themselves read it too.
+    let config = fs::read_to_string(work.path("run.toml")).unwrap();
+    let config = config.replace("steps = 12", "steps = 60").replace("micro_batch = 4", "micro_batch = 2");
+    fs::write(work.path("run.toml"), config).unwrap();
+    work.ok(&["train", "run.toml"]);
     let alone = ["train", "run.toml", "--set", "run.dir=again"];
     take_over(&work, &alone, (5, false));
     for (shards, lines) in [("0", 9), ("2", 14)] {
@@ -105,4 +109,44 @@ fn a_job_that_was_taken_over_ends_and_leaves_the_other_ones_bytes() {
     let shards = addresses(&shards);
     let store = ["--set", "shard.store.url=again/bank", "--set", &shards];
     take_over(&work, &[&alone[..], &store].concat(), (17, true));
+}
+
+/// Each worker and each shard may fail as often as `collective.retries` says: others do not use that up.
+#[test]
+fn who_fails_uses_up_what_it_is_allowed_and_nobody_elses() {
+    let work = Workdir::new();
+    // No checkpoint forgives.
+    let settings = ["train.steps=60", "train.micro_batch=2", "train.save_every=0", "collective.retries=1"];
+    let settings = settings.map(|setting| ["--set", setting]).concat();
+    work.ok(&[&["train", "run.toml"], &settings[..]].concat());
+    for (killed, is_last_straw) in
+        [(&[("shard", 1), ("worker", 1), ("shard", 0)][..], false), (&[("worker", 1); 2], true)]
+    {
+        let mut job =
+            work.command(&[&up("2", "2", "run.dir=again")[..], &settings].concat()).spawn().unwrap();
+        let mut before = None;
+        for &(kind, index) in killed {
+            // Each attempt has a file of its own.
+            let metrics = || fs::metadata(work.path("again/metrics.jsonl")).ok().map(|file| file.ino());
+            while metrics() == before {
+                assert!(job.try_wait().unwrap().is_none(), "the job has ended");
+                std::thread::yield_now();
+            }
+            before = metrics();
+            wait_for_lines(&mut job, &work.path("again"), 3);
+            signal(process_of(&job, kind, index), "-KILL");
+        }
+        let output = job.wait_with_output().unwrap();
+        if is_last_straw {
+            // The launcher sees it, and so do the others: who is first says so.
+            let launcher = "worker 1 ended with signal 9 once more, started again 1 times without progress";
+            let other = "rank 1 failed 2 times since step 0, more than collective.retries allows";
+            let error = failure(&output, &[]);
+            assert!(error.contains(launcher) || error.contains(other), "{error}");
+        } else {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            assert_same(&work, "again", true);
+        }
+        fs::remove_dir_all(work.path("again")).unwrap();
+    }
 }

@@ -13,11 +13,11 @@ use crate::shards::signal;
 use crate::support::{Workdir, files, metrics};
 
 /// Between two looks at a job.
-pub(crate) const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(5);
 /// Micro-batches enough for three workers.
 const MICRO: [&str; 2] = ["--set", "train.micro_batch=2"];
 /// A run long enough to be disturbed.
-pub(crate) const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
+const LONG: [&str; 4] = ["--set", "train.micro_batch=2", "--set", "train.steps=60"];
 
 pub(crate) fn up<'a>(shards: &'a str, workers: &'a str, dir: &'a str) -> Vec<&'a str> {
     vec!["up", "run.toml", "--shards", shards, "--workers", workers, "--set", dir]
