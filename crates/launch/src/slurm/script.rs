@@ -166,8 +166,8 @@ impl Script<'_> {
             script,
             "\n# One for all processes of this attempt: who is left of another is none of them.\n\
              export ANCHORAGE_JOB=\"$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}\"\n\
-             # Jobs that share a node have other ports.\n\
-             port=$(({} + SLURM_JOB_ID % {groups} * {n_ports}))\n\
+             # Jobs that share a node have other ports, and so have attempts: of the last one somebody may still be there.\n\
+             port=$(({} + (SLURM_JOB_ID + 101 * ${{SLURM_RESTART_COUNT:-0}}) % {groups} * {n_ports}))\n\
              mapfile -t nodes {}\n\
              MASTER_ADDR=$(address \"${{nodes[0]}}\") || exit\n\
              export MASTER_ADDR MASTER_PORT=$port\n",
@@ -283,8 +283,8 @@ config=/runs/tiny/job/config.toml
 
 # One for all processes of this attempt: who is left of another is none of them.
 export ANCHORAGE_JOB="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-# Jobs that share a node have other ports.
-port=$((20000 + SLURM_JOB_ID % 2500 * 4))
+# Jobs that share a node have other ports, and so have attempts: of the last one somebody may still be there.
+port=$((20000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) % 2500 * 4))
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=$(address "${nodes[0]}") || exit
 export MASTER_ADDR MASTER_PORT=$port
