@@ -103,11 +103,7 @@ impl Config {
                 "embed.path: expected the folder or the hub id of an embedder (embed.kind = \"{kind}\"), found nothing"
             );
         }
-        for (key, found) in [("join_s", self.collective.join_s), ("patience_s", self.collective.patience_s)] {
-            if found == 0 {
-                bail!("collective.{key}: expected at least 1, found 0");
-            }
-        }
+        self.collective.check()?;
         self.observe.endpoint(0)?;
         if let Some(peak) = self.observe.peak_tflops.filter(|peak| !(peak.is_finite() && *peak > 0.0)) {
             bail!("observe.peak_tflops: expected more than 0, found {peak}");
@@ -116,7 +112,6 @@ impl Config {
             bail!("tree.beam: expected at least 1, found 0");
         }
         self.retrieve.check()?;
-        self.collective.check()?;
         let (widths, levels) = (self.memory.width.len(), self.tree.branching.len());
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");

@@ -339,7 +339,8 @@ async fn until(stop: &AtomicBool) {
 }
 
 /// Brings the shards to `step`, as one of a job's workers does before the others ask for anything: they go
-/// back to their checkpoint of it, and take nothing of earlier attempts any more. Shards of a run that begins are there already, or not its own.
+/// back to their checkpoint of it, and take nothing of earlier attempts any more. Shards of a run that begins are
+/// there already, or not its own.
 pub(crate) fn bring_to(
     config: &Config,
     identity: (BlockSpec, Identity),

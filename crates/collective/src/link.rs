@@ -39,7 +39,8 @@ pub(crate) fn link(stream: Stream, patience: Duration) -> io::Result<Link> {
     let clock = (Arc::clone(&reader.heard), reader.began);
     let thread = |name: &str| std::thread::Builder::new().name(name.into());
     let sending = thread("send").spawn(move || send_all(out, frames))?;
-    let receiving = thread("receive").spawn(move || {
+    // It ends with the connection, or with the channel that is dropped after that.
+    thread("receive").spawn(move || {
         loop {
             // Of one that is only alive the reader has noted all there is.
             let Some(frame) = reader.frame().transpose() else { continue };
@@ -50,7 +51,7 @@ pub(crate) fn link(stream: Stream, patience: Duration) -> io::Result<Link> {
             }
         }
     })?;
-    let threads = Threads { tcp, queue: Some(queue), sending: Some(sending), receiving: Some(receiving) };
+    let threads = Threads { tcp, queue: Some(queue), sending: Some(sending) };
     Ok(Link::new(Box::new(threads), arriving, clock))
 }
 
@@ -60,7 +61,6 @@ struct Threads {
     /// `None` says that this worker is at work.
     queue: Option<SyncSender<Option<Frame>>>,
     sending: Option<JoinHandle<()>>,
-    receiving: Option<JoinHandle<()>>,
 }
 
 impl Sending for Threads {
@@ -86,8 +86,6 @@ impl Drop for Threads {
             let _ = sending.join();
         }
         let _ = self.tcp.shutdown(Shutdown::Both);
-        // The other thread ends by that, or with the channel that is dropped after this.
-        drop(self.receiving.take());
     }
 }
 

@@ -297,6 +297,8 @@ impl Joining<'_> {
             if missing.is_empty() {
                 return Ok(());
             }
+            // Also while others come again and again.
+            self.left().map_err(|waited| format!("{waited} for ranks {missing:?}{refused}"))?;
             match listener.accept() {
                 Ok((tcp, from)) if n_greeting < MOST_GREETING => {
                     tcp.set_nonblocking(false).map_err(text)?;
@@ -304,9 +306,7 @@ impl Joining<'_> {
                     n_greeting += 1;
                 }
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.left().map_err(|waited| format!("{waited} for ranks {missing:?}{refused}"))?;
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 // One that has gone before it was looked at, say.
                 Err(error) => refused = format!("; last came {error}"),
             }

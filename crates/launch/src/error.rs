@@ -24,16 +24,6 @@ pub enum Error {
         /// What the system says.
         source: std::io::Error,
     },
-    /// A key of a site's section that no job can have; `slurm` goes before it.
-    #[error("slurm.{key}: expected {expected}, found {found}")]
-    Setting {
-        /// Below the section.
-        key: &'static str,
-        /// What it may be.
-        expected: String,
-        /// What it is.
-        found: String,
-    },
     /// A path that cannot be written into a script.
     #[error("{}: expected a path that is UTF-8", path.display())]
     NoText {
@@ -64,9 +54,11 @@ pub enum Error {
         /// What it printed.
         found: String,
     },
-    /// A key of a site's section `[kubernetes]` that no job can have.
-    #[error("kubernetes.{key}: expected {expected}, found {found}")]
+    /// A key of a site's file that no job can have.
+    #[error("{section}.{key}: expected {expected}, found {found}")]
     Site {
+        /// `slurm` or `kubernetes`.
+        section: &'static str,
         /// Below the section.
         key: &'static str,
         /// What it may be.

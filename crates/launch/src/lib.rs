@@ -1,5 +1,6 @@
 //! A run as a job of several processes: which worker a process is, as its launcher says, and processes on
-//! this machine that are started, watched and started again; and a run as a job of a site ([`slurm`]).
+//! this machine that are started, watched and started again; and a run as a job of a site ([`slurm`],
+//! [`kubernetes`]).
 
 mod error;
 pub mod kubernetes;

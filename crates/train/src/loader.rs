@@ -51,22 +51,21 @@ impl<'a> Batches<'a> {
 
     /// The batch of `step` (from 1).
     pub(crate) fn of(&mut self, step: u64) -> corpus::Result<Batch> {
+        let (corpus, config) = (self.corpus, self.config);
         let sequence = |index: u64| {
-            let mut sequence = self.corpus.sequence(self.config.seed, index)?;
-            if takes_generic(self.config, index) {
+            let mut sequence = corpus.sequence(config.seed, index)?;
+            if takes_generic(config, index) {
                 sequence.path = ClusterPath::generic(sequence.path.n_levels())?;
             }
             Ok(sequence)
         };
-        let n = self.config.batch_size as u64;
-        let sequences = match self.config.locality_window {
-            1 => ((step - 1) * n..step * n).map(sequence).collect::<corpus::Result<Vec<_>>>()?,
-            _ => {
-                let indices = self.of_window(step)?;
-                indices.into_iter().map(sequence).collect::<corpus::Result<Vec<_>>>()?
-            }
+        let n = config.batch_size as u64;
+        let indices = match config.locality_window {
+            1 => ((step - 1) * n..step * n).collect(),
+            _ => self.of_window(step)?,
         };
-        Ok(Batch::new(sequences, self.corpus.eot()))
+        let sequences = indices.into_iter().map(sequence).collect::<corpus::Result<Vec<_>>>()?;
+        Ok(Batch::new(sequences, corpus.eot()))
     }
 
     /// The sequences of a step that its window deals to it: of the window's in the order of their paths, each

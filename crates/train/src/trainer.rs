@@ -239,11 +239,13 @@ impl<S: BlockStore> Trainer<S> {
         let (loss, is_stopping) = share.reduce_loss(mesh, step, &losses, stop.load(Ordering::Relaxed))?;
         let (block_gradients, memory_norm) = share.reduce_blocks(mesh, step, block_sums, replicated)?;
         // Of a subtree, gradients are those that it has in the whole step, and the loss is its own.
-        let n_scored = match self.config.subtree {
-            Some(subtree) => batch.only(|path| subtree.has(path)).n_scored(),
-            None => batch.n_scored(),
+        let (n_scored, loss) = match self.config.subtree {
+            None => (batch.n_scored(), loss),
+            Some(subtree) => match batch.only(|path| subtree.has(path)).n_scored() {
+                0 => (0, 0.0),
+                n_scored => (n_scored, loss * batch.n_scored() as f64 / n_scored as f64),
+            },
         };
-        let loss = if n_scored == 0 { 0.0 } else { loss * batch.n_scored() as f64 / n_scored as f64 };
         time.reduce_ms += laps.lap_ms();
         self.check_finite(step, "loss", loss)?;
         let norm = match self.optimizer {
@@ -414,7 +416,8 @@ impl<S: BlockStore> Trainer<S> {
     /// Writes a whole checkpoint of the current step, DONE last.
     ///
     /// # Errors
-    /// When another attempt at the run has begun, and when a file cannot be written; the checkpoints before stay whole.
+    /// When another attempt at the run has begun, and when a file cannot be written; the checkpoints before stay
+    /// whole.
     pub fn save(&mut self) -> Result<()> {
         let step = self.state.step;
         self.reach()?;

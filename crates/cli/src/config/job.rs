@@ -27,6 +27,20 @@ pub(crate) struct CollectiveSection {
 }
 
 impl CollectiveSection {
+    pub(crate) fn check(&self) -> Result<()> {
+        for (key, found) in [("join_s", self.join_s), ("patience_s", self.patience_s)] {
+            if found == 0 {
+                bail!("collective.{key}: expected at least 1, found 0");
+            }
+        }
+        if self.engine == EngineKind::Nccl && !cfg!(feature = "nccl") {
+            bail!(
+                "collective.engine: expected \"tcp\", as this program was built without nccl, found \"nccl\""
+            );
+        }
+        Ok(())
+    }
+
     /// The certificates with which a worker meets the others at `master`.
     pub(crate) fn tls(&self, master: &str) -> Result<Option<TlsConfigs>> {
         let Some(shard_host::TlsSection { cert, key, ca }) = self.tls.clone() else {
@@ -58,17 +72,6 @@ pub(crate) enum EngineKind {
     Tcp,
     /// NCCL, on GPUs.
     Nccl,
-}
-
-impl CollectiveSection {
-    pub(crate) fn check(&self) -> Result<()> {
-        if self.engine == EngineKind::Nccl && !cfg!(feature = "nccl") {
-            bail!(
-                "collective.engine: expected \"tcp\", as this program was built without nccl, found \"nccl\""
-            );
-        }
-        Ok(())
-    }
 }
 
 /// What a worker tells of itself, beside its file in the run's folder.

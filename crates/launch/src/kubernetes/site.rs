@@ -129,7 +129,7 @@ impl Site {
     /// Names the key.
     pub fn check(&self, workers: usize, shards: usize) -> Result<()> {
         let wrong = |key: &'static str, expected: &str, found: &str| {
-            Err(Error::Site { key, expected: expected.into(), found: found.into() })
+            Err(Error::Site { section: "kubernetes", key, expected: expected.into(), found: found.into() })
         };
         if self.user == 0 {
             return wrong("user", "one that is not root", "0");

@@ -68,7 +68,7 @@ impl Site {
     /// Fails on values that no job can have.
     ///
     /// # Errors
-    /// [`Error::Setting`], with the key below `slurm`.
+    /// [`Error::Site`].
     pub fn check(&self) -> Result<()> {
         for (key, found) in [
             ("worker.per_node", self.worker.per_node),
@@ -131,7 +131,7 @@ impl Site {
 }
 
 pub(super) fn setting(key: &'static str, expected: impl ToString, found: impl ToString) -> Error {
-    Error::Setting { key, expected: expected.to_string(), found: found.to_string() }
+    Error::Site { section: "slurm", key, expected: expected.to_string(), found: found.to_string() }
 }
 
 /// Of a time as Slurm reads it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`.
