@@ -91,6 +91,27 @@ pub enum Error {
         /// Its length.
         found: usize,
     },
+    /// An anchor that a decoder cannot be made of.
+    #[error("decoder: expected {what}, found {found}")]
+    Decoder {
+        /// What it is made of.
+        what: &'static str,
+        /// What it was given.
+        found: String,
+    },
+    /// A part of a step that cannot be done.
+    #[error("segment {segment} of a step: expected {what}, found {found}")]
+    Segment {
+        /// Its index.
+        segment: usize,
+        /// What it may be.
+        what: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// From the sizes of a bank.
+    #[error(transparent)]
+    Bank(#[from] memory_bank::Error),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

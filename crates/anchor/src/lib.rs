@@ -8,6 +8,7 @@
 mod bytes;
 mod cache;
 mod config;
+mod decoder;
 mod error;
 mod file;
 mod init;
@@ -17,6 +18,9 @@ mod model;
 pub use bytes::{TrainingBytes, TrainingShape};
 pub use cache::KvCache;
 pub use config::AnchorConfig;
+pub use decoder::{
+    Decoder, DecoderOptions, KvPages, Logits, PackedBlock, PathMemory, Scores, Segment, SequenceCache,
+};
 pub use error::{Error, Result};
 pub use memory::{FetchedMemory, unique_ids};
 pub use model::{Anchor, Compute, Input, Targets};

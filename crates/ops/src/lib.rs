@@ -15,6 +15,7 @@ mod buffer;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub mod decode;
 mod embedding;
 mod encoder;
 mod gated_ffn;

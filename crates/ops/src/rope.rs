@@ -63,7 +63,7 @@ impl RopeTable {
     }
 
     /// Rotates the heads of one row in place, back when `inverse`.
-    fn rotate(&self, row: &mut [f32], position: usize, inverse: bool) {
+    pub(crate) fn rotate(&self, row: &mut [f32], position: usize, inverse: bool) {
         let (k, half) = (self.head_width, self.head_width / 2);
         let (cos, sin) = (&self.cos[position * half..][..half], &self.sin[position * half..][..half]);
         let sign = if inverse { -1.0 } else { 1.0 };

@@ -8,35 +8,35 @@ use std::sync::OnceLock;
 use crate::Precision;
 
 /// Rows of a tile.
-pub(super) const ROWS: usize = 8;
+pub(crate) const ROWS: usize = 8;
 
 /// Columns of a tile, and of a panel of the right operand.
-pub(super) const COLUMNS: usize = 32;
+pub(crate) const COLUMNS: usize = 32;
 
 /// One tile: `c [rows, 32]` = from + a `[rows, k]` · b `[k, 32]`.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(crate) struct Tile {
     /// Inner lanes.
-    pub(super) k: usize,
+    pub(crate) k: usize,
     /// Lane (i, k) of the left operand is at `a + i·a_row + k·a_lane`.
-    pub(super) a: *const u32,
-    pub(super) a_row: usize,
-    pub(super) a_lane: usize,
+    pub(crate) a: *const u32,
+    pub(crate) a_row: usize,
+    pub(crate) a_lane: usize,
     /// Lane (k, j) of the right operand is at `b + k·32 + j`.
-    pub(super) b: *const u32,
+    pub(crate) b: *const u32,
     /// Element (i, j) of the result is at `c + i·c_row + j`.
-    pub(super) c: *mut f32,
-    pub(super) c_row: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) c_row: usize,
     /// What is added to the product, element (i, j) at `from + i·from_row + j`; null is nothing.
-    pub(super) from: *const f32,
-    pub(super) from_row: usize,
+    pub(crate) from: *const f32,
+    pub(crate) from_row: usize,
 }
 
 /// Computes a tile of that many rows, 1 to 8.
 ///
 /// # Safety
 /// All addresses of the tile are valid, and the processor has the instructions of the kernel.
-pub(super) type Kernel = unsafe fn(&Tile, usize);
+pub(crate) type Kernel = unsafe fn(&Tile, usize);
 
 /// Instructions a kernel is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,13 @@
 //! Matrix products in f32, and in bf16 with f32 sums, over operands packed once and used many times.
 //!
-//! The right operand is packed into panels of 32 columns ([`Right`]); of the left one, near rows of f32 are read
+//! The right operand is packed into panels of 32 columns ([`Right`]), where it may be held in fewer bits than it is
+//! multiplied in; of the left one, near rows of f32 are read
 //! where they are, other rows copied, and columns packed 8 rows at a time. An element's sum always runs over the
 //! inner dimension in the same order, whatever the threads.
 
 mod kernel;
 mod pack;
+mod short;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -15,7 +17,10 @@ use rayon::prelude::*;
 use crate::Precision;
 use crate::buffer::{Shared, output_lanes};
 use crate::math::dot;
-use kernel::{COLUMNS, Instructions, Kernel, ROWS, Tile};
+pub(crate) use kernel::{COLUMNS, Kernel, ROWS, Tile};
+use kernel::Instructions;
+pub(crate) use pack::bf16;
+pub(crate) use short::{Short, panels_of_columns, panels_of_rows};
 
 /// Inner lanes of a pass: a panel's slice of 24 KiB stays in the first-level cache over all rows.
 const INNER: usize = 192;
@@ -26,6 +31,9 @@ const NEAR: usize = 1024;
 
 /// Rows of a task.
 const TASK_ROWS: usize = 128;
+
+/// Up to so many rows are one task's, so that the right operand is read from memory once.
+const TOGETHER: usize = 64;
 
 /// Products with fewer rows than this do not repay packing the right operand.
 const FEW_ROWS: usize = 5;
@@ -63,6 +71,11 @@ impl<'a> View<'a> {
     }
 }
 
+/// The fastest kernel of this processor.
+pub(crate) fn best_kernel(precision: Precision) -> Kernel {
+    Instructions::best(precision)
+}
+
 /// What a product does with the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Write {
@@ -90,6 +103,8 @@ pub(crate) struct Size {
 /// A right operand [k, n] packed into panels.
 pub(crate) struct Right {
     lanes: Vec<u32>,
+    /// Instead of the lanes, numbers that are widened to f32 when they are used.
+    short: Option<Short>,
     k: usize,
     n: usize,
     precision: Precision,
@@ -97,20 +112,60 @@ pub(crate) struct Right {
 
 impl Right {
     pub(crate) fn pack(precision: Precision, view: View, (k, n): (usize, usize), threads: Threads) -> Self {
-        let mut right = Self { lanes: vec![], k, n, precision };
+        let mut right = Self::empty(precision);
         right.repack(view, (k, n), threads);
         right
     }
 
+    /// An operand whose numbers are held short, and each widened to f32 for its product.
+    pub(crate) fn hold(short: Short, (k, n): (usize, usize)) -> Self {
+        assert_eq!(short.len(), n.div_ceil(COLUMNS) * k * COLUMNS, "numbers of a held operand {k} x {n}");
+        Self { short: Some(short), k, n, ..Self::empty(Precision::F32) }
+    }
+
     /// An operand to be packed later, in buffers that are kept.
     pub(crate) fn empty(precision: Precision) -> Self {
-        Self { lanes: vec![], k: 0, n: 0, precision }
+        Self { lanes: vec![], short: None, k: 0, n: 0, precision }
+    }
+
+    /// Bytes of its numbers.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of_val(&self.lanes[..]) + self.short.as_ref().map_or(0, Short::bytes)
+    }
+
+    /// The first of `len` lanes from `first` on, which are in `wide` if they are held short.
+    fn lanes(&self, first: usize, len: usize, wide: &mut Vec<u32>) -> *const u32 {
+        match &self.short {
+            None => self.lanes[first..first + len].as_ptr(),
+            Some(short) => {
+                output_lanes(wide, len);
+                short.widen(first, wide);
+                wide.as_ptr()
+            }
+        }
+    }
+
+    /// The numbers of a column `[k]` as f32.
+    pub(crate) fn column(&self, column: usize, to: &mut [f32]) {
+        assert!(self.precision == Precision::F32 && column < self.n && to.len() == self.k);
+        let (mut wide, panel) = (vec![], column / COLUMNS * self.panel_len());
+        for (k, to) in to.iter_mut().enumerate() {
+            let at = panel + k * COLUMNS + column % COLUMNS;
+            *to = match &self.short {
+                None => f32::from_bits(self.lanes[at]),
+                Some(short) => {
+                    output_lanes(&mut wide, 1);
+                    short.widen(at, &mut wide);
+                    f32::from_bits(wide[0])
+                }
+            };
+        }
     }
 
     /// Packs another matrix into the same buffer.
     pub(crate) fn repack(&mut self, view: View, (k, n): (usize, usize), threads: Threads) {
         view.check(k, n);
-        (self.k, self.n) = (k, n);
+        (self.k, self.n, self.short) = (k, n, None);
         let len = self.panel_len();
         output_lanes(&mut self.lanes, n.div_ceil(COLUMNS) * len);
         if len == 0 {
@@ -136,6 +191,11 @@ impl Right {
     /// Whether a part may begin at the inner position `k`.
     pub(crate) fn begins_a_lane(&self, k: usize) -> bool {
         k.is_multiple_of(self.precision.positions())
+    }
+
+    /// Columns n.
+    pub(crate) fn columns(&self) -> usize {
+        self.n
     }
 
     /// All of it.
@@ -212,9 +272,17 @@ impl Output {
     }
 }
 
+/// Buffers of the product that runs on a thread.
+#[derive(Default)]
+struct Buffers {
+    /// A packed left operand.
+    left: Vec<u32>,
+    /// Lanes of a right operand that is held short.
+    wide: Vec<u32>,
+}
+
 thread_local! {
-    /// Packed left operands of the product that runs on this thread.
-    static LEFT: RefCell<Vec<u32>> = const { RefCell::new(vec![]) };
+    static BUFFERS: RefCell<Buffers> = const { RefCell::new(Buffers { left: vec![], wide: vec![] }) };
 }
 
 /// dst `[m, n]` = or += a `[m, k]` · b `[k, n]`, row-major with `dst_row` elements between rows.
@@ -255,7 +323,10 @@ pub(crate) unsafe fn multiply_all((m, a): (usize, View), right: Part, output: Ou
         return unsafe { multiply((m, a), right, output) };
     }
     let n_threads = rayon::current_num_threads();
-    let rows = TASK_ROWS.min(m.div_ceil(n_threads).next_multiple_of(ROWS));
+    let rows = match m <= TOGETHER {
+        true => m,
+        false => TASK_ROWS.min(m.div_ceil(n_threads).next_multiple_of(ROWS)),
+    };
     let n_row_tasks = m.div_ceil(rows);
     // Few rows: the columns are split too.
     let n_columns = right.columns.len();
@@ -280,10 +351,10 @@ pub(crate) unsafe fn multiply((m, a): (usize, View), part: Part, output: Output)
     let precision = part.right.precision;
     let kernel = Instructions::best(precision);
     // SAFETY: the caller's promise.
-    LEFT.with_borrow_mut(|lanes| unsafe { multiply_with(kernel, (m, a), &part, output, lanes) });
+    BUFFERS.with_borrow_mut(|buffers| unsafe { multiply_with(kernel, (m, a), &part, output, buffers) });
 }
 
-/// [`multiply`] with one of the kernels and a buffer for the packed left operand.
+/// [`multiply`] with one of the kernels, in these buffers.
 ///
 /// # Safety
 /// As [`multiply_all`], and the processor has the kernel's instructions.
@@ -292,7 +363,7 @@ unsafe fn multiply_with(
     (m, a): (usize, View),
     part: &Part,
     output: Output,
-    lanes: &mut Vec<u32>,
+    Buffers { left: lanes, wide }: &mut Buffers,
 ) {
     let Part { right, first_k, k, columns } = part;
     let precision = right.precision;
@@ -304,6 +375,7 @@ unsafe fn multiply_with(
         let left = left_lanes((m, a), (precision, inner..inner + n_inner, *k), lanes);
         for column in columns.clone().step_by(COLUMNS) {
             let panel = column / COLUMNS * right.panel_len() + (first_lane + inner) * COLUMNS;
+            let b = right.lanes(panel, n_inner * COLUMNS, wide);
             let output = output.skip(0, column - columns.start);
             let from = if inner > 0 { Addend::Itself } else { output.from };
             let width = COLUMNS.min(columns.end - column);
@@ -325,7 +397,7 @@ unsafe fn multiply_with(
                         a: left.first.add(g * left.group),
                         a_row: left.row,
                         a_lane: left.lane,
-                        b: right.lanes.as_ptr().add(panel),
+                        b,
                         c,
                         c_row: output.row,
                         from,

@@ -13,7 +13,7 @@ const PADDING: usize = 16;
 
 /// The bf16 nearest to `x`, ties to even, in the low half; NaN stays NaN.
 #[inline(always)]
-pub(super) fn bf16(x: f32) -> u32 {
+pub(crate) fn bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }

@@ -89,7 +89,7 @@ fn every_kernel_agrees_with_f64() {
                     let output = Output { to: Shared::new(&mut c), offset: 0, row: n, from };
                     let kernel = instructions.kernel(precision);
                     // SAFETY: the kernel is one of those available, and c and the base are whole matrices.
-                    unsafe { multiply_with(kernel, (m, a), &right.all(), output, &mut vec![]) };
+                    unsafe { multiply_with(kernel, (m, a), &right.all(), output, &mut Buffers::default()) };
                     let expected: Vec<f64> =
                         expected.iter().zip(added).map(|(x, added)| x + f64::from(added)).collect();
                     check(&c, &expected, k, &what);

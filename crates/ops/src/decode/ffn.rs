@@ -1,0 +1,152 @@
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Held;
+use crate::Precision;
+use crate::buffer::{Shared, output};
+use crate::gemm::{
+    Addend, Output, Right, Short, Threads, View, bf16, multiply_all, panels_of_columns, panels_of_rows,
+};
+use crate::math::sigmoid;
+
+/// The weights of a gated FFN of width R, packed once: M1, M2 and M3, [3, R, D], M3 being stored transposed.
+pub struct FfnWeights {
+    w_in: Right,  // [D, 2R]
+    w_out: Right, // [R, D]
+    /// Of each of the 3R rows, when they are integers.
+    scales: Option<Vec<f32>>,
+    width: usize,
+}
+
+impl FfnWeights {
+    /// From numbers [3, R, D].
+    ///
+    /// # Panics
+    /// When they are not whole rows of D, or not three times as many rows.
+    pub fn new(values: &[f32], d: usize, held: Held) -> Self {
+        let (r, inner) = sizes(values.len(), d);
+        match held {
+            Held::F32 => {
+                let pack = |view, shape| Right::pack(Precision::F32, view, shape, Threads::All);
+                let (w_in, w_out) = values.split_at(inner);
+                Self {
+                    w_in: pack(View::transposed(w_in, d), (d, 2 * r)),
+                    w_out: pack(View::rows(w_out, d), (r, d)),
+                    scales: None,
+                    width: r,
+                }
+            }
+            Held::Bf16 => {
+                let rounded: Vec<u16> = values.iter().map(|&x| bf16(x) as u16).collect();
+                Self::of_bf16(&rounded, d)
+            }
+        }
+    }
+
+    /// From the bits of bf16 [3, R, D].
+    ///
+    /// # Panics
+    /// As [`FfnWeights::new`].
+    pub fn of_bf16(values: &[u16], d: usize) -> Self {
+        let (r, inner) = sizes(values.len(), d);
+        let (w_in, w_out) = values.split_at(inner);
+        Self {
+            w_in: Right::hold(Short::Bf16(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
+            w_out: Right::hold(Short::Bf16(panels_of_columns(w_out, (r, d))), (r, d)),
+            scales: None,
+            width: r,
+        }
+    }
+
+    /// From integers [3, R, D] and the scale of each row [3, R].
+    ///
+    /// # Panics
+    /// As [`FfnWeights::new`], and when there is not one scale a row.
+    pub fn of_int8(values: &[i8], scales: &[f32], d: usize) -> Self {
+        let (r, inner) = sizes(values.len(), d);
+        assert_eq!(scales.len(), 3 * r, "scales of 3 x {r} rows");
+        let (w_in, w_out) = values.split_at(inner);
+        Self {
+            w_in: Right::hold(Short::Int8(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
+            w_out: Right::hold(Short::Int8(panels_of_columns(w_out, (r, d))), (r, d)),
+            scales: Some(scales.to_vec()),
+            width: r,
+        }
+    }
+
+    /// Bytes of its numbers.
+    pub fn bytes(&self) -> usize {
+        self.w_in.bytes() + self.w_out.bytes() + self.scales.as_ref().map_or(0, |scales| 4 * scales.len())
+    }
+
+    /// hidden = silu(x·M1ᵀ) ⊙ (x·M2ᵀ) of a row of products [2R], with the scales of all three matrices.
+    fn activate(&self, products: &[f32], hidden: &mut [f32]) {
+        let (a, b) = products.split_at(self.width);
+        match &self.scales {
+            None => {
+                for ((hidden, &a), b) in hidden.iter_mut().zip(a).zip(b) {
+                    *hidden = a * sigmoid(a) * b;
+                }
+            }
+            Some(scales) => {
+                let (of_in, of_out) = scales.split_at(2 * self.width);
+                let (of_a, of_b) = of_in.split_at(self.width);
+                for (i, hidden) in hidden.iter_mut().enumerate() {
+                    let a = a[i] * of_a[i];
+                    *hidden = a * sigmoid(a) * (b[i] * of_b[i]) * of_out[i];
+                }
+            }
+        }
+    }
+}
+
+/// R, and the numbers of M1 and M2.
+fn sizes(len: usize, d: usize) -> (usize, usize) {
+    assert!(d > 0 && len > 0 && len.is_multiple_of(3 * d), "{len} numbers of an FFN of d_model {d}");
+    (len / (3 * d), len / 3 * 2)
+}
+
+/// Consecutive rows of x that one FFN serves.
+#[derive(Clone)]
+pub struct FfnRun<'a> {
+    /// The FFN.
+    pub weights: &'a FfnWeights,
+    /// The rows.
+    pub rows: Range<usize>,
+}
+
+/// y += (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run, `x` and `y` [N, D] (arXiv 2510.02375 §3). Weights are
+/// read once a run, however many rows it has.
+///
+/// # Panics
+/// When runs overlap, are out of order or reach beyond N, and when the shapes do not fit.
+pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, runs: &[FfnRun]) {
+    assert_eq!(x.len(), y.len(), "elements of x and y");
+    let mut end = 0;
+    for FfnRun { weights, rows } in runs {
+        let fits = rows.start >= end && rows.end > rows.start && rows.end * d <= x.len();
+        assert!(fits && weights.w_out.columns() == d, "run {rows:?} after {end}, of {} numbers", x.len());
+        end = rows.end;
+    }
+    let y = Shared::new(y);
+    let run = |(products, hidden): &mut (Vec<f32>, Vec<f32>), FfnRun { weights, rows }: &FfnRun, threads| {
+        let (m, r, first) = (rows.len(), weights.width, rows.start * d);
+        *products = output(m * 2 * r);
+        *hidden = output(m * r);
+        let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from: Addend::Zero };
+        // SAFETY: the products are [m, 2r] and this call's own.
+        unsafe { multiply_all((m, View::rows(&x[first..], d)), weights.w_in.all(), to, threads) }
+        let rows = products.chunks_exact(2 * r).zip(hidden.chunks_exact_mut(r));
+        rows.for_each(|(products, hidden)| weights.activate(products, hidden));
+        let to = Output { to: y, offset: first, row: d, from: Addend::Itself };
+        // SAFETY: the rows of runs do not overlap and lie in y, which is uniquely borrowed (above).
+        unsafe { multiply_all((m, View::rows(hidden, r)), weights.w_out.all(), to, threads) }
+    };
+    if runs.len() < rayon::current_num_threads() {
+        let mut buffers = (vec![], vec![]);
+        runs.iter().for_each(|one| run(&mut buffers, one, Threads::All));
+    } else {
+        runs.par_iter().for_each_init(Default::default, |buffers, one| run(buffers, one, Threads::One));
+    }
+}

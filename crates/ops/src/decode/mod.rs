@@ -1,0 +1,18 @@
+//! Operations of a decoder that generates: forward only, over plain f32 rows, with weights packed once.
+//!
+//! The N rows of a step are the tokens that several sequences add, one sequence after another. A row's result
+//! depends on its own sequence only, to the bit: neither on the rows beside it, nor on how its prompt is cut
+//! into steps, nor on threads.
+
+mod attention;
+mod ffn;
+mod matrix;
+mod norm;
+
+pub use attention::{KvPages, KvShape, Reading, SequenceCache};
+pub use ffn::{FfnRun, FfnWeights, add_ffn};
+pub use matrix::{Held, Matrix};
+pub use norm::{norm_rope_rows, rms_norm_rows};
+
+/// Steps of fewer rows are not worth a parallel loop over them.
+const FEW_ROWS: usize = 16;
