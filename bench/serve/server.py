@@ -120,10 +120,10 @@ def complete(port, prompt, memory, n=TOKENS):
 
 
 def requests(bench):
-    """One request at a time, with memory and without in turn."""
+    """One request at a time, with memory, held as int8, and without in turn."""
     run, prompts = made(bench)
     prompts = prompts[:: max(1, len(prompts) // 16)][:16]
-    with serving(bench, run) as (port, process):
+    with serving(bench, run, "--set", "memory.placement.dtype=\"int8\"") as (port, process):
         wait_until_ready(port, process)
         for prompt in prompts:
             for memory in ("auto", "off"):
@@ -180,7 +180,7 @@ def overload(bench):
     comes back."""
     run, prompts = made(bench)
     at_once, seconds = 16, 2 if bench.args.quick else 10
-    limits = ["--set", f"serve.max_sequences={at_once}", "--set", f"serve.max_waiting={at_once // 2}"]
+    limits = ["--set", f"serve.engine.max_sequences={at_once}", "--set", f"serve.engine.max_waiting={at_once // 2}"]
     with serving(bench, run, *limits) as (port, process):
         wait_until_ready(port, process)
         for prompt in prompts[:at_once]:
