@@ -27,6 +27,8 @@ pub(super) struct Scheduler {
     shared: Arc<Shared>,
     /// In the order in which they came.
     running: Vec<Sequence>,
+    /// Something has ended in the last step, so that there may be room for what waits.
+    has_room: bool,
     stats: EngineStats,
 }
 
@@ -68,7 +70,8 @@ impl Scheduler {
         shared: Arc<Shared>,
     ) -> Self {
         let stats = EngineStats::default();
-        let scheduler = Self { decoder, tokenizer, options, pages, shared, running: vec![], stats };
+        let scheduler =
+            Self { decoder, tokenizer, options, pages, shared, running: vec![], has_room: false, stats };
         scheduler.shared.publish(scheduler.stats());
         scheduler
     }
@@ -97,8 +100,8 @@ impl Scheduler {
                     return false;
                 }
             }
-            if inbox.woken || !self.running.iter().all(Sequence::rests) {
-                inbox.woken = false;
+            if inbox.woken || self.has_room || !self.running.iter().all(Sequence::rests) {
+                (inbox.woken, self.has_room) = (false, false);
                 return true;
             }
             inbox = shared.wait(inbox);
@@ -244,6 +247,7 @@ impl Scheduler {
             self.shared.publish(self.stats());
             return;
         }
+        self.has_room = true;
         ended.sort_by_key(|(index, _)| *index);
         let mut told = vec![];
         for (index, ended) in ended.into_iter().rev() {
