@@ -75,6 +75,8 @@ fn reference(scores: &[f64], sampling: &Sampling, uniform: f64) -> u32 {
 fn temperature_0_takes_the_likeliest_and_the_first_of_equals() {
     assert_eq!(draws(&FOUR, &sampling(0.0), 3), [1, 1, 1]);
     assert_eq!(draws(&[2.0, 5.0, 5.0], &sampling(0.0), 1), [1]);
+    assert_eq!(draws(&[-1.0, -0.0, 0.0, 0.0], &sampling(0.0), 1), [2], "as the total order has it");
+    assert_eq!(draws(&[-1.0, -0.0, -0.0], &sampling(0.0), 1), [1]);
     let biased = Sampling { logit_bias: [(3, 8.0), (1, -100.0)].into(), ..sampling(0.0) };
     assert_eq!(draws(&FOUR, &biased, 1), [3]);
 }
