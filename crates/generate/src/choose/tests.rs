@@ -23,7 +23,7 @@ fn scores(random: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
     let spread = 1.0 + 12.0 * uniform(random);
     let mut score = || {
         let x = (uniform(random) + uniform(random) + uniform(random) - 1.5) * spread;
-        if random.next_u32() % 4 == 0 { x.round() as f32 } else { x as f32 }
+        if random.next_u32().is_multiple_of(4) { x.round() as f32 } else { x as f32 }
     };
     (0..n).map(|_| score()).collect()
 }
