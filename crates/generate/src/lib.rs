@@ -1,5 +1,7 @@
 //! Sampling and scoring with retrieved memory, batched over sequences with different blocks.
 
+mod choose;
+pub mod engine;
 mod error;
 mod model;
 mod sample;
