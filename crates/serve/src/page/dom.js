@@ -27,8 +27,6 @@ export function short(n) {
   return at && n >= 1e4 ? `${Number((n / at[0]).toPrecision(3))}${at[1]}` : count(n);
 }
 
-export const bytes = (n) => (n >= 2 ** 30 ? `${number(n / 2 ** 30, 1)} GiB` : `${number(n / 2 ** 20, n < 2 ** 20 ? 1 : 0)} MiB`);
-
 /** Calls `run` when it has not been asked to for `ms`. */
 export function later(ms, run) {
   let timer = 0;

@@ -8,8 +8,8 @@ const NARROWEST = 68; // pixels across of a level that is shown
 const NAME = 14; // pixels of height that a name needs
 const NAME_AND_SIZE = 34;
 
-const LIGHT = { l: [0.8, 0.87, 0.92, 0.945], chroma: 0.075, cold: [0.93, 0.008, 80], hot: [0.7, 0.17, 50] };
-const DARK = { l: [0.44, 0.37, 0.31, 0.28], chroma: 0.065, cold: [0.27, 0.008, 80], hot: [0.53, 0.15, 47] };
+const LIGHT = { l: [0.8, 0.87, 0.915, 0.935], chroma: [0.075, 0.065, 0.045, 0.032], cold: [0.93, 0.008, 80], hot: [0.7, 0.17, 50] };
+const DARK = { l: [0.44, 0.37, 0.31, 0.27], chroma: [0.065, 0.06, 0.05, 0.04], cold: [0.27, 0.008, 80], hot: [0.53, 0.15, 47] };
 
 const oklch = (l, c, h) => `oklch(${l.toFixed(3)} ${c.toFixed(3)} ${h.toFixed(1)})`;
 const mix = (a, b, t) => a + (b - a) * t;
@@ -79,7 +79,7 @@ export class Icicle {
     return node;
   }
 
-  /** Draws. `state`: `tree`, `focus`, `chosen`, `hover`, `mode` "cluster" or "fetches", `around` clusters not to fade (null: all), `lit` [{ path: clusters, faint }]. */
+  /** Draws. `state`: `tree`, `focus`, `chosen`, `hover`, `mode` "cluster" or "fetches", `hits` clusters to mark or null, `around` clusters not to fade or null, `lit` [{ path: clusters, faint }]. */
   paint(view, state) {
     this.state = state;
     this.seen = view;
@@ -89,10 +89,13 @@ export class Icicle {
     pen.fillStyle = this.colours.paper;
     pen.fillRect(0, 0, this.width, this.height);
     pen.textBaseline = "alphabetic";
+    this.labels = []; // drawn last, over what is lit
     this.paintCluster(state.tree.root);
     for (const { path, faint } of [...state.lit].reverse()) path.forEach((node) => this.paintLit(node, faint));
     if (state.hover && state.hover !== state.chosen) this.outline(state.hover, this.colours.soft, 1);
     if (state.chosen.level >= 0) this.outline(state.chosen, this.colours.ink, 2);
+    for (const label of this.labels) this.label(...label);
+    pen.globalAlpha = 1;
   }
 
   // Left, top, width and height, the last two of whole device pixels.
@@ -118,8 +121,12 @@ export class Icicle {
       pen.fillStyle = this.colour(node, node.fetches, 0);
       const gap = height >= 3 ? 1 : 0;
       pen.fillRect(x, y, width - 1, Math.max(height - gap, 0.5));
-      this.label(node, x, Math.max(y, 0), width - 1, Math.min(y + height, this.height) - Math.max(y, 0));
+      if (this.state.hits?.has(node)) {
+        pen.fillStyle = this.colours.mark;
+        pen.fillRect(x, y, 3, Math.max(height - gap, 0.5));
+      }
       pen.globalAlpha = 1;
+      this.labels.push([node, x, Math.max(y, 0), width - 1, Math.min(y + height, this.height) - Math.max(y, 0)]);
     }
     for (const [i, child] of node.children.entries()) {
       if (child.height * this.scale < LEAST) return this.paintBands(node.children, i);
@@ -170,11 +177,13 @@ export class Icicle {
       return oklch(l + shade * (t ? 1 : 0.6), c, h);
     }
     if (node.level < 0) return oklch(look === DARK ? 0.3 : 0.9, 0, 90);
-    return oklch(look.l[Math.min(node.level + further, look.l.length - 1)] + shade, look.chroma, node.hue);
+    const level = Math.min(node.level + further, look.l.length - 1);
+    return oklch(look.l[level] + shade, look.chroma[level], node.hue);
   }
 
   label(node, x, y, width, height) {
     const { pen } = this;
+    pen.globalAlpha = this.faded(node) ? 0.45 : 1;
     if (node === this.state.focus && width <= HANDLE) return this.labelUpwards(node, x, y, width, height);
     if (height < NAME - 2 || width < 24) return;
     const size = height < 18 ? 11 : 12.5;

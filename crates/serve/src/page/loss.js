@@ -75,8 +75,8 @@ export class Loss {
       element("dt", {}, "nats per token"), element("dd", {}, element("b", {}, number(mean, 3)), change),
       element("dt", {}, "perplexity"), element("dd", {}, number(Math.exp(mean), 2)),
       element("dt", {}, "tokens"), element("dd", {}, count(n)));
-    if (column.memory.name === "fetched" && column.path) means.append(element("dt", {}, "path"), element("dd", {}, column.path));
-    return element("article", {}, memoryHead(column.memory), list, means);
+    const meaning = column.memory.name === "fetched" && column.path ? `the blocks of ${column.path}` : column.memory.meaning;
+    return element("article", {}, memoryHead(column.memory, meaning), list, means);
   }
 
   // ---- one token ----

@@ -1,7 +1,7 @@
 // The page: loads what is served, joins the parts, keeps the state in the address.
 
 import { get, onRefused, setKey } from "./api.js";
-import { $, bytes, count, element, later, short } from "./dom.js";
+import { $, count, element, later, short } from "./dom.js";
 import { Loss } from "./loss.js";
 import { TreeMap } from "./map.js";
 import { Panel } from "./panel.js";
@@ -53,7 +53,8 @@ function showServed() {
 
 function showBank() {
   const bank = banks.find(({ name }) => name === $("bank").value) ?? {};
-  const facts = [bank.step === undefined ? null : `step ${count(bank.step)}`, bank.dtype, bank.bytes ? bytes(bank.bytes) : null, bank.n_blocks ? `${count(bank.n_blocks)} blocks` : null];
+  const facts = [bank.step === undefined ? null : `step ${count(bank.step)}`, bank.dtype, bank.n_parameters ? `${short(bank.n_parameters)} parameters` : null];
+  $("bank-facts").title = bank.source ?? "";
   $("bank-facts").textContent = facts.filter(Boolean).join(" · ");
 }
 

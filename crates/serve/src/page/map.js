@@ -17,8 +17,7 @@ export class TreeMap {
     this.box = $("tree");
     this.icicle = new Icicle($("canvas"));
     this.icicle.resize();
-    this.state = { tree, focus: tree.root, chosen: tree.root, hover: null, mode: "cluster", around: null, lit: [] };
-    this.hits = null;
+    this.state = { tree, focus: tree.root, chosen: tree.root, hover: null, mode: "cluster", hits: null, around: null, lit: [] };
     this.view = this.icicle.view(tree, tree.root);
     this.listen();
     new ResizeObserver(() => this.resized()).observe(this.box);
@@ -121,17 +120,18 @@ export class TreeMap {
   /** Fades what does not match `text`. */
   search(text) {
     $("search").value = text;
-    this.hits = this.tree.search(text);
-    this.state.around = this.hits && new Set([...this.hits].flatMap((hit) => hit.ancestors));
-    const n = this.hits?.size;
+    const hits = this.tree.search(text);
+    this.state.hits = hits;
+    this.state.around = hits && new Set([...hits].flatMap((hit) => hit.ancestors));
+    const n = hits?.size;
     const found = n ? `${count(n)} cluster${n === 1 ? " matches" : "s match"} “${text.trim()}”. Enter goes to the next.` : `No cluster matches “${text.trim()}”.`;
-    $("map-said").textContent = this.hits === null ? "" : found;
+    $("map-said").textContent = hits === null ? "" : found;
     this.draw();
   }
 
   nextHit() {
-    if (!this.hits?.size) return;
-    const list = [...this.hits];
+    const list = [...(this.state.hits ?? [])];
+    if (!list.length) return;
     this.zoom(list[(list.indexOf(this.state.chosen) + 1) % list.length]);
   }
 

@@ -10,7 +10,7 @@ const section = (title, content) => (content ? [element("h3", {}, title), conten
 
 function facts(pairs) {
   const shown = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "–");
-  return element("dl", {}, ...shown.flatMap(([key, value]) => [element("dt", {}, key), element("dd", {}, value)]));
+  return element("dl", {}, ...shown.map(([key, value]) => element("div", {}, element("dt", {}, key), element("dd", {}, value))));
 }
 
 export class Panel {
@@ -29,7 +29,7 @@ export class Panel {
     this.draw();
     await new Promise((resolve) => (this.timer = setTimeout(resolve, WAIT_MS)));
     try {
-      const told = await get(`v1/explain/${cluster.path}`, asking.signal);
+      const told = await get(cluster.path ? `v1/explain/${cluster.path}` : "v1/explain", asking.signal);
       if (this.cluster === cluster) this.told = told;
     } catch (error) {
       if (isAbort(error) || this.cluster !== cluster) return;
@@ -49,7 +49,7 @@ export class Panel {
   }
 
   childCounts(child) {
-    return `${count(child.n)} · ${percent(child.share)}${child.fetches ? ` · ${count(child.fetches)} f` : ""}`;
+    return `${count(child.n)} · ${percent(child.share)} · ${count(child.fetches)}`;
   }
 
   draw() {
@@ -64,20 +64,18 @@ export class Panel {
       this.facts(cluster, told ?? {}),
       ...section("Terms", this.terms(cluster, told)),
       ...section("Examples", this.examples(told)),
-      ...section("Children", this.children(cluster)),
+      ...section(element("span", {}, "Children ", element("small", {}, "windows, share, fetches")), this.children(cluster)),
     ].filter(Boolean));
   }
 
   facts(cluster, told) {
-    const made = facts([
+    return facts([
       ["level", cluster.level < 0 ? null : `${cluster.level + 1} of ${this.tree.nLevels}`],
-      ["documents", told.n_documents === undefined ? null : count(told.n_documents)],
       ["windows", cluster.level < 0 ? null : count(told.n_windows ?? cluster.n)],
-      ["share", cluster.level < 0 ? null : `${percent(told.share ?? cluster.share)} of ${cluster.level ? "its parent" : "the whole"}`],
+      ["share", cluster.level < 0 ? null : cluster.level ? `${percent(cluster.share)} of its parent, ${percent(cluster.n / Math.max(this.tree.root.n, 1))} of all` : `${percent(cluster.share)} of all`],
       ["updates", cluster.level < 0 || told.updates === undefined || told.updates === null ? null : `${count(told.updates)} in training`],
       ["fetched", element("span", { "data-fetches": "" }, count(cluster.fetches))],
     ]);
-    return made;
   }
 
   terms(cluster, told) {

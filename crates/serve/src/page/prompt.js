@@ -155,6 +155,6 @@ class Answer {
     this.bar.hidden = false;
     this.bar.setAttribute("aria-label", `Milliseconds: ${told.join(", ")}`);
     this.bar.replaceChildren(...PARTS.map((part) => element("i", { class: `p-${part}`, title: `${part} ${number(this.ms(part), 1)} ms`, style: { width: `${(100 * this.ms(part)) / longest}%` } })));
-    this.key.replaceChildren(...PARTS.map((part, i) => element("span", {}, element("i", { class: `p-${part}` }), told[i])), "ms");
+    this.key.replaceChildren(...PARTS.map((part, i) => element("span", {}, element("i", { class: `p-${part}` }), told[i])), "milliseconds");
   }
 }
