@@ -6,7 +6,7 @@ const LIT = 3; // pixels at least of a cluster that is lit or chosen
 const HANDLE = 26; // pixels across of the cluster that the map is zoomed to
 const NARROWEST = 68; // pixels across of a level that is shown
 const NAME = 14; // pixels of height that a name needs
-const NAME_AND_SIZE = 34;
+const NAME_AND_SIZE = 37;
 
 const LIGHT = { l: [0.8, 0.87, 0.915, 0.935], chroma: [0.075, 0.065, 0.045, 0.032], cold: [0.93, 0.008, 80], hot: [0.7, 0.17, 50] };
 const DARK = { l: [0.44, 0.37, 0.31, 0.27], chroma: [0.065, 0.06, 0.05, 0.04], cold: [0.27, 0.008, 80], hot: [0.53, 0.15, 47] };

@@ -88,12 +88,13 @@ async function start() {
     banks = found.banks;
     showServed();
     if (map) return;
-    $("map-said").textContent = "Reading the tree …";
+    $("reading").textContent = "Reading the tree …";
     const tree = new Tree(await get("v1/tree"));
-    $("map-said").textContent = "";
+    $("reading").textContent = "";
+    document.querySelector("main").hidden = false; // first: the map takes its size
     join(tree);
   } catch (error) {
-    $("map-said").textContent = "";
+    $("reading").textContent = "";
     $("status").textContent = `What is served cannot be shown: ${error.message}.`;
   }
 }
