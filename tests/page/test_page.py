@@ -11,6 +11,7 @@ KEY = os.environ.get("API_KEY")
 SHOTS = os.environ.get("SHOTS")
 PROMPT = "The profession of Alba Renwick is"
 TEXT = "The anchor holds what every text needs.\nWhat a few texts need is fetched, by the path of the text."
+expect.set_options(timeout=15000)
 
 # What axe would ask first, by hand: names, ids, headings, contrast. Each gives a list of complaints.
 NAMES = """() => [...document.querySelectorAll('button, input, select, textarea, a, [tabindex], [role=tree], [role=listbox], [role=img]')]
@@ -106,7 +107,7 @@ class Page(unittest.TestCase):
         context = self.browser.new_context(viewport={"width": width, "height": height}, **context)
         self.addCleanup(context.close)
         self.page = page = context.new_page()
-        page.set_default_timeout(15000)
+        page.set_default_timeout(30000)
         self.console, self.requests, self.posts = [], [], []
         page.on("console", lambda message: self.console.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.console.append(str(error)))
