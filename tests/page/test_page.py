@@ -252,12 +252,18 @@ class Page(unittest.TestCase):
     def test_a_chosen_cluster_is_used_as_memory(self):
         page = self.open()
         page.locator("#panel .bars button").first.click()
-        path = self.chosen()
-        page.click("text=Use as memory")
-        expect(page.locator("#memory")).to_have_value(path)
+        page.click("#panel .bar button")
+        path = page.input_value("#memory")
+        self.assertTrue((path + "/").startswith(self.chosen() + "/"), path)
         expect(page.locator("#memory")).to_be_focused()
+        page.fill("#prompt", PROMPT)
+        page.fill("#memory", path + "/0")
+        page.click("#go")
+        self.assertEqual(self.completions(), [], "a path of a level too much")
+        page.fill("#memory", path)
         self.continue_prompt()
         self.assertEqual(self.completions()[2]["memory"], path)
+        expect(page.locator("#answers .error")).to_have_text(["", "", ""])
 
     def test_no_prompt_is_told_in_place(self):
         page = self.open()
@@ -446,6 +452,28 @@ class Page(unittest.TestCase):
         self.assertEqual(page.locator("#panel img, #panel script").count(), 0)
 
     # ---- what goes wrong ----
+
+    def test_a_run_without_memory_continues_and_scores(self):
+        self.allowed = ("404",)
+        gone = {"error": {"message": "this run has no memory", "type": "invalid_request_error", "param": None, "code": "no_memory"}}
+
+        def without(page):
+            page.route("**/v1/tree", lambda route: route.fulfill(status=404, json=gone))
+            page.route("**/v1/banks", lambda route: route.fulfill(json={"banks": []}))
+
+        page = self.open(before=without, loaded=False)
+        expect(page.locator("#prompt")).to_be_visible()
+        expect(page.locator("#tree")).to_be_hidden()
+        self.continue_prompt(max_tokens=4)
+        self.assertEqual([body["memory"] for body in self.completions()], ["off"])
+        page.fill("#text", TEXT)
+        page.click("#score-go")
+        expect(page.locator("#scores .tokens")).to_have_count(1)
+        page.locator("#scores .tokens").focus()
+        page.keyboard.press("End")
+        self.assertRegex(page.inner_text("#token"), r"none [\d.]+")
+        self.assertEqual([url for url, _ in self.posts if url.endswith("/v1/route")], [])
+        self.check_all()
 
     def test_a_key_is_asked_for_and_kept_in_the_tab(self):
         self.allowed = ("401",)

@@ -1,13 +1,13 @@
 // The loss of a text by token, with three memories beside each other.
 
 import { isAbort, post } from "./api.js";
-import { $, MEMORIES, count, element, memoryHead, number, signed } from "./dom.js";
+import { $, count, element, memoryHead, number, signed } from "./dom.js";
 
 const MOST_LOSS = 8; // nats of the strongest colour
 const MOST_DIFFERENCE = 3; // nats, either way
 
 export class Loss {
-  /** `page`: bank(), model(), memory() a path or "". */
+  /** `page`: memories, bank(), model(), memory() a path or "". */
   constructor(page) {
     this.page = page;
     this.columns = [];
@@ -38,7 +38,7 @@ export class Loss {
     const request = { model: this.page.model(), prompt: text, bank: this.page.bank(), max_tokens: 0, echo: true, logprobs: 1 };
     const path = this.page.memory();
     try {
-      const replies = await Promise.all(MEMORIES.map((memory) => post("v1/completions", { ...request, memory: memory.ask(path) }, running.signal)));
+      const replies = await Promise.all(this.page.memories.map((memory) => post("v1/completions", { ...request, memory: memory.ask(path) }, running.signal)));
       this.show(replies);
     } catch (error) {
       if (isAbort(error)) return;
@@ -52,7 +52,7 @@ export class Loss {
     this.columns = replies.map((reply, i) => {
       const { tokens, token_logprobs: logprobs, top_logprobs: likeliest } = reply.choices[0].logprobs;
       const losses = logprobs.map((logprob) => (logprob === null ? null : -logprob));
-      return { memory: MEMORIES[i], tokens, losses, likeliest: likeliest ?? [], path: reply.anchorage?.path };
+      return { memory: this.page.memories[i], tokens, losses, likeliest: likeliest ?? [], path: reply.anchorage?.path };
     });
     $("scored").hidden = false;
     $("token").textContent = "Point at a token, or step through them with the arrow keys.";
@@ -90,7 +90,7 @@ export class Loss {
   }
 
   difference(i, at) {
-    const [none, with_] = [this.columns[0].losses[at], this.columns[i].losses[at]];
+    const [none, with_] = [this.columns[0].losses[at], this.columns[i]?.losses[at]];
     return known(none) && known(with_) ? with_ - none : null;
   }
 
@@ -109,7 +109,7 @@ export class Loss {
     const difference = this.difference(2, at);
     const likeliest = Object.entries(this.columns[i].likeliest[at] ?? {}).sort((a, b) => b[1] - a[1])[0];
     $("token").replaceChildren(element("b", {}, `“${shown(this.columns[i].tokens[at])}”`), ...losses,
-      element("span", {}, difference === null ? "the first token has no loss" : `fetched against none ${signed(difference, 2)} nats`),
+      element("span", {}, at === 0 ? "the first token has no loss" : difference === null ? "" : `fetched against none ${signed(difference, 2)} nats`),
       likeliest && likeliest[0] !== this.columns[i].tokens[at] ? element("span", { class: "soft" }, `${this.columns[i].memory.name} expected “${shown(likeliest[0])}” (${number(100 * Math.exp(likeliest[1]), 0)} %)`) : "");
   }
 
@@ -146,7 +146,8 @@ export class Loss {
 }
 
 const known = (x) => typeof x === "number" && Number.isFinite(x);
-const shown = (token) => token.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
+// A part of a character has no text of its own.
+const shown = (token) => token.replace(/^token_id:\d+$/, "▫").replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
 
 function meanOf(losses) {
   const scored = losses.filter(known);

@@ -1,7 +1,7 @@
 // The page: loads what is served, joins the parts, keeps the state in the address.
 
 import { get, onRefused, setKey } from "./api.js";
-import { $, count, element, later, short } from "./dom.js";
+import { $, MEMORIES, count, element, later, short } from "./dom.js";
 import { Loss } from "./loss.js";
 import { TreeMap } from "./map.js";
 import { Panel } from "./panel.js";
@@ -31,9 +31,10 @@ function readAddress() {
   const state = new URLSearchParams(location.hash.slice(1));
   $("prompt").value = state.get("prompt") ?? "";
   $("memory").value = state.get("memory") ?? "";
-  const cluster = map.tree.find(state.get("cluster") ?? "");
+  prompt.checkMemory();
+  const cluster = map?.tree.find(state.get("cluster") ?? "");
   if (cluster) map.zoom(cluster);
-  else $("map-said").textContent = `There is no cluster ${state.get("cluster")}.`;
+  else if (map) $("map-said").textContent = `There is no cluster ${state.get("cluster")}.`;
   prompt.route();
 }
 
@@ -60,24 +61,37 @@ function showBank() {
 
 function useAsMemory(path) {
   $("memory").value = path;
+  prompt.checkMemory();
   changed();
   $("memory").scrollIntoView({ block: "nearest" });
   $("memory").focus({ preventScroll: true });
 }
 
+// `tree` is null of a run without memory: what is about memory is not shown then.
 function join(tree) {
-  map = new TreeMap(tree, (cluster) => {
-    panel.show(cluster);
-    changed();
-  });
-  panel = new Panel(tree, { zoom: (cluster) => map.zoom(cluster), search: (term) => map.search(term), use: useAsMemory });
-  const page = { tree, changed, bank: () => $("bank").value || undefined, model: () => model.id, memory: () => $("memory").value.trim(), light: (paths) => map.light(paths), zoom: (cluster) => map.zoom(cluster) };
+  if (tree) {
+    map = new TreeMap(tree, (cluster) => {
+      panel.show(cluster);
+      changed();
+    });
+    panel = new Panel(tree, { zoom: (cluster) => map.zoom(cluster), search: (term) => map.search(term), use: useAsMemory });
+    panel.show(tree.root);
+    poll();
+  }
+  const page = { tree, memories: tree ? MEMORIES : MEMORIES.slice(0, 1), changed, bank: () => $("bank").value || undefined, model: () => model.id, memory: () => $("memory").value.trim(), light: (paths) => map.light(paths), zoom: (cluster) => map.zoom(cluster) };
   prompt = new Prompt(page);
   new Loss(page);
-  panel.show(tree.root);
   readAddress();
   addEventListener("hashchange", readAddress);
-  poll();
+}
+
+async function readTree() {
+  try {
+    return new Tree(await get("v1/tree"));
+  } catch (error) {
+    if (error.status === 404) return null;
+    throw error;
+  }
 }
 
 async function start() {
@@ -87,11 +101,12 @@ async function start() {
     model = models.data[0];
     banks = found.banks;
     showServed();
-    if (map) return;
+    if (prompt) return;
     $("reading").textContent = "Reading the tree …";
-    const tree = new Tree(await get("v1/tree"));
+    const tree = await readTree();
     $("reading").textContent = "";
     document.querySelector("main").hidden = false; // first: the map takes its size
+    document.body.classList.toggle("without", tree === null);
     join(tree);
   } catch (error) {
     $("reading").textContent = "";

@@ -14,7 +14,7 @@ function facts(pairs) {
 }
 
 export class Panel {
-  /** `actions`: zoom(cluster), search(term), use(path) as memory. */
+  /** `actions`: zoom(cluster), search(term), use(path) the path of a leaf as memory. */
   constructor(tree, actions) {
     this.tree = tree;
     this.actions = actions;
@@ -58,7 +58,7 @@ export class Panel {
     $("panel").replaceChildren(...[
       element("div", { class: "bar" },
         element("h2", {}, isRoot ? `${count(cluster.n)} windows in ${this.tree.branching.join(" × ")} clusters` : cluster.name),
-        isRoot ? null : element("button", { type: "button", class: "small", onclick: () => this.actions.use(cluster.path) }, "Use as memory")),
+        isRoot ? null : element("button", { type: "button", class: "small", onclick: () => this.actions.use(cluster.largestLeaf.path) }, cluster.isLeaf ? "Use as memory" : "Use its largest leaf as memory")),
       isRoot ? element("p", { class: "soft" }, "Choose a cluster in the tree to see what it holds.") : element("p", { class: "soft" }, `Cluster ${cluster.path}`),
       this.error ? element("p", { class: "error", role: "alert" }, this.error) : null,
       this.facts(cluster, told ?? {}),

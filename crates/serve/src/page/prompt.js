@@ -1,7 +1,7 @@
 // A prompt: where it is routed to while it is typed, and its continuations with three memories.
 
 import { isAbort, post, stream } from "./api.js";
-import { $, MEMORIES, count, element, later, memoryHead, number } from "./dom.js";
+import { $, count, element, later, memoryHead, number } from "./dom.js";
 
 const ROUTES = 8; // asked for and lit
 const ROUTES_LISTED = 4;
@@ -10,7 +10,7 @@ const GIVEN_CHARS = 90; // of the prompt's end, before a continuation
 const PARTS = ["queue", "route", "fetch", "prefill", "decode"];
 
 export class Prompt {
-  /** `page`: tree, bank(), model(), light(paths), zoom(cluster), changed(). */
+  /** `page`: tree or null of a run without memory, memories, bank(), model(), light(paths), zoom(cluster), changed(). */
   constructor(page) {
     this.page = page;
     this.answers = [];
@@ -22,7 +22,10 @@ export class Prompt {
     $("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
     });
-    $("memory").addEventListener("input", () => page.changed());
+    $("memory").addEventListener("input", () => {
+      this.checkMemory();
+      page.changed();
+    });
     $("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.go();
@@ -33,6 +36,7 @@ export class Prompt {
   // ---- the path ----
 
   async route() {
+    if (!this.page.tree) return;
     this.routing?.abort();
     const text = $("prompt").value;
     if (!text.trim()) return this.routed([]);
@@ -61,6 +65,13 @@ export class Prompt {
 
   // ---- continuations ----
 
+  /** Memory is that of a whole path; which clusters there are, the server knows. */
+  checkMemory() {
+    const path = $("memory").value.trim();
+    const [found, expected] = [path.split("/").length, this.page.tree?.nLevels ?? 0];
+    $("memory").setCustomValidity(path && found !== expected ? `Expected ${expected} indices, one a level, found ${found}.` : "");
+  }
+
   async go() {
     if (!$("prompt").value.trim()) {
       $("ask-error").textContent = "There is no prompt yet.";
@@ -71,7 +82,7 @@ export class Prompt {
     $("ask-error").textContent = $("said").textContent = "";
     const prompt = $("prompt").value;
     const path = $("memory").value.trim();
-    this.answers = MEMORIES.map((memory) => new Answer(memory, memory.name === "fetched" && path ? `the blocks of cluster ${path}` : memory.meaning, prompt));
+    this.answers = this.page.memories.map((memory) => new Answer(memory, memory.name === "fetched" && path ? `the blocks of cluster ${path}` : memory.meaning, prompt));
     $("answers").hidden = false;
     $("answers").replaceChildren(...this.answers.map((answer) => answer.box));
     $("stop").hidden = false;

@@ -29,7 +29,12 @@ class Cluster {
     return this.children.length === 0;
   }
 
-  /** Of its parent's documents, 0 to 1. */
+  /** The leaf with most windows below it, itself of a leaf: memory is that of whole paths. */
+  get largestLeaf() {
+    return this.isLeaf ? this : this.children[0].largestLeaf;
+  }
+
+  /** Of its parent's windows, 0 to 1. */
   get share() {
     return this.parent ? this.n / Math.max(this.parent.n, 1) : 1;
   }
