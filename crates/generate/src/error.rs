@@ -11,6 +11,16 @@ pub enum Error {
         /// What it is.
         found: f64,
     },
+    /// A bound of an engine that it cannot work with.
+    #[error("serve.{key}: expected {expected}, found {found}")]
+    Engine {
+        /// The option.
+        key: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: u64,
+    },
     /// A prompt that leaves no room for what is asked.
     #[error("prompt of {prompt} tokens plus {new} new ones exceeds the anchor's {limit} positions")]
     TooLong {
@@ -21,6 +31,19 @@ pub enum Error {
         /// Positions the anchor has.
         limit: usize,
     },
+    /// A part of a request that no engine can do.
+    #[error("{what}: expected {expected}, found {found}")]
+    Request {
+        /// The part.
+        what: &'static str,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
+    /// The thread of an engine cannot be started.
+    #[error("the engine's thread: {0}")]
+    Thread(#[source] std::io::Error),
     /// A continuation of nothing: its first token has no probability.
     #[error("continuation {index}: expected a context of at least the end-of-text token, found 0 tokens")]
     EmptyContext {

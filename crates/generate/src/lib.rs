@@ -1,5 +1,6 @@
 //! Sampling and scoring with retrieved memory, batched over sequences with different blocks.
 
+pub mod engine;
 mod error;
 mod model;
 mod sample;
