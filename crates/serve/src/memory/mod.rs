@@ -10,8 +10,11 @@
 mod bank;
 mod banks;
 mod blocked;
+mod counts;
 mod error;
 mod explain;
+mod packed;
+mod prefetch;
 mod retrieval;
 mod select;
 mod sources;
@@ -26,3 +29,8 @@ pub use retrieval::{MemoryOptions, Retrieval, RetrievalParts, Route};
 pub use select::{Ask, Memory, Selected};
 pub use sources::{BankSource, Reach, open_tiers};
 pub use stats::{BankStats, MemoryStats, PackedLevelStats, PackedStats};
+
+/// Runs work that computes, reads or copies much, so that the threads of requests stay free.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Task(error.to_string()))?
+}
