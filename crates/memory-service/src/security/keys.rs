@@ -101,6 +101,11 @@ impl ApiKeys {
         Ok(Self(found))
     }
 
+    /// All of them, in the order of the file.
+    pub fn all(&self) -> impl Iterator<Item = &ApiKey> {
+        self.0.iter().map(|(_, key)| &**key)
+    }
+
     /// Whose token it is; `None` for one that is not known. Takes the same time whichever token is right,
     /// and however much of one.
     pub fn holder_of(&self, token: &[u8]) -> Option<Arc<ApiKey>> {

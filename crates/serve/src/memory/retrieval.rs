@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use cluster_tree::{ClusterId, ClusterPath, ClusterTree};
@@ -25,7 +25,7 @@ struct Inner {
     retriever: Retriever,
     tree: Arc<ClusterTree>,
     exact: Exact,
-    page: Option<TreePage>,
+    page: OnceLock<TreePage>,
     identity: Identity,
     banks: Banks,
     packed: Arc<Packed>,
@@ -95,10 +95,6 @@ impl Retrieval {
         if retriever.dim() != tree.dim() {
             return wrong("dimension of the retriever", tree.dim().to_string(), retriever.dim().to_string());
         }
-        if let Some(page) = page.as_ref().filter(|page| page.branching != branching) {
-            let expected = format!("{branching:?}, as of the tree");
-            return wrong("branching of the page", expected, format!("{:?}", page.branching));
-        }
         let levels: Vec<usize> = identity.spec.levels().collect();
         if !options.pinned_levels.iter().all(|level| levels.contains(level)) {
             let expected = format!("some of the levels {levels:?}");
@@ -110,7 +106,36 @@ impl Retrieval {
         let banks = Banks::new(identity.clone(), reach, Arc::clone(&packed), Arc::clone(&fetches));
         let (exact, prefetch) =
             (Exact::new(Arc::clone(&tree), 1)?, Arc::new(Prefetch::new(options.prefetch)));
-        Ok(Self(Arc::new(Inner { retriever, tree, exact, page, identity, banks, packed, fetches, prefetch })))
+        let inner = Inner {
+            retriever,
+            tree,
+            exact,
+            page: OnceLock::new(),
+            identity,
+            banks,
+            packed,
+            fetches,
+            prefetch,
+        };
+        let retrieval = Self(Arc::new(inner));
+        page.map_or(Ok(()), |page| retrieval.set_page(page))?;
+        Ok(retrieval)
+    }
+
+    /// What clusters are about, told once it is known; a second one is left.
+    ///
+    /// # Errors
+    /// On a page of another tree.
+    pub fn set_page(&self, page: TreePage) -> Result<()> {
+        let tree = &self.0.tree;
+        let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
+        if page.branching != branching {
+            let (name, expected) = ("branching of the page", format!("{branching:?}, as of the tree"));
+            return Err(Error::Setting { name, expected, found: format!("{:?}", page.branching) });
+        }
+        // Whoever came first has told the same.
+        let _ = self.0.page.set(page);
+        Ok(())
     }
 
     /// The paths of each text, best first, as many as the router names.
@@ -216,7 +241,7 @@ impl Retrieval {
         let inner = &*self.0;
         let first = || inner.banks.list().first().and_then(|bank| inner.banks.get(&bank.name).ok());
         let bank = inner.banks.get(Banks::DEFAULT).ok().or_else(first);
-        let (page, bank) = (inner.page.as_ref(), bank.as_deref());
+        let (page, bank) = (inner.page.get(), bank.as_deref());
         let explainer = Explainer { tree: &inner.tree, page, bank, fetches: &inner.fetches };
         match prefix.is_empty() {
             true => Ok(explainer.root()),
@@ -248,7 +273,7 @@ impl Retrieval {
 
     /// What clusters are about, when the corpus is there.
     pub fn page(&self) -> Option<&TreePage> {
-        self.0.page.as_ref()
+        self.0.page.get()
     }
 
     /// The banks that are loaded.
