@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use memory_bank::{BankVersion, Identity, Step, TierOptions};
+use memory_bank::{BankVersion, BlockDtype, Identity, Step, TierOptions};
 use serde::Serialize;
 
 use super::bank::BankParts;
@@ -42,8 +42,8 @@ pub struct BankInfo {
     pub seed: u64,
     /// Hashes of what it belongs to, such as `tree` and `tokenizer`, and of its `spec`.
     pub hashes: BTreeMap<String, String>,
-    /// `f32`, `bf16` or `int8`: how its blocks are held.
-    pub dtype: String,
+    /// How its blocks are held.
+    pub dtype: BlockDtype,
     /// Parameters, the generic blocks not counted.
     pub n_parameters: u64,
 }
@@ -103,7 +103,7 @@ impl Banks {
             step: version.step,
             seed: version.seed,
             hashes,
-            dtype: source.tiers.dtype.to_string(),
+            dtype: source.tiers.dtype,
             n_parameters: spec.bank_len(),
         };
         let (packed, fetches) = (Arc::clone(&self.packed), Arc::clone(&self.fetches));

@@ -13,6 +13,7 @@ mod blocked;
 mod counts;
 mod error;
 mod explain;
+mod grpc;
 mod packed;
 mod prefetch;
 mod retrieval;

@@ -199,14 +199,10 @@ impl Retrieval {
             return Ok(Selected::default());
         }
         let bank = inner.banks.get(ask.bank.as_deref().unwrap_or(Banks::DEFAULT))?;
-        let (choice, candidates) = match ask.memory {
-            Memory::Path(path) => (inner.check(path, &ask.blocked)?, vec![]),
-            Memory::Auto => self.choose(ask.text, Arc::clone(&ask.blocked)).await?,
-            Memory::Generic | Memory::Off => (inner.generic()?, vec![]),
-        };
+        let (choice, candidates) = self.find(&bank, ask).await?;
         let route_ms = begin.elapsed().as_secs_f64() * 1e3;
         let blocked = choice.passed;
-        let Some(path) = choice.path.or_else(|| inner.trained_generic(&bank)) else {
+        let Some(path) = choice.path else {
             return Ok(Selected { blocked, route_ms, ..Selected::default() });
         };
         let busy = inner.prefetch.busy();
@@ -281,6 +277,30 @@ impl Retrieval {
         &self.0.banks
     }
 
+    /// The path that is asked for, and the blocked prefixes that were passed over.
+    pub(super) async fn path(&self, bank: &Bank, ask: Ask) -> Result<(Option<ClusterPath>, Vec<String>)> {
+        let Choice { path, passed } = self.find(bank, ask).await?.0;
+        Ok((path, passed))
+    }
+
+    /// The path that is asked for, and for a text all that its router names.
+    async fn find(&self, bank: &Bank, ask: Ask) -> Result<(Choice, Vec<retrieve::Route>)> {
+        let inner = &*self.0;
+        match ask.memory {
+            Memory::Off => Ok((Choice { path: None, passed: vec![] }, vec![])),
+            Memory::Generic => {
+                let path = Some(ClusterPath::generic(inner.tree.n_levels())?);
+                Ok((Choice { path, passed: vec![] }, vec![]))
+            }
+            Memory::Path(path) => Ok((inner.check(path, &ask.blocked)?, vec![])),
+            Memory::Auto => {
+                let (choice, candidates) = self.choose(ask.text, ask.blocked).await?;
+                let path = choice.path.or_else(|| inner.trained_generic(bank));
+                Ok((Choice { path, ..choice }, candidates))
+            }
+        }
+    }
+
     /// The path of a text that may be used, and all that its router names.
     async fn choose(
         &self,
@@ -326,10 +346,6 @@ impl Inner {
             Some(prefix) => Err(Error::BlockedPath { path, prefix }),
             None => Ok(Choice { path: Some(path), passed: vec![] }),
         }
-    }
-
-    fn generic(&self) -> Result<Choice> {
-        Ok(Choice { path: Some(ClusterPath::generic(self.tree.n_levels())?), passed: vec![] })
     }
 
     /// The generic path, unless the bank tells that none of its blocks was ever updated.

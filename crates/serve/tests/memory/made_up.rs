@@ -7,7 +7,8 @@ use std::sync::Arc;
 use cluster_tree::{ClusterId, ClusterTree, Level};
 use embed::Embedder;
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, MemoryKind, Step, TierOptions,
+    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, MemoryKind, Schedule, Step,
+    TierOptions,
 };
 use retrieve::{Beam, Retriever};
 use serve::memory::{BankSource, MemoryOptions, Reach, Retrieval, RetrievalParts};
@@ -50,9 +51,10 @@ pub(crate) fn identity() -> Identity {
 
 /// A bank that has taken so many steps, each of which updates these blocks; returns its `memory` folder.
 pub(crate) async fn save(root: &Path, identity: &Identity, n_steps: u64, blocks: &[ClusterId]) -> PathBuf {
+    let schedule = Schedule { peak: 0.02, floor: 0.002, warmup_steps: 1, total_steps: 10 };
     let options = BankOptions {
         seed: identity.seed,
-        adamw: AdamW::default(),
+        adamw: AdamW { schedule, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, clip: None },
         world_size: 1,
         staleness: 0,
         checkpoint_root: root.to_owned(),

@@ -39,7 +39,7 @@ async fn a_swap_is_whole_and_who_holds_the_old_bank_goes_on_with_it() {
     assert!(matches!(&error, Error::UnknownBank { name, .. } if name == "default"), "{error}");
 
     let info = served.banks().load(Banks::DEFAULT, folder(&old)).await.unwrap();
-    assert_eq!((info.step.0, info.load, info.dtype.as_str()), (1, 1, "f32"));
+    assert_eq!((info.step.0, info.load, info.dtype), (1, 1, BlockDtype::F32));
     let held = served.select(ask(path(0), "")).await.unwrap();
     let (bank, before) = (held.bank.clone().unwrap(), served.stats().packed);
     let block = &bank.blocks(&[id(0, 0)]).await.unwrap()[0];
@@ -174,7 +174,7 @@ async fn a_cache_on_disk_outlives_a_swap_and_those_of_older_banks_go() {
         let bank = save(dir.path(), &identity(), step, &[id(0, 0)]).await;
         let source = BankSource { folder: Some(bank), step: None, tiers: tiers.clone() };
         let info = served.banks().load(Banks::DEFAULT, source).await.unwrap();
-        assert_eq!((info.dtype.as_str(), info.n_parameters), ("int8", spec().bank_len()));
+        assert_eq!((info.dtype, info.n_parameters), (BlockDtype::Int8, spec().bank_len()));
         seen.push(served.select(ask(path(0), "")).await.unwrap());
     }
     let folders = std::fs::read_dir(dir.path().join("cache")).unwrap();
