@@ -15,6 +15,7 @@ mod error;
 pub mod facts;
 pub mod prepared;
 pub mod source;
+mod text_stream;
 pub mod tokenizer;
 
 pub use batch::{Batch, IGNORE};
@@ -31,4 +32,5 @@ pub use source::{
     Document, Documents, FileRecord, Format, SourceFile, SourceOptions, TxtSplit, copy, list, list_held_out,
     read,
 };
+pub use text_stream::TextStream;
 pub use tokenizer::Tokenizer;

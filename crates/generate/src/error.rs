@@ -41,6 +41,12 @@ pub enum Error {
         /// What it is.
         found: String,
     },
+    /// A defect: what a step of an engine, or of one sequence in it, ended with.
+    #[error("panicked: {message}")]
+    Panicked {
+        /// What it said.
+        message: String,
+    },
     /// The thread of an engine cannot be started.
     #[error("the engine's thread: {0}")]
     Thread(#[source] std::io::Error),

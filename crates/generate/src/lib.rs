@@ -1,5 +1,6 @@
 //! Sampling and scoring with retrieved memory, batched over sequences with different blocks.
 
+mod choose;
 pub mod engine;
 mod error;
 mod model;

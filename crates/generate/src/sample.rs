@@ -3,10 +3,12 @@ use candle_core::{DType, Device, Tensor};
 use cluster_tree::ClusterPath;
 use corpus::Tokenizer;
 use memory_bank::BlockStore;
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::choose::{Seen, choose};
+use crate::engine::Sampling;
 use crate::{Error, Model, Result};
 
 /// The section `[generate]` of a run's configuration.
@@ -128,45 +130,17 @@ pub fn generate<S: BlockStore>(
 
 /// Chooses a token for each sequence; one that is done repeats its last.
 fn next_tokens(logits: &Tensor, running: &mut [Running], options: &Options) -> Result<Vec<u32>> {
+    let Options { temperature, top_p, .. } = *options;
+    let sampling = Sampling { temperature, top_p, ..Sampling::default() };
     let rows = logits.squeeze(1)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
     let mut tokens = Vec::with_capacity(rows.len());
     for (row, running) in rows.iter().zip(running) {
         if !running.done {
-            running.tokens.push(choose(row, options, &mut running.random)?);
+            running.tokens.push(choose(row, &sampling, &Seen::new(), &mut running.random)?);
         }
         tokens.push(running.tokens.last().copied().unwrap_or_default());
     }
     Ok(tokens)
-}
-
-/// Samples from softmax(logits / temperature) cut at top_p (nucleus sampling, arXiv 1904.09751).
-fn choose(logits: &[f32], options: &Options, random: &mut ChaCha8Rng) -> Result<u32> {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    let Some((best, &largest)) = best.filter(|(_, score)| score.is_finite()) else {
-        return Err(Error::NotFinite);
-    };
-    if options.temperature == 0.0 {
-        return Ok(best as u32);
-    }
-    let weight = |&x: &f32| (f64::from(x - largest) / options.temperature).exp();
-    let mut weights: Vec<(u32, f64)> = (0u32..).zip(logits.iter().map(weight)).collect();
-    weights.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
-    let mut kept = 0.0;
-    let n_kept = weights.iter().position(|(_, weight)| {
-        kept += weight;
-        kept >= options.top_p * total
-    });
-    weights.truncate(n_kept.map_or(weights.len(), |last| last + 1));
-    let kept: f64 = weights.iter().map(|(_, weight)| weight).sum();
-    let mut left = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * kept;
-    for &(token, weight) in &weights {
-        left -= weight;
-        if left < 0.0 {
-            return Ok(token);
-        }
-    }
-    Ok(weights[weights.len() - 1].0)
 }
 
 fn ended(tokenizer: &Tokenizer, tokens: &[u32], stop: &[String]) -> Result<bool> {
@@ -183,47 +157,4 @@ fn complete(tokenizer: &Tokenizer, tokens: Vec<u32>, stop: &[String]) -> Result<
     let end = stop.iter().filter_map(|stop| text.find(stop)).min();
     text.truncate(end.unwrap_or(text.len()));
     Ok(Completion { text, tokens })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn draws(options: &Options, n: usize) -> Vec<u32> {
-        let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-        (0..n).map(|_| choose(&[1.0, 3.0, 2.0, -4.0], options, &mut random).unwrap()).collect()
-    }
-
-    #[test]
-    fn temperature_0_takes_the_likeliest_and_the_first_of_equals() {
-        let options = Options::default();
-        assert_eq!(draws(&options, 3), [1, 1, 1]);
-        let mut random = ChaCha8Rng::seed_from_u64(0);
-        assert_eq!(choose(&[2.0, 5.0, 5.0], &options, &mut random).unwrap(), 1);
-    }
-
-    #[test]
-    fn sampling_follows_the_softmax_and_repeats_by_seed() {
-        let options = Options { temperature: 1.0, ..Options::default() };
-        let drawn = draws(&options, 20_000);
-        assert_eq!(drawn, draws(&options, 20_000));
-        let share = |token| drawn.iter().filter(|&&t| t == token).count() as f64 / 20_000.0;
-        // softmax(1, 3, 2, −4) = 0.0900, 0.6648, 0.2446, 0.0006
-        assert!((share(1) - 0.6648).abs() < 0.015 && (share(0) - 0.09).abs() < 0.01, "{}", share(1));
-    }
-
-    #[test]
-    fn top_p_keeps_the_smallest_set_that_reaches_it() {
-        let options = Options { temperature: 1.0, top_p: 0.7, ..Options::default() };
-        let drawn = draws(&options, 2_000);
-        assert!(drawn.contains(&2) && !drawn.contains(&0));
-        let options = Options { top_p: 0.6, ..options };
-        assert!(draws(&options, 200).iter().all(|&token| token == 1));
-    }
-
-    #[test]
-    fn scores_that_are_not_finite_are_an_error() {
-        let mut random = ChaCha8Rng::seed_from_u64(0);
-        assert!(matches!(choose(&[f32::NAN, 1.0], &Options::default(), &mut random), Err(Error::NotFinite)));
-    }
 }

@@ -4,10 +4,15 @@
 //! A completion depends on its request and on the memory its reroutes are answered with, to the bit, and never on
 //! what else runs. Callers are async; they meet the thread in a bounded queue and in channels.
 
+mod distribution;
 mod handle;
 mod options;
+mod queue;
 mod request;
+mod scheduler;
+mod sequence;
+mod text;
 
 pub use handle::{Engine, Generation, Refused};
 pub use options::{EngineOptions, EngineStats};
-pub use request::{Event, Finish, Reason, Request, Reroute, Sampling, Token, TokenScore};
+pub use request::{Event, Finish, MAX_STOPS, MAX_TOP, Reason, Request, Reroute, Sampling, Token, TokenScore};

@@ -91,6 +91,46 @@ impl Sampling {
     }
 }
 
+/// The most of the likeliest tokens that can stand beside a token.
+pub const MAX_TOP: usize = 256;
+
+/// The most stop texts, and the most bytes of one.
+pub const MAX_STOPS: usize = 64;
+const MAX_STOP_BYTES: usize = 1024;
+
+impl Request {
+    /// Fails on what no engine of this vocabulary can do.
+    pub(super) fn check(&self, vocab_size: usize) -> Result<()> {
+        let fail = |what, expected: String, found: String| Err(Error::Request { what, expected, found });
+        self.sampling.check()?;
+        if self.prompt.is_empty() {
+            return fail("prompt", "at least the end-of-text token".into(), "0 tokens".into());
+        }
+        let tokens = self.prompt.iter().chain(self.sampling.logit_bias.keys());
+        if let Some(token) = tokens.into_iter().find(|&&token| token as usize >= vocab_size) {
+            return fail("token", format!("an id below {vocab_size}"), token.to_string());
+        }
+        if self.stop.len() > MAX_STOPS {
+            return fail("stop", format!("at most {MAX_STOPS} texts"), self.stop.len().to_string());
+        }
+        if let Some(stop) = self.stop.iter().find(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+            return fail("stop", format!("texts of 1 to {MAX_STOP_BYTES} bytes"), stop.len().to_string());
+        }
+        for (what, n) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if let Some(n) = n.filter(|&n| n > MAX_TOP) {
+                return fail(what, format!("at most {MAX_TOP}"), n.to_string());
+            }
+        }
+        match self.reroute {
+            Some(Reroute::EveryTokens(0)) => fail("reroute", "every 1 token or more".into(), "0".into()),
+            Some(Reroute::Entropy { nats, .. }) if !(nats.is_finite() && nats >= 0.0) => {
+                fail("reroute", "an entropy of 0 nats or more".into(), nats.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// When a sequence asks for its memory anew. Keys and values of the tokens before stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Reroute {
@@ -165,6 +205,23 @@ pub struct Finish {
     pub decode_ms: f64,
     /// Milliseconds of waiting for memory at reroutes.
     pub rest_ms: f64,
+}
+
+impl Finish {
+    /// An end without text or times.
+    pub(super) fn new(reason: Reason, n_prompt: usize, n_generated: usize) -> Self {
+        Self {
+            reason,
+            stop: None,
+            text: String::new(),
+            n_prompt,
+            n_generated,
+            queue_ms: 0.0,
+            prefill_ms: 0.0,
+            decode_ms: 0.0,
+            rest_ms: 0.0,
+        }
+    }
 }
 
 /// Why a request ended.

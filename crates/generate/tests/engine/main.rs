@@ -1,0 +1,7 @@
+//! The engine against the anchor, against `generate`, and against itself alone.
+
+mod answers;
+mod bounds;
+mod failures;
+mod fixture;
+mod reroutes;
