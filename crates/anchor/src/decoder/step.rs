@@ -62,7 +62,8 @@ impl Decoder {
     pub fn step(&self, pages: &mut KvPages, segments: &mut [Segment]) -> Result<Logits> {
         self.check(segments)?;
         let mut order: Vec<usize> = (0..segments.len()).collect();
-        let blocks = |i: &usize| segments[*i].memory.blocks().iter().map(|block| (block.id(), Arc::as_ptr(block)));
+        let blocks =
+            |i: &usize| segments[*i].memory.blocks().iter().map(|block| (block.id(), Arc::as_ptr(block)));
         order.sort_by(|a, b| blocks(a).cmp(blocks(b)));
         let logits = ops::on_pool(|| {
             let (rows, mut x) = self.rows(&order, segments);
@@ -88,7 +89,10 @@ impl Decoder {
             }
             if end > config.max_seq_len.min(segment.cache.capacity()) {
                 let (limit, room) = (config.max_seq_len, segment.cache.capacity());
-                return wrong("positions of the anchor and room for them", format!("{end}, of {limit} and {room}"));
+                return wrong(
+                    "positions of the anchor and room for them",
+                    format!("{end}, of {limit} and {room}"),
+                );
             }
             if let Some(token) = segment.tokens.iter().find(|&&token| token as usize >= config.vocab_size) {
                 return wrong("tokens of the vocabulary", format!("{token} of {}", config.vocab_size));
@@ -96,7 +100,12 @@ impl Decoder {
             let shape = (config.n_layers, config.d_model);
             if let Some(other) = segment.memory.blocks().iter().find(|block| block.shape() != shape) {
                 let (found_layers, found_width) = other.shape();
-                return Err(Error::MemoryShape { found_layers, found_width, layers: shape.0, width: shape.1 });
+                return Err(Error::MemoryShape {
+                    found_layers,
+                    found_width,
+                    layers: shape.0,
+                    width: shape.1,
+                });
             }
         }
         Ok(())

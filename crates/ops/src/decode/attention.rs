@@ -142,8 +142,8 @@ impl KvPages {
                 let position = cache.len + row;
                 let (page, slot) = (cache.pages[position / Self::PAGE], position % Self::PAGE);
                 let first = self.at(page, layer);
-                let (keys, values) =
-                    self.values[first..][..Self::layer_len(self.shape)].split_at_mut(Self::keys_len(self.shape));
+                let (keys, values) = self.values[first..][..Self::layer_len(self.shape)]
+                    .split_at_mut(Self::keys_len(self.shape));
                 if slot == 0 {
                     // Weights of 0 meet what another sequence left there, which may not be finite.
                     values.fill(0.0);
@@ -176,7 +176,11 @@ impl KvPages {
         let mut next = 0;
         for reading in readings {
             assert!(reading.first_row == next, "rows of sequences in order");
-            assert!(reading.cache.len + reading.n_rows <= reading.cache.capacity(), "positions of {:?}", reading.cache);
+            assert!(
+                reading.cache.len + reading.n_rows <= reading.cache.capacity(),
+                "positions of {:?}",
+                reading.cache
+            );
             next += reading.n_rows;
             for first in tiles(reading) {
                 tasks.extend((0..self.shape.heads).map(|head| (reading, first, head)));
@@ -218,7 +222,8 @@ impl KvPages {
             from_row: 0,
         };
         for (i, &page) in pages.iter().enumerate() {
-            let keys = &self.values[self.at(page, layer) + head * head_width * Self::PAGE..][..head_width * Self::PAGE];
+            let keys = &self.values[self.at(page, layer) + head * head_width * Self::PAGE..]
+                [..head_width * Self::PAGE];
             let to = &mut scores[i * Self::PAGE..];
             // SAFETY: q holds m rows of the head (the slice above), the keys are K x 32, and the scores of the page
             // begin at `to`, n apart, within m rows of n.

@@ -10,7 +10,12 @@ use crate::rms_norm::RmsNorm;
 /// When the shapes do not fit.
 pub fn rms_norm_rows(x: &[f32], gain: &[f32], eps: f64, y: &mut [f32]) {
     let d = gain.len();
-    assert!(x.len() == y.len() && x.len().is_multiple_of(d), "{} and {} elements in rows of {d}", x.len(), y.len());
+    assert!(
+        x.len() == y.len() && x.len().is_multiple_of(d),
+        "{} and {} elements in rows of {d}",
+        x.len(),
+        y.len()
+    );
     let norm = RmsNorm { eps: eps as f32 };
     y.par_chunks_exact_mut(d)
         .with_min_len(FEW_ROWS)

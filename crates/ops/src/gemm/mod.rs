@@ -17,8 +17,8 @@ use rayon::prelude::*;
 use crate::Precision;
 use crate::buffer::{Shared, output_lanes};
 use crate::math::dot;
-pub(crate) use kernel::{COLUMNS, Kernel, ROWS, Tile};
 use kernel::Instructions;
+pub(crate) use kernel::{COLUMNS, Kernel, ROWS, Tile};
 pub(crate) use pack::bf16;
 pub(crate) use short::{Short, panels_of_columns, panels_of_rows};
 

@@ -66,7 +66,10 @@ pub(crate) fn panels_of_rows<T: Copy + Default + Send + Sync>(data: &[T], (k, n)
 }
 
 /// The panels of a right operand [k, n], element (k, j) at `data[k·n + j]`. Columns beyond n are 0.
-pub(crate) fn panels_of_columns<T: Copy + Default + Send + Sync>(data: &[T], (k, n): (usize, usize)) -> Vec<T> {
+pub(crate) fn panels_of_columns<T: Copy + Default + Send + Sync>(
+    data: &[T],
+    (k, n): (usize, usize),
+) -> Vec<T> {
     assert_eq!(data.len(), k * n, "numbers of {k} rows of {n}");
     let mut panels = vec![T::default(); n.div_ceil(COLUMNS) * k * COLUMNS];
     panels.par_chunks_exact_mut((k * COLUMNS).max(1)).enumerate().for_each(|(p, panel)| {
