@@ -275,7 +275,7 @@ fn a_plan_says_what_a_job_moves() {
         let (out, _) = work.ok(&args);
         serde_json::from_str(out.lines().last().unwrap()).unwrap()
     };
-    let (simulated, expected) = (plan(&["--simulate", "60"]), plan(&[]));
+    let (simulated, expected) = (plan(&[&["--simulate", "60"], &quiet[..]].concat()), plan(&[]));
     for (key, what) in [("fetched_bytes", "fetched,"), ("pushed_bytes", "pushed,")] {
         let found = moved(what);
         for (name, plan, most) in [("simulated", &simulated, 0.05), ("expected", &expected, 0.15)] {
@@ -283,6 +283,58 @@ fn a_plan_says_what_a_job_moves() {
             assert!((planned / found - 1.0).abs() < most, "{name} {key}: {planned} planned, {found} moved");
         }
     }
+}
+
+/// What policies that fetch less are planned to fetch is what runs of them fetch, with validations and saves.
+#[test]
+fn a_replay_says_what_runs_with_a_cache_and_with_copies_fetch() {
+    let work = Workdir::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let site = root.join("cluster/h100.toml").display().to_string();
+    // Some blocks fill a cache of a MiB.
+    let busy = ["train.validate_every=3", "train.validate_sequences=32", "memory.width=[512,256]"];
+    let busy = busy.map(|setting| ["--set", setting]).concat();
+    work.ok(&[&["train", "run.toml"], &LONG[..], &busy].concat());
+    let plan = |setting: &str| -> Value {
+        let args = ["plan", "run.toml", "--site", &site, "--workers", "2", "--shards", "2", "--json"];
+        let simulate = ["--simulate", "60", "--cache-mib", "1", "--set", setting];
+        let (out, _) = work.ok(&[&args[..], &LONG, &busy, &simulate].concat());
+        serde_json::from_str(out.lines().last().unwrap()).unwrap()
+    };
+    let settings =
+        ["memory.cache_mib=0", "memory.cache_mib=1", "memory.cache_mib=256", "memory.replicated=[0]"];
+    let mut all = vec![];
+    for setting in settings {
+        let (dir, own) = (format!("run.dir=run{}", all.len()), ["--set", setting]);
+        work.ok(&[&up("2", "2", &dir)[..], &LONG, &busy, &own].concat());
+        // Whatever is kept, the run is the same.
+        assert_same(&work, &dir["run.dir=".len()..], true);
+        let of_worker = |rank: usize| -> [u64; 2] {
+            let path = work.path(&dir["run.dir=".len()..]).join(format!("logs/worker-{rank}.log"));
+            let log = fs::read_to_string(path).unwrap();
+            let (_, line) = log.rsplit_once(&format!("worker {rank}: ")).unwrap();
+            let number = |text: &str| text.split_whitespace().next().unwrap().parse().unwrap();
+            let unchanged = line.split_once("tried again; ").unwrap().1;
+            [number(line), number(unchanged)]
+        };
+        let [[a, b], [c, d]] = [of_worker(0), of_worker(1)];
+        let plan = plan(setting);
+        let own = &plan["replayed"][0];
+        for (key, found) in [("fetched_bytes", a + c), ("unchanged_bytes", b + d)] {
+            let planned = own[key].as_f64().unwrap();
+            let share = (planned - found as f64).abs() / (found as f64).max(1.0);
+            assert!(share < 0.05, "{setting} {key}: {planned} planned, {found} moved");
+        }
+        // The first worker's lines add up to what it says in the end.
+        let text = fs::read_to_string(work.path(&dir["run.dir=".len()..]).join("metrics.jsonl")).unwrap();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let sum = |key: &str| lines.iter().map(|line| line["traffic"][key].as_u64().unwrap()).sum::<u64>();
+        assert_eq!([sum("fetched_bytes"), sum("unchanged_bytes")], [a, b], "{setting}");
+        all.push((a + c, own.clone()));
+    }
+    assert!(all[2].0 < all[1].0 && all[1].0 < all[0].0 && all[3].0 < all[2].0, "{all:?}");
+    let rates = all[2].1["levels"].as_array().unwrap();
+    assert!(rates.iter().all(|level| level["hit_rate"].as_f64() > Some(0.05)), "{rates:?}");
 }
 
 /// What a job tells while it runs, in the files that `top` shows and at the workers' endpoints, is what it does.

@@ -69,6 +69,7 @@ ROWS = {
         for row, target in {
             "sent": (1.8, ">="),
             "goodput": (0.9, ">="),
+            "goodput_vs_closed_loop": (None, ""),
             "refusal_ms": (REFUSAL_MS, "<="),
             "health_ms": (100, "<="),
             "errors": (0, "=="),
@@ -295,24 +296,28 @@ class Bench:
         widths, branching = [WIDTHS["6.9"]], [N_BLOCKS]
         small, large = (self.load("serve", widths, branching, "--fetches", n) for n in (8, 64))
         with small, large:
-            address, peak_address = small.answer()["address"], large.answer()["address"]
+            address, roomy_address = small.answer()["address"], large.answer()["address"]
             for i in range(self.args.rounds):
                 for way in ("bulk", "grpc"):
-                    rest = [address, "--peak-address", peak_address, "--peak-pid", large.pid]
+                    rest = [address, "--pid", small.pid, "--roomy-address", roomy_address, "--roomy-pid", large.pid]
                     rest += ["--level", 0, "--seconds", 2 * self.args.seconds]
                     with self.load("overload", widths, branching, *rest, *(["--bulk"] if way == "bulk" else [])) as program:
                         line = program.answer()
                     health = line["health"]
                     self.note(f"overload_{way}_sent", line["sent_per_s"] / line["peak_per_s"])
                     self.note(f"overload_{way}_goodput", line["goodput_per_s"] / line["peak_per_s"])
+                    self.note(f"overload_{way}_goodput_vs_closed_loop", line["goodput_per_s"] / line["closed_loop_per_s"])
                     self.note(f"overload_{way}_refusal_ms", line["refusal_p50_ms"])
                     self.note(f"overload_{way}_health_ms", health["worst_ms"] if health["serving"] else 1e6)
                     self.note(f"overload_{way}_errors", line["errors"])
                     told = (
-                        f"  overload {way}: peak {line['peak_per_s']:.0f}/s, sent {line['sent_per_s']:.0f}/s, served "
+                        f"  overload {way}: peak {line['peak_per_s']:.0f}/s of 64 clients ({line['closed_loop_per_s']:.0f}/s of 8 that wait), sent {line['sent_per_s']:.0f}/s, served "
                         f"{line['goodput_per_s']:.0f}/s (median {line['served_p50_ms']:.1f} ms), refused "
                         f"{line['refused_per_s']:.0f}/s (median {line['refusal_p50_ms']:.2f} ms, 99 % {line['refusal_p99_ms']:.1f} ms), "
-                        f"health {health['p50_ms']:.1f} ms, {line['errors']} errors {line['first_error'] or ''}"
+                        f"health {health['p50_ms']:.1f} ms, {line['errors']} errors {line['first_error'] or ''}; processors of "
+                        f"shard and clients for each served {line['server_cpu_ms']:.2f} and {line['client_cpu_ms']:.2f} ms, at the peak "
+                        f"{line['peak_server_cpu_ms']:.2f} and {line['peak_client_cpu_ms']:.2f} ms; curve "
+                        + ", ".join(f"{rate['offered_per_s']:.0f}: {rate['goodput_per_s']:.0f}" for rate in line["curve"])
                     )
                     self.say(f"round {i + 1}:{told}")
                     if i == self.args.rounds - 1:

@@ -1,5 +1,7 @@
 //! `anchorage plan`: what a job holds, moves and takes, before it runs.
 
+mod replayed;
+
 use std::path::PathBuf;
 
 use anchor::{Compute, TrainingShape};
@@ -18,6 +20,8 @@ use crate::prepare::Prepared;
 use crate::site::{Site, Speeds};
 use crate::training::block_spec;
 
+use replayed::ReplayedPlan;
+
 #[derive(Args)]
 pub(crate) struct PlanArgs {
     #[command(flatten)]
@@ -35,6 +39,9 @@ pub(crate) struct PlanArgs {
     /// what the sizes of clusters let expect.
     #[arg(long, value_name = "STEPS")]
     simulate: Option<u64>,
+    /// With --simulate: sizes of a worker's cache (memory.cache_mib) to be replayed, as MiB, several with commas.
+    #[arg(long, value_name = "MIB", value_delimiter = ',', default_value = "16,256")]
+    cache_mib: Vec<u64>,
     /// Tokens of the run, instead of train.steps.
     #[arg(long)]
     tokens: Option<f64>,
@@ -60,6 +67,8 @@ struct Plan {
     fetch_parameters: u64,
     bank_parameters: u64,
     levels: Vec<LevelPlan>,
+    /// With --simulate: all of its steps under other policies, the run's own first.
+    replayed: Vec<ReplayedPlan>,
     /// Of a step, all workers together.
     fetched_bytes: f64,
     pushed_bytes: f64,
@@ -139,8 +148,12 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<()> {
         None => vec![],
         Some(spec) => traffic(args, &config, spec, corpus.as_ref())?,
     };
-    let plan = compute(args, &config, &site, (vocab_size, spec.as_ref(), &traffic));
+    let mut plan = compute(args, &config, &site, (vocab_size, spec.as_ref(), &traffic));
+    if let (Some(steps), Some(spec), Some(corpus)) = (args.simulate, &spec, &corpus) {
+        plan.replayed = replayed::replayed(args, &config, (spec, corpus), steps)?;
+    }
     print(&plan, &config, &site, corpus.is_some());
+    replayed::print(&plan.replayed, args.simulate.unwrap_or_default());
     if args.json {
         println!("{}", serde_json::to_string(&plan)?);
     }
@@ -289,6 +302,7 @@ fn compute(
         fetch_parameters: spec.map_or(0, |spec| spec.fetch_len()),
         bank_parameters,
         levels,
+        replayed: vec![],
         fetched_bytes: fetched,
         pushed_bytes: pushed,
         naive_bytes: naive,

@@ -13,7 +13,7 @@ use corpus::Tokenizer;
 use memory_bank::{
     Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
     LevelStats, LocalBank, MergeOptions, Offload, OnConflict, Placement, Replicated, Shard, ShardOptions,
-    Step, Tiered,
+    Step, Tiered, Traffic,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
@@ -173,6 +173,24 @@ impl BlockStore for Bank {
         }
     }
 
+    async fn read(&self, after: Step, ids: &[ClusterId]) -> memory_bank::Result<Vec<Block>> {
+        match self {
+            Self::Local(bank) => bank.read(after, ids).await,
+            Self::Remote(bank) => bank.read(after, ids).await,
+            Self::Replicated(bank) => bank.read(after, ids).await,
+            Self::Tiered(bank) => bank.read(after, ids).await,
+        }
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        match self {
+            Self::Local(bank) => bank.traffic(),
+            Self::Remote(bank) => bank.traffic(),
+            Self::Replicated(bank) => bank.traffic(),
+            Self::Tiered(bank) => bank.traffic(),
+        }
+    }
+
     async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> memory_bank::Result<()> {
         match self {
             Self::Local(bank) => bank.push(step, rank, grads).await,
@@ -239,7 +257,14 @@ fn worker_options(
     let options = remote_options(config, config.memory.shards.clone(), identity)?;
     // A job that goes back waits for the shard that is started again.
     let retry = Retry { most_ms: 250, ..options.retry };
-    Ok(RemoteOptions { world_size: Some(world_size), attempt: attempt.number(), retry, ..options })
+    let cache_bytes = config.memory.cache_mib.saturating_mul(1 << 20);
+    Ok(RemoteOptions {
+        world_size: Some(world_size),
+        attempt: attempt.number(),
+        retry,
+        cache_bytes,
+        ..options
+    })
 }
 
 /// Where the shards save.

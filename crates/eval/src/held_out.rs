@@ -89,30 +89,45 @@ pub fn held_out<S: BlockStore>(
     sample: &Sample,
     leaves: &[ClusterPath],
 ) -> Result<HeldOut> {
-    let all = corpus.n_validation();
-    let (n, (part, parts)) = (sample.n.min(all), sample.part);
-    let batches = n.div_ceil(sample.batch as u64);
-    let begin = |part: usize| (part as u64 * batches / parts as u64 * sample.batch as u64).min(n);
-    let indices: Vec<u64> = (begin(part)..begin(part + 1)).collect();
     let mut result = HeldOut::default();
-    for indices in indices.chunks(sample.batch) {
-        let is_meant = |path: &ClusterPath| {
-            sample.under.is_none_or(|cluster| path.index(usize::from(cluster.level)) == cluster.index)
-        };
+    for sequences in held_out_batches(corpus, mode, sample, leaves) {
+        add_batch(model, corpus, (mode, &Batch::new(sequences?, corpus.eot())), &mut result)?;
+    }
+    result.total = TokenSum::total(&result.sequences);
+    Ok(result)
+}
+
+/// The sequences of a sample in the batches in which they are read, each with the path whose memory it is given.
+///
+/// # Errors
+/// Those of the corpus and of [`MemoryMode::path`].
+pub fn held_out_batches(
+    corpus: &Corpus,
+    mode: MemoryMode,
+    sample: &Sample,
+    leaves: &[ClusterPath],
+) -> impl Iterator<Item = Result<Vec<Sequence>>> {
+    let all = corpus.n_validation();
+    let (n, (part, parts), under) = (sample.n.min(all), sample.part, sample.under);
+    let batch = sample.batch as u64;
+    let batches = n.div_ceil(batch);
+    let begin = |part: usize| part as u64 * batches / parts as u64;
+    let is_meant = move |path: &ClusterPath| {
+        under.is_none_or(|cluster| path.index(usize::from(cluster.level)) == cluster.index)
+    };
+    let of_batch = move |nth: u64| -> Result<Vec<Sequence>> {
         let mut sequences = vec![];
-        for &index in indices {
+        for index in nth * batch..((nth + 1) * batch).min(n) {
             let sequence = corpus.validation(index * all / n)?;
             if is_meant(&sequence.path) {
                 let path = mode.path(&sequence.path, (index, leaves))?;
                 sequences.push(Sequence { path: path.unwrap_or_else(|| sequence.path.clone()), ..sequence });
             }
         }
-        if !sequences.is_empty() {
-            add_batch(model, corpus, (mode, &Batch::new(sequences, corpus.eot())), &mut result)?;
-        }
-    }
-    result.total = TokenSum::total(&result.sequences);
-    Ok(result)
+        Ok(sequences)
+    };
+    let is_some = |sequences: &Result<Vec<Sequence>>| !matches!(sequences, Ok(some) if some.is_empty());
+    (begin(part)..begin(part + 1)).map(of_batch).filter(is_some)
 }
 
 fn add_batch<S: BlockStore>(

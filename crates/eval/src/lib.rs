@@ -12,7 +12,7 @@ pub mod tree_page;
 
 pub use agreement::Agreement;
 pub use error::{Error, Result};
-pub use held_out::{HeldOut, Sample, TokenSum, held_out, input};
+pub use held_out::{HeldOut, Sample, TokenSum, held_out, held_out_batches, input};
 pub use mode::{MemoryMode, random_other};
 pub use questions::{Answer, AskOptions, N_BUCKETS, Question, TRAIN, ask, read_questions};
 pub use statistics::{Rate, bootstrap_mean};

@@ -47,7 +47,10 @@ impl<S: BlockStore> Model<'_, S> {
             (0, _) => Ok(FetchedMemory::none()),
             (_, None) => Err(Error::NoBank { path: with[0].to_string() }),
             (n, _) if n < paths.len() => Err(Error::Mixed { with: n, without: paths.len() - n }),
-            _ => Ok(self.place(&self.fetch(&with)?, &with)?.freeze()),
+            (_, Some(bank)) => {
+                let blocks = bank.read(self.step, &unique_ids(&with, bank.store().spec()))?;
+                Ok(self.place(&blocks, &with)?.freeze())
+            }
         }
     }
 }

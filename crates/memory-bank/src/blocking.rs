@@ -99,6 +99,14 @@ impl<S: BlockStore> Blocking<S> {
         self.runtime.block_on(self.store.fetch(after, ids))
     }
 
+    /// [`BlockStore::read`]; waits until step `after` has been applied.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn read(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+        self.runtime.block_on(self.store.read(after, ids))
+    }
+
     /// [`BlockStore::push`].
     ///
     /// # Errors

@@ -21,6 +21,7 @@ pub mod fuzzing;
 mod gradients;
 mod init;
 mod keep;
+mod kept;
 mod live;
 mod local;
 mod manifest;
@@ -50,7 +51,8 @@ pub use error::{Error, Result};
 pub use gradients::{Gradients, MAX_GRADIENT, Values};
 pub use init::init_block;
 pub use keep::Pruned;
-pub use live::{Live, Pushed};
+pub use kept::Kept;
+pub use live::{Live, Pushed, Versioned};
 pub use local::{BankOptions, LocalBank};
 pub use manifest::{FORMAT, FileRecord, Identity, Manifest, Segment, ShardRecord, Verify};
 pub use mapped::MappedBank;
@@ -61,7 +63,7 @@ pub use row::{Array, Row, Snapshot};
 pub use schedule::Schedule;
 pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
 pub use spec::{BlockSpec, MemoryKind};
-pub use store::{Block, BlockStore, Step};
+pub use store::{Block, BlockStore, Step, Traffic};
 pub use store_bank::StoreBank;
 pub use tiers::{
     BankVersion, BlockDtype, DiskOptions, Encoded, LevelStats, TierLevelStats, TierOptions, TierSource,

@@ -35,6 +35,9 @@ pub struct Pushed {
     pub updating: Duration,
 }
 
+/// A block's weights, shared, with the number of its updates; none when they were not asked for.
+pub type Versioned = (u64, Option<Arc<Vec<f32>>>);
+
 impl Live {
     /// Takes over a shard, whose rows stay in memory.
     pub fn new(shard: Shard) -> Self {
@@ -89,6 +92,25 @@ impl Live {
         ids.par_iter().zip(found).map(values).collect()
     }
 
+    /// As [`Live::fetch`], with the number of each block's updates; of a block of which the caller holds what it
+    /// was after as many (`held`, in the order of `ids`) nothing but the number.
+    pub fn fetch_changed(&self, ids: &[ClusterId], held: &[Option<u64>]) -> Result<Vec<Versioned>> {
+        let (seed, found) = {
+            let shard = self.read()?;
+            let found = ids.iter().map(|&id| shard.versioned(id)).collect::<Result<Vec<_>>>()?;
+            (shard.options().seed, found)
+        };
+        let values = |((&id, held), (version, found)): ((&ClusterId, &Option<u64>), (u64, Option<Array>))| {
+            let values = match found {
+                _ if *held == Some(version) => None,
+                Some(values) => Some(values.read()?),
+                None => Some(Arc::new(init_block(&self.spec, seed, id))),
+            };
+            Ok((version, values))
+        };
+        ids.par_iter().zip(held).zip(found).map(values).collect()
+    }
+
     /// As [`Live::fetch`], if it needs neither wait for an update or a disk nor compute: `None` otherwise.
     pub fn fetch_at_once(&self, ids: &[ClusterId]) -> Result<Option<Vec<Arc<Vec<f32>>>>> {
         let in_memory = |values: Option<Array>| values.and_then(|values| values.in_memory().cloned());
@@ -115,6 +137,11 @@ impl Live {
             self.applied.send_replace(shard.applied());
         }
         Ok(Pushed { applied: shard.applied(), n_updates, updating: start.elapsed() })
+    }
+
+    /// Forgets pushes that wait for others: see [`Shard::forget_pending`].
+    pub fn forget_pending(&self) -> Result<()> {
+        self.write().map(|mut shard| shard.forget_pending())
     }
 
     /// The blocks updated after `since`, as they are after `step`: they take no copy, and the next

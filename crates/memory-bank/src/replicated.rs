@@ -1,3 +1,4 @@
+use std::future::Future;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
@@ -5,7 +6,7 @@ use half::bf16;
 
 use crate::blocking::blocking;
 use crate::schedule::setting;
-use crate::{Block, BlockSpec, BlockStore, Gradients, Live, Placement, Result, Shard, Step, Values};
+use crate::{Block, BlockSpec, BlockStore, Gradients, Live, Placement, Result, Shard, Step, Traffic, Values};
 
 /// A worker's view of a bank in shards, of which it keeps the coarse levels itself.
 ///
@@ -65,12 +66,17 @@ impl<S: BlockStore> Replicated<S> {
     }
 }
 
-impl<S: BlockStore> BlockStore for Replicated<S> {
-    fn spec(&self) -> &BlockSpec {
-        self.shards.spec()
-    }
-
-    async fn fetch(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+impl<S: BlockStore> Replicated<S> {
+    /// The blocks that are kept here from here, and the others as `ask` has them from the shards.
+    async fn gather<F>(
+        &self,
+        after: Step,
+        ids: &[ClusterId],
+        ask: impl FnOnce(Vec<ClusterId>) -> F + Send,
+    ) -> Result<Vec<Block>>
+    where
+        F: Future<Output = Result<Vec<Block>>> + Send,
+    {
         let (here, there): (Vec<ClusterId>, Vec<ClusterId>) = ids.iter().partition(|&&id| self.is_here(id));
         let own = async {
             self.copy.reached(after).await?;
@@ -78,13 +84,31 @@ impl<S: BlockStore> BlockStore for Replicated<S> {
             blocking(move || Ok(here.iter().copied().zip(copy.fetch(&here)?).collect::<Vec<_>>())).await
         };
         // The shards are asked even for nothing: what is pushed next would else come too early for them.
-        let (own, fetched) = futures::future::try_join(own, self.shards.fetch(after, &there)).await?;
+        let (own, fetched) = futures::future::try_join(own, ask(there)).await?;
         let (mut own, mut fetched) = (own.into_iter(), fetched.into_iter());
         let block = |&id: &ClusterId| match self.is_here(id) {
             true => own.next().map(|(id, values)| Block { id, values: values.to_vec() }),
             false => fetched.next(),
         };
         Ok(ids.iter().filter_map(block).collect())
+    }
+}
+
+impl<S: BlockStore> BlockStore for Replicated<S> {
+    fn spec(&self) -> &BlockSpec {
+        self.shards.spec()
+    }
+
+    async fn fetch(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+        self.gather(after, ids, |there| async move { self.shards.fetch(after, &there).await }).await
+    }
+
+    async fn read(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+        self.gather(after, ids, |there| async move { self.shards.read(after, &there).await }).await
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        self.shards.traffic()
     }
 
     /// `grads` holds the blocks of levels that are kept here as summed over all workers, and the others that

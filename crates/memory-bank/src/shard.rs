@@ -121,6 +121,13 @@ impl Shard {
         Ok(self.row(id).map(|row| row.values.clone()))
     }
 
+    /// As [`Shard::values`], with the number of the block's updates so far. In one life of a shard, which only
+    /// pushes change, a block with the same number has the same weights.
+    pub fn versioned(&self, id: ClusterId) -> Result<(u64, Option<Array>)> {
+        let values = self.values(id)?;
+        Ok((self.row(id).map_or(0, |row| row.steps), values))
+    }
+
     /// The weights of a block as a copy, whether it was updated or not. Fails as [`Shard::values`] and
     /// [`Array::read`].
     pub fn block(&self, id: ClusterId) -> Result<Vec<f32>> {
@@ -166,6 +173,11 @@ impl Shard {
         let waiting = &mut self.pending[(step.0 - self.applied.0 - 1) as usize][rank];
         waiting.get_or_insert(gradients);
         Ok(())
+    }
+
+    /// Forgets what ranks have pushed of steps that are not applied yet.
+    pub fn forget_pending(&mut self) {
+        self.pending.iter_mut().flatten().for_each(|pushed| *pushed = None);
     }
 
     /// The blocks that the next step updates, once every rank has pushed it.

@@ -27,6 +27,29 @@ pub struct Block {
     pub values: Vec<f32>,
 }
 
+/// Bytes of blocks that a store has moved so far.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traffic {
+    /// Weights fetched.
+    pub fetched_bytes: u64,
+    /// Gradients pushed.
+    pub pushed_bytes: u64,
+    /// Weights that were asked for and not sent, since what was kept of them had not changed.
+    pub unchanged_bytes: u64,
+}
+
+impl Traffic {
+    /// What was moved after an earlier look.
+    pub fn since(&self, before: &Self) -> Self {
+        Self {
+            fetched_bytes: self.fetched_bytes.saturating_sub(before.fetched_bytes),
+            pushed_bytes: self.pushed_bytes.saturating_sub(before.pushed_bytes),
+            unchanged_bytes: self.unchanged_bytes.saturating_sub(before.unchanged_bytes),
+        }
+    }
+}
+
 /// What training and generation see of a bank, wherever its blocks are.
 ///
 /// A step is applied once every rank has pushed it, the gradients summed in rank order, so the
@@ -38,6 +61,17 @@ pub trait BlockStore: Send + Sync + 'static {
     /// The weights of these blocks, in the order of `ids`, once step `after` has been applied.
     /// Fails on a block that the spec does not have.
     fn fetch(&self, after: Step, ids: &[ClusterId]) -> impl Future<Output = Result<Vec<Block>>> + Send;
+
+    /// As [`BlockStore::fetch`], of blocks that are read and not trained on in this step: they may be asked
+    /// for again before they change, so a store may keep them and fetch only what is no longer the same.
+    fn read(&self, after: Step, ids: &[ClusterId]) -> impl Future<Output = Result<Vec<Block>>> + Send {
+        self.fetch(after, ids)
+    }
+
+    /// What it has moved so far; `None` of a bank in the same process.
+    fn traffic(&self) -> Option<Traffic> {
+        None
+    }
 
     /// Hands over one rank's gradients of `step`, which counts from 1. Every rank pushes every step;
     /// an empty push counts. A push repeated after a retry is applied once. Fails, and applies

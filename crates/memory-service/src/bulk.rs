@@ -4,7 +4,9 @@
 //! another, each answered before the next. All numbers are little-endian.
 //!
 //! A request is a head, then an entry per block (level u32, index u32, bytes u64). A fetch is answered
-//! by a reply and, when its code is 0, the blocks, one after the other. A push is answered by a reply
+//! by a reply and, when its code is 0, the blocks, one after the other. A fetch of what has changed goes on
+//! after its entries with what the caller holds of each block, u64, as `FetchRequest.held`; after the reply come
+//! the versions of all blocks, u64, then those blocks whose version is not the one held. A push is answered by a reply
 //! before its blocks are sent, so that a refused one is never sent, and by a second one after them. A
 //! reply with another code, one of gRPC's, is followed by as many bytes of text as it says.
 
@@ -19,6 +21,8 @@ pub(crate) const TICKET_BYTES: usize = 32;
 pub(crate) const HEAD_BYTES: usize = 24;
 /// Level u32, index u32, bytes u64.
 pub(crate) const ENTRY_BYTES: usize = 16;
+/// Of what is held, and of what is.
+pub(crate) const VERSION_BYTES: usize = 8;
 /// Code u16, milliseconds to wait before another try u16, bytes of text u32, step u64.
 pub(crate) const REPLY_BYTES: usize = 16;
 /// Longest text of a reply.
@@ -31,6 +35,18 @@ pub(crate) enum Kind {
     Fetch,
     /// To take the gradients of step `step`.
     Push,
+    /// As `Fetch`, of blocks that the caller does not hold as they are. Only where `OpenBulk` says so.
+    FetchChanged,
+}
+
+impl Kind {
+    /// Bytes of a request beside its head, for each block.
+    pub(crate) fn entry_bytes(self) -> usize {
+        match self {
+            Self::Fetch | Self::Push => ENTRY_BYTES,
+            Self::FetchChanged => ENTRY_BYTES + VERSION_BYTES,
+        }
+    }
 }
 
 /// The beginning of a request.
@@ -49,6 +65,7 @@ impl Head {
         bytes[0] = match self.kind {
             Kind::Fetch => 1,
             Kind::Push => 2,
+            Kind::FetchChanged => 3,
         };
         bytes[1] = self.dtype.message() as u8;
         bytes[4..8].copy_from_slice(&self.n_blocks.to_le_bytes());
@@ -62,7 +79,11 @@ impl Head {
         let kind = match bytes[0] {
             1 => Kind::Fetch,
             2 => Kind::Push,
-            kind => return Err(format!("bulk request of kind {kind}, expected 1 (fetch) or 2 (push)")),
+            3 => Kind::FetchChanged,
+            kind => {
+                let expected = "1 (fetch), 2 (push) or 3 (fetch of what has changed)";
+                return Err(format!("bulk request of kind {kind}, expected {expected}"));
+            }
         };
         let dtype = match bytes[1] {
             0 => None,
@@ -94,6 +115,16 @@ pub(crate) fn decode_entries(bytes: &[u8]) -> Result<Vec<(ClusterId, u64)>, Stri
         Ok((ClusterId { level, index: u32_at(entry, 4) }, u64_at(entry, 8)))
     };
     bytes.chunks_exact(ENTRY_BYTES).map(entry).collect()
+}
+
+/// Versions of blocks, one after the other.
+pub(crate) fn decode_versions(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(VERSION_BYTES).map(|version| u64_at(version, 0)).collect()
+}
+
+/// The inverse of [`decode_versions`], appended.
+pub(crate) fn encode_versions(versions: impl IntoIterator<Item = u64>, to: &mut Vec<u8>) {
+    to.extend(versions.into_iter().flat_map(u64::to_le_bytes));
 }
 
 /// The beginning of an answer.

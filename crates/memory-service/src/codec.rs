@@ -75,7 +75,9 @@ pub struct FetchPiece {
     pub total_bytes: u64,
     /// Of the block, that come before this piece.
     pub offset: u64,
-    /// The piece.
+    /// Of the block, when the caller says what it holds; 0 otherwise.
+    pub version: u64,
+    /// The piece; empty, with no bytes in all, of a block that the caller holds.
     pub payload: Payload,
 }
 
@@ -130,16 +132,16 @@ impl Encode for FetchPiece {
 
     fn put(&self, buf: &mut impl BufMut) {
         let id = block_id(self.id);
-        Fields { message: Some(&id), numbers: [self.total_bytes, self.offset], payload: &self.payload }
-            .put(buf);
+        let numbers = [self.total_bytes, self.offset, self.version];
+        Fields { message: Some(&id), numbers, payload: &self.payload }.put(buf);
     }
 }
 
 impl Decode for FetchPiece {
     fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError> {
-        let (id, [total_bytes, offset], payload) = get_fields::<BlockId>(buf)?;
+        let (id, [total_bytes, offset, version], payload) = get_fields::<BlockId, 3>(buf)?;
         let id = cluster_id(id.unwrap_or_default()).ok_or_else(|| wrong("level is above 255"))?;
-        Ok(Self { id, total_bytes, offset, payload: Payload::Bytes(payload) })
+        Ok(Self { id, total_bytes, offset, version, payload: Payload::Bytes(payload) })
     }
 }
 
@@ -156,31 +158,31 @@ impl Encode for PushPiece {
 
 impl Decode for PushPiece {
     fn get(buf: &mut impl Buf) -> Result<Self, prost::DecodeError> {
-        let (head, [block, offset], payload) = get_fields(buf)?;
+        let (head, [block, offset], payload) = get_fields::<PushHead, 2>(buf)?;
         let block = u32::try_from(block).map_err(|_| wrong("block is above 32 bits"))?;
         Ok(Self { head, block, offset, payload: Payload::Bytes(payload) })
     }
 }
 
-/// Tag of the payload in both messages; the message is 1, the numbers are 2 and 3.
+/// Tag of the payload in both messages; the message is 1, the numbers are 2 and those after it.
 const PAYLOAD: u32 = 15;
 
 /// More than keys, lengths and numbers take, and the id of a block with them.
 const MAX_KEYS_BYTES: usize = 64;
 
 /// What both messages that carry blocks are made of.
-struct Fields<'a, M> {
+struct Fields<'a, M, const N: usize> {
     message: Option<&'a M>,
-    numbers: [u64; 2],
+    numbers: [u64; N],
     payload: &'a Payload,
 }
 
-impl<M: Message> Fields<'_, M> {
+impl<M: Message, const N: usize> Fields<'_, M, N> {
     fn put(&self, buf: &mut impl BufMut) {
         if let Some(message) = self.message {
             encoding::message::encode(1, message, buf);
         }
-        for (tag, number) in [2, 3].into_iter().zip(self.numbers) {
+        for (tag, number) in (2..).zip(self.numbers) {
             if number != 0 {
                 encoding::uint64::encode(tag, &number, buf);
             }
@@ -195,11 +197,12 @@ impl<M: Message> Fields<'_, M> {
 
 /// As prost decodes: of a number or a payload that comes again the last one wins, a message that comes
 /// again is added to what is there, and an unknown field is skipped.
-fn get_fields<M: Message + Default>(
+fn get_fields<M: Message + Default, const N: usize>(
     buf: &mut impl Buf,
-) -> Result<(Option<M>, [u64; 2], Bytes), prost::DecodeError> {
-    let (mut message, mut numbers, mut payload): (Option<M>, _, _) = (None, [0; 2], Bytes::new());
+) -> Result<(Option<M>, [u64; N], Bytes), prost::DecodeError> {
+    let (mut message, mut numbers, mut payload): (Option<M>, _, _) = (None, [0; N], Bytes::new());
     let mut most = MAX_HEAD_BYTES;
+    let is_number = |tag: u32| tag >= 2 && (tag as usize) < 2 + N;
     while buf.has_remaining() {
         let (tag, wire_type) = decode_key(buf)?;
         match (tag, wire_type) {
@@ -208,9 +211,10 @@ fn get_fields<M: Message + Default>(
                 most -= part.len();
                 message.get_or_insert_default().merge(part)?;
             }
-            (2 | 3, WireType::Varint) => numbers[tag as usize - 2] = decode_varint(buf)?,
             (PAYLOAD, WireType::LengthDelimited) => payload = take(buf, MAX_MESSAGE_BYTES)?,
-            (1..=3 | PAYLOAD, _) => return Err(wrong("a field has the wrong wire type")),
+            (1 | PAYLOAD, _) => return Err(wrong("a field has the wrong wire type")),
+            (tag, WireType::Varint) if is_number(tag) => numbers[tag as usize - 2] = decode_varint(buf)?,
+            (tag, _) if is_number(tag) => return Err(wrong("a field has the wrong wire type")),
             _ => encoding::skip_field(wire_type, tag, buf, encoding::DecodeContext::default())?,
         }
     }
@@ -245,10 +249,13 @@ impl FetchPiece {
     /// Appends the message with gRPC's prefix, and without the bytes of its payload, which follow.
     pub(crate) fn put_head(&self, payload: usize, buf: &mut impl BufMut) {
         let id = block_id(self.id);
-        let mut fields = Vec::with_capacity(48);
+        let mut fields = Vec::with_capacity(64);
         encoding::message::encode(1, &id, &mut fields);
         encoding::uint64::encode(2, &self.total_bytes, &mut fields);
         encoding::uint64::encode(3, &self.offset, &mut fields);
+        if self.version != 0 {
+            encoding::uint64::encode(4, &self.version, &mut fields);
+        }
         encode_key(PAYLOAD, WireType::LengthDelimited, &mut fields);
         encode_varint(payload as u64, &mut fields);
         buf.put_u8(0);
@@ -263,12 +270,13 @@ pub(crate) struct PieceHead {
     pub(crate) id: ClusterId,
     pub(crate) total_bytes: u64,
     pub(crate) offset: u64,
+    pub(crate) version: u64,
     /// Bytes of the payload.
     pub(crate) payload: usize,
 }
 
 impl PieceHead {
-    /// Longest head: a prefix of 5 bytes and five fields.
+    /// Longest head: a prefix of 5 bytes and six fields.
     const MAX_BYTES: usize = 64;
 
     /// Reads a head that ends where `bytes` does; `None` when more of it is to come. Fails on what is no
@@ -284,7 +292,7 @@ impl PieceHead {
         let n_bytes = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
         let (n_head, mut head) = (
             fields.len(),
-            Self { id: ClusterId { level: 0, index: 0 }, total_bytes: 0, offset: 0, payload: 0 },
+            Self { id: ClusterId { level: 0, index: 0 }, total_bytes: 0, offset: 0, version: 0, payload: 0 },
         );
         let mut id = BlockId::default();
         while fields.has_remaining() {
@@ -295,9 +303,10 @@ impl PieceHead {
                     let Ok(part) = take(&mut fields, Self::MAX_BYTES) else { return Ok(None) };
                     id.merge(part).map_err(|error| error.to_string())?;
                 }
-                (2 | 3, WireType::Varint) => {
+                (2..=4, WireType::Varint) => {
                     let Ok(number) = decode_varint(&mut fields) else { return Ok(None) };
-                    *(if tag == 2 { &mut head.total_bytes } else { &mut head.offset }) = number;
+                    let of_tag = [&mut head.total_bytes, &mut head.offset, &mut head.version];
+                    *of_tag[tag as usize - 2] = number;
                 }
                 (PAYLOAD, WireType::LengthDelimited) => {
                     let Ok(payload) = decode_varint(&mut fields) else { return Ok(None) };

@@ -12,7 +12,8 @@ use prost::Message;
 use tonic::Code;
 
 use crate::bulk::{
-    ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, REPLY_BYTES, Reply, decode_entries, encode_entry,
+    ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, REPLY_BYTES, Reply, VERSION_BYTES, decode_entries,
+    decode_versions, encode_entry, encode_versions,
 };
 use crate::codec::{Decode, Encode, FetchPiece, Payload, PieceHead, PushPiece, block_id, cluster_id};
 use crate::parts::Parts;
@@ -100,8 +101,8 @@ fn check_whole(head: &PieceHead, bytes: &[u8], n_payload: usize) {
         panic!("a piece whose head is {head:?} is refused");
     };
     let payload = Payload::Bytes(vec![7; n_payload].into());
-    let PieceHead { id, total_bytes, offset, .. } = *head;
-    assert_eq!(piece, FetchPiece { id, total_bytes, offset, payload });
+    let PieceHead { id, total_bytes, offset, version, .. } = *head;
+    assert_eq!(piece, FetchPiece { id, total_bytes, offset, version, payload });
 }
 
 /// A piece of a push.
@@ -143,7 +144,13 @@ pub fn bulk_request(bytes: &[u8]) -> bool {
         encode_entry(id, n_bytes as usize, &mut again);
     }
     assert_eq!(again, entries.as_flattened());
-    entries.len() == found.n_blocks as usize
+    let held = &rest[entries.as_flattened().len()..];
+    let n_held = if found.kind == Kind::FetchChanged { entries.len() * VERSION_BYTES } else { 0 };
+    let held = &held[..held.len().min(n_held) / VERSION_BYTES * VERSION_BYTES];
+    let mut again = Vec::new();
+    encode_versions(decode_versions(held), &mut again);
+    assert_eq!(again, held);
+    entries.len() == found.n_blocks as usize && held.len() == n_held
 }
 
 /// A reply of the bulk stream, and the text that follows it.
@@ -261,6 +268,7 @@ fn fetch_pieces() -> Vec<Vec<u8>> {
         id: ClusterId { level, index },
         total_bytes: 1 << 40,
         offset: 300,
+        version: u64::from(index),
         payload: Payload::Bytes(Bytes::from_static(payload)),
     };
     let pieces =
@@ -275,7 +283,9 @@ fn fetch_pieces() -> Vec<Vec<u8>> {
 fn piece_heads() -> Vec<Vec<u8>> {
     let seed = |level, index, payload| {
         let id = ClusterId { level, index };
-        let piece = FetchPiece { id, total_bytes: 1 << 40, offset: 300, payload: Payload::default() };
+        let version = u64::from(index) << 31;
+        let piece =
+            FetchPiece { id, total_bytes: 1 << 40, offset: 300, version, payload: Payload::default() };
         let mut bytes = Vec::new();
         piece.put_head(payload, &mut bytes);
         bytes
@@ -316,12 +326,16 @@ fn bulk_requests() -> Vec<Vec<u8>> {
         let head = Head { kind, dtype, n_blocks: ids.len() as u32, step: 1 << 33, rank: 5 };
         let mut bytes = head.encode().to_vec();
         ids.iter().for_each(|&(level, index)| encode_entry(ClusterId { level, index }, 4096, &mut bytes));
+        if kind == Kind::FetchChanged {
+            encode_versions(ids.iter().map(|&(_, index)| u64::from(index) << 20), &mut bytes);
+        }
         bytes
     };
     vec![
         request(Kind::Fetch, Dtype::F32, &[]),
         request(Kind::Fetch, Dtype::Bf16, &[(0, 1), (3, 65_535)]),
         request(Kind::Push, Dtype::F32, &[(255, u32::MAX), (1, 0), (2, 9)]),
+        request(Kind::FetchChanged, Dtype::F32, &[(0, 0), (2, 9)]),
     ]
 }
 

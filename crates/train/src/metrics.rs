@@ -3,13 +3,14 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use memory_bank::Traffic;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::write_whole;
 use crate::tensorboard::EventWriter;
 use crate::{Error, Result};
 
-/// One line of metrics.jsonl. All but the last three fields repeat to the bit when a run is resumed.
+/// One line of metrics.jsonl. All but the last four fields repeat to the bit when a run is resumed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
     /// Optimizer steps done.
@@ -31,6 +32,9 @@ pub struct StepMetrics {
     pub n_blocks: usize,
     /// Targets scored since the run began.
     pub tokens_seen: u64,
+    /// What this worker has moved to and from shards since the last line.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub traffic: Option<Traffic>,
     /// Where the time of the step went.
     #[serde(default)]
     pub time: StepTime,
@@ -79,6 +83,7 @@ pub struct Metrics {
     events: EventWriter,
     began: Instant,
     last: (Instant, u64),
+    moved: Traffic,
 }
 
 impl Metrics {
@@ -101,10 +106,10 @@ impl Metrics {
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::file(&path, e))?;
         let events = EventWriter::create(&run_dir.join("tb"), step, wall_time())?;
         let now = Instant::now();
-        Ok(Self { path, file, events, began: now, last: (now, tokens_seen) })
+        Ok(Self { path, file, events, began: now, last: (now, tokens_seen), moved: Traffic::default() })
     }
 
-    /// Fills in the times and writes one line and one event.
+    /// Fills in the times, and of the traffic so far that since the last line, and writes one line and one event.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -112,6 +117,10 @@ impl Metrics {
         let now = Instant::now();
         let (then, tokens) = std::mem::replace(&mut self.last, (now, metrics.tokens_seen));
         metrics.tokens_per_s = (metrics.tokens_seen - tokens) as f64 / (now - then).as_secs_f64().max(1e-9);
+        if let Some(so_far) = &mut metrics.traffic {
+            let before = std::mem::replace(&mut self.moved, *so_far);
+            *so_far = so_far.since(&before);
+        }
         metrics.seconds = (now - self.began).as_secs_f64();
         let mut line = serde_json::to_string(&metrics).map_err(|e| Error::file(&self.path, e))?;
         line.push('\n');
@@ -129,6 +138,13 @@ impl Metrics {
             ("memory/gradient_norm", metrics.memory_gradient_norm),
             ("memory/blocks", metrics.n_blocks as f64),
         ];
+        scalars.extend(metrics.traffic.into_iter().flat_map(|traffic| {
+            [
+                ("memory/fetched_bytes", traffic.fetched_bytes as f64),
+                ("memory/pushed_bytes", traffic.pushed_bytes as f64),
+                ("memory/unchanged_bytes", traffic.unchanged_bytes as f64),
+            ]
+        }));
         scalars.extend(metrics.validation_loss.map(|loss| ("validation/loss", loss)));
         self.events.scalars(metrics.step, wall_time(), &scalars)?;
         Ok(metrics)

@@ -174,6 +174,7 @@ impl<S: BlockStore> Trainer<S> {
                 && (last || line.validation_loss.is_some() || due(step, self.config.log_every))
             {
                 self.attempt.check()?;
+                line.traffic = self.memory.as_ref().and_then(|memory| memory.bank().store().traffic());
                 line = metrics.write(line)?;
             }
             progress(&line);
@@ -440,14 +441,14 @@ impl<S: BlockStore> Trainer<S> {
 }
 
 /// The part of a micro-batch that a run trains on; as wide as the whole, which decides no bit.
-fn of_subtree(part: Batch, subtree: Option<Subtree>) -> Batch {
+pub(crate) fn of_subtree(part: Batch, subtree: Option<Subtree>) -> Batch {
     match subtree {
         Some(subtree) => part.only(|path| subtree.has(path)),
         None => part,
     }
 }
 
-fn due(step: u64, every: u64) -> bool {
+pub(crate) fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 

@@ -1,7 +1,8 @@
 //! The loss on held-out sequences, which the workers of a run share.
 
+use cluster_tree::ClusterPath;
 use collective::{Call, Mesh};
-use corpus::Corpus;
+use corpus::{Corpus, Sequence};
 use eval::{MemoryMode, Sample, TokenSum};
 use generate::Model;
 use memory_bank::BlockStore;
@@ -15,18 +16,39 @@ pub(crate) fn losses<S: BlockStore>(
     config: &TrainConfig,
     part: (usize, usize),
 ) -> Result<Vec<TokenSum>> {
+    let memory = match model.bank {
+        None => MemoryMode::None,
+        Some(_) => mode(config),
+    };
+    Ok(eval::held_out(model, corpus, memory, &sample(corpus, config, part), &[])?.sequences)
+}
+
+fn mode(config: &TrainConfig) -> MemoryMode {
+    match config.assign {
+        Assign::AlwaysOn => MemoryMode::Generic,
+        Assign::Fetched => MemoryMode::Fetched,
+    }
+}
+
+fn sample(corpus: &Corpus, config: &TrainConfig, part: (usize, usize)) -> Sample {
     let n = match config.validate_sequences {
         0 => corpus.n_validation(),
         n => n.min(corpus.n_validation()),
     };
-    let memory = match (model.bank, config.assign) {
-        (None, _) => MemoryMode::None,
-        (Some(_), Assign::AlwaysOn) => MemoryMode::Generic,
-        (Some(_), Assign::Fetched) => MemoryMode::Fetched,
+    Sample { n, batch: config.micro_batch, part, under: config.subtree.map(Subtree::cluster) }
+}
+
+/// The paths of one worker's part of the held-out sequences, in the batches in which they are read.
+pub(crate) fn paths(
+    corpus: &Corpus,
+    config: &TrainConfig,
+    part: (usize, usize),
+) -> Result<Vec<Vec<ClusterPath>>> {
+    let sample = sample(corpus, config, part);
+    let of_batch = |batch: eval::Result<Vec<Sequence>>| -> Result<Vec<ClusterPath>> {
+        Ok(batch?.into_iter().map(|sequence| sequence.path).collect())
     };
-    let under = config.subtree.map(Subtree::cluster);
-    let sample = Sample { n, batch: config.micro_batch, part, under };
-    Ok(eval::held_out(model, corpus, memory, &sample, &[])?.sequences)
+    eval::held_out_batches(corpus, mode(config), &sample, &[]).map(of_batch).collect()
 }
 
 /// The sum over all workers' sequences, in the order of the ranks.

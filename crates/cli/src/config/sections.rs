@@ -362,6 +362,9 @@ pub(crate) struct MemorySection {
     pub(crate) push_dtype: memory_service::Dtype,
     /// Whether blocks may come over bulk streams, where the shards offer them.
     pub(crate) bulk: bool,
+    /// Most MiB of blocks that a worker keeps of those that it validates with, to fetch again only what has
+    /// changed; 0 keeps none.
+    pub(crate) cache_mib: u64,
     /// Certificates for the shards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tls: Option<shard_host::TlsSection>,
@@ -383,6 +386,7 @@ impl Default for MemorySection {
             bank: "bank".into(),
             push_dtype: memory_service::Dtype::F32,
             bulk: true,
+            cache_mib: 256,
             tls: None,
             token_file: None,
             placement: TierOptions::default(),

@@ -86,9 +86,8 @@ pub(super) fn decisive(config: &Config) -> Result<BTreeMap<String, String>> {
             // identity hold what comes from there.
             let reached = match section {
                 "corpus" => key == "store",
-                "memory" => {
-                    ["shards", "replicated", "bulk", "tls", "token_file", "placement"].contains(&key.as_str())
-                }
+                "memory" => ["shards", "replicated", "bulk", "cache_mib", "tls", "token_file", "placement"]
+                    .contains(&key.as_str()),
                 _ => false,
             };
             if !reported && !reached {

@@ -274,10 +274,11 @@ fn run(worker: &Worker, mut trainer: Trainer<Bank>, sizes: &str) -> Result<Ended
     observer.let_go();
     let ended = ended?;
     if let Some(remote) = remote {
-        let RemoteStats { received_bytes, sent_bytes, retries, .. } = remote.stats();
+        let RemoteStats { received_bytes, unchanged_bytes, sent_bytes, retries, .. } = remote.stats();
         let rank = ranks.rank;
         eprintln!(
-            "worker {rank}: {received_bytes} bytes of blocks fetched, {sent_bytes} bytes pushed, {retries} requests tried again"
+            "worker {rank}: {received_bytes} bytes of blocks fetched, {sent_bytes} bytes pushed, {retries} requests \
+             tried again; {unchanged_bytes} bytes of blocks had not changed"
         );
     }
     Ok(ended)

@@ -88,7 +88,7 @@ pub(crate) fn quantile(values: &mut [f64], share: f64) -> f64 {
 }
 
 /// Seconds that the threads of a process have run, in hundredths.
-fn cpu_s(process: &str) -> Result<f64> {
+pub(crate) fn cpu_s(process: &str) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     // The name before may hold spaces.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();

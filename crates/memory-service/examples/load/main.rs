@@ -47,7 +47,7 @@ enum Command {
     Make(files::Make),
     /// Per line `ADDRESS`, connects and fetches one block.
     First(files::First),
-    /// The peak, then twice as much.
+    /// The peak over offered rates, then twice as much.
     Overload(overload::Args),
 }
 

@@ -15,14 +15,21 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use crate::RETRY_METADATA;
-use crate::bulk::{Head, Kind, REPLY_BYTES, Reply, encode_entry};
+use crate::bulk::{
+    Head, Kind, REPLY_BYTES, Reply, VERSION_BYTES, decode_versions, encode_entry, encode_versions,
+};
 use crate::parts::Parts;
+use crate::proto::OpenBulkResponse;
 use crate::security::Stream;
 use crate::wire::Dtype;
 
 /// An open bulk stream.
 pub(crate) struct Connection {
     stream: Stream,
+    /// The life of the shard that it is for.
+    pub(crate) life: u64,
+    /// Whether a fetch may say what is held.
+    pub(crate) has_versions: bool,
     /// Where bf16 numbers arrive.
     rounded: Vec<bf16>,
     /// In the middle of an answer it can be used no more.
@@ -100,25 +107,33 @@ impl Pool {
 
 impl Connection {
     /// Presents the ticket.
-    pub(crate) async fn open(mut stream: Stream, ticket: &[u8]) -> io::Result<Self> {
-        stream.write_all(ticket).await?;
-        Ok(Self { stream, rounded: Vec::new(), is_broken: false })
+    pub(crate) async fn open(mut stream: Stream, life: u64, offer: &OpenBulkResponse) -> io::Result<Self> {
+        stream.write_all(&offer.ticket).await?;
+        Ok(Self { stream, life, has_versions: offer.versions, rounded: Vec::new(), is_broken: false })
     }
 
-    /// Fills the values of blocks, once step `after` has been applied; they have their length already.
+    /// Fills the values of blocks, once step `after` has been applied; they have their length already. Of a
+    /// block that is held nothing is done; returns the versions, if `held` has one for each block.
     pub(crate) async fn fetch(
         &mut self,
         after: Step,
         dtype: Dtype,
-        blocks: &mut [Block],
-    ) -> Result<(), Status> {
+        (blocks, held): (&mut [Block], &[u64]),
+    ) -> Result<Vec<u64>, Status> {
         // Until the answer is whole; a caller that gives up leaves it so.
         self.is_broken = true;
-        let head = Head { kind: Kind::Fetch, dtype, n_blocks: blocks.len() as u32, step: after.0, rank: 0 };
+        let kind = if held.is_empty() { Kind::Fetch } else { Kind::FetchChanged };
+        let head = Head { kind, dtype, n_blocks: blocks.len() as u32, step: after.0, rank: 0 };
         let sizes = blocks.iter().map(|block| (block.id, block.values.len() * dtype.size()));
-        self.request(head, sizes).await?;
+        self.request(head, sizes, held).await?;
         self.reply().await?;
-        for block in blocks {
+        let mut versions = vec![0; held.len() * VERSION_BYTES];
+        self.stream.read_exact(&mut versions).await.map_err(broken)?;
+        let versions = decode_versions(&versions);
+        for (place, block) in blocks.iter_mut().enumerate() {
+            if is_held(held, place, versions.get(place)) {
+                continue;
+            }
             match dtype {
                 Dtype::F32 => {
                     let to: &mut [u8] = bytemuck::cast_slice_mut(&mut block.values);
@@ -133,7 +148,7 @@ impl Connection {
             }
         }
         self.is_broken = false;
-        Ok(())
+        Ok(versions)
     }
 
     /// Hands over gradients as they go over the wire; returns the last step applied.
@@ -146,7 +161,7 @@ impl Connection {
         self.is_broken = true;
         let n_blocks = gradients.len() as u32;
         let head = Head { kind: Kind::Push, dtype, n_blocks, step: step.0, rank: rank as u32 };
-        self.request(head, gradients.iter().map(|(id, values)| (*id, values.len()))).await?;
+        self.request(head, gradients.iter().map(|(id, values)| (*id, values.len())), &[]).await?;
         self.reply().await?;
         let mut parts = Parts::new(gradients.iter().map(|(_, values)| values.clone()));
         while parts.has_remaining() {
@@ -164,9 +179,11 @@ impl Connection {
         &mut self,
         head: Head,
         sizes: impl Iterator<Item = (ClusterId, usize)>,
+        held: &[u64],
     ) -> Result<(), Status> {
         let mut bytes = head.encode().to_vec();
         sizes.for_each(|(id, n_bytes)| encode_entry(id, n_bytes, &mut bytes));
+        encode_versions(held.iter().copied(), &mut bytes);
         self.stream.write_all(&bytes).await.map_err(broken)?;
         self.stream.flush().await.map_err(broken)
     }
@@ -188,6 +205,11 @@ impl Connection {
         self.is_broken = status.code() == Code::Aborted;
         Err(status)
     }
+}
+
+/// Whether the block at a place is held in the version that the shard tells of it.
+pub(crate) fn is_held(held: &[u64], place: usize, version: Option<&u64>) -> bool {
+    held.get(place).is_some_and(|&held| held != 0 && version == Some(&held))
 }
 
 fn broken(error: io::Error) -> Status {

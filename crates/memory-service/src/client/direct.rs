@@ -12,18 +12,20 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tower::Service;
 
+use super::bulk::is_held;
 use crate::codec::{FETCH_PATH, PieceHead};
 use crate::proto::FetchRequest;
 use crate::wire::Dtype;
 
-/// Fills the values of blocks with the answer to `request`; they have their length already.
+/// Fills the values of blocks with the answer to `request`; they have their length already. Of a block that
+/// the request says is held nothing is done; returns the versions, if it says so of all blocks.
 pub(crate) async fn fetch(
     mut channel: Channel,
     token: Option<HeaderValue>,
     request: &FetchRequest,
     dtype: Dtype,
     blocks: &mut [Block],
-) -> Result<(), Status> {
+) -> Result<Vec<u64>, Status> {
     let n_bytes = request.encoded_len();
     let mut message = BytesMut::with_capacity(5 + n_bytes);
     message.put_u8(0);
@@ -48,8 +50,17 @@ pub(crate) async fn fetch(
     if parts.status != http::StatusCode::OK {
         return Err(Status::unavailable(format!("the shard answered with HTTP status {}", parts.status)));
     }
-    let mut filling =
-        Filling { blocks, dtype, place: 0, offset: 0, head: BytesMut::new(), left: 0, odd: None };
+    let mut filling = Filling {
+        versions: vec![0; request.held.len()],
+        held: &request.held,
+        blocks,
+        dtype,
+        place: 0,
+        offset: 0,
+        head: BytesMut::new(),
+        left: 0,
+        odd: None,
+    };
     while let Some(frame) = body.frame().await {
         match frame?.into_data() {
             Ok(data) => filling.take(data)?,
@@ -69,6 +80,10 @@ pub(crate) async fn fetch(
 /// Blocks that are being filled, in their order, each from its beginning.
 struct Filling<'a> {
     blocks: &'a mut [Block],
+    /// Of the blocks, if the request says what is held.
+    held: &'a [u64],
+    /// As told so far.
+    versions: Vec<u64>,
     dtype: Dtype,
     /// The block that is filled.
     place: usize,
@@ -111,6 +126,14 @@ impl Filling<'_> {
             return Err(Status::internal(format!("a piece of block {} that nobody asked for", head.id)));
         };
         let n_bytes = self.n_bytes(block);
+        if let Some(version) = self.versions.get_mut(self.place) {
+            *version = head.version;
+        }
+        let is_held = is_held(self.held, self.place, Some(&head.version));
+        if is_held && head.id == block.id && (head.total_bytes, head.payload, self.offset) == (0, 0, 0) {
+            self.offset = n_bytes;
+            return Ok(());
+        }
         let is_next =
             head.id == block.id && head.total_bytes == n_bytes as u64 && head.offset == self.offset as u64;
         if !is_next || head.payload == 0 || head.payload > n_bytes - self.offset {
@@ -146,13 +169,13 @@ impl Filling<'_> {
         }
     }
 
-    /// Fails when something is missing.
-    fn finish(&self) -> Result<(), Status> {
+    /// The versions. Fails when something is missing.
+    fn finish(self) -> Result<Vec<u64>, Status> {
         let is_whole = |block: &Block| self.offset == self.n_bytes(block);
         let rest = &self.blocks[self.place.min(self.blocks.len())..];
         match rest {
-            [] => Ok(()),
-            [last] if is_whole(last) && self.left == 0 => Ok(()),
+            [] => Ok(self.versions),
+            [last] if is_whole(last) && self.left == 0 => Ok(self.versions),
             [block, ..] => Err(Status::internal(format!(
                 "the fetch ends at byte {} of {} of block {}",
                 self.offset,

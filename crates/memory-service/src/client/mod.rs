@@ -2,19 +2,20 @@
 
 mod bulk;
 mod direct;
+mod keeping;
 mod retry;
 mod shard;
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cluster_tree::ClusterId;
 use futures::future::{join_all, try_join_all};
 use hyper_util::rt::TokioIo;
 use memory_bank::{
-    Block, BlockSpec, BlockStore, Error, Gradients, MAX_SHARDS, Placement, Result, Step, owner,
+    Block, BlockSpec, BlockStore, Error, Gradients, Kept, MAX_SHARDS, Placement, Result, Step, Traffic, owner,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -29,7 +30,8 @@ use crate::proto::SaveResponse;
 use crate::security::{Connector, Protocol, ReloadingTls};
 use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
 use crate::wire::Dtype;
-use shard::{Encoded, ShardClient, encode};
+use keeping::Held;
+use shard::{Encoded, ShardClient, Version, encode};
 
 /// Where the shards of a bank are, and how they are reached.
 #[derive(Clone)]
@@ -51,6 +53,8 @@ pub struct RemoteOptions {
     pub push_dtype: Dtype,
     /// Whether blocks may come over bulk streams, where the shards offer them.
     pub bulk: bool,
+    /// Bytes of blocks that are read (not trained on) kept, to be fetched again only when they have changed.
+    pub cache_bytes: u64,
     /// Connections to each shard at once.
     pub streams: usize,
     /// Of gRPC messages.
@@ -84,6 +88,7 @@ impl RemoteOptions {
             fetch_dtype: Dtype::F32,
             push_dtype: Dtype::F32,
             bulk: true,
+            cache_bytes: 0,
             streams: 2,
             compression: Compression::None,
             tls: None,
@@ -102,6 +107,8 @@ impl RemoteOptions {
 pub struct RemoteStats {
     /// Bytes of blocks fetched.
     pub received_bytes: u64,
+    /// Bytes of blocks that were not sent, since what was kept of them had not changed.
+    pub unchanged_bytes: u64,
     /// Bytes of gradients pushed.
     pub sent_bytes: u64,
     /// Tries that failed and were followed by another.
@@ -126,6 +133,7 @@ pub struct ShardStat {
 #[derive(Default)]
 struct Counters {
     received: AtomicU64,
+    unchanged: AtomicU64,
     sent: AtomicU64,
     retries: AtomicU64,
     fetch_us: AtomicU64,
@@ -135,6 +143,10 @@ struct Counters {
 impl Counters {
     fn received(&self, n_bytes: usize) {
         self.received.fetch_add(n_bytes as u64, Ordering::Relaxed);
+    }
+
+    fn unchanged(&self, n_bytes: usize) {
+        self.unchanged.fetch_add(n_bytes as u64, Ordering::Relaxed);
     }
 
     fn sent(&self, n_bytes: usize) {
@@ -149,6 +161,8 @@ pub struct RemoteBank {
     shards: Arc<Vec<Arc<ShardClient>>>,
     options: Arc<RemoteOptions>,
     counters: Arc<Counters>,
+    /// Blocks that were read, as their shards had them.
+    kept: Arc<Mutex<Kept<Held>>>,
 }
 
 /// Parts of a request this large go over connections of their own.
@@ -198,6 +212,7 @@ impl RemoteBank {
         }
         let bank = Self {
             spec: Arc::new(options.spec.clone()),
+            kept: Arc::new(Mutex::new(Kept::new(options.cache_bytes))),
             shards: Arc::new(shards),
             options: Arc::new(options),
             counters,
@@ -209,20 +224,36 @@ impl RemoteBank {
     /// Fetches into blocks that are there already: their ids say which, and their arrays are used again.
     /// When it fails, their values are not to be used.
     pub async fn fetch_into(&self, after: Step, blocks: &mut [Block]) -> Result<()> {
+        self.fetch_changed(after, (blocks, &[])).await.map(|_| ())
+    }
+
+    /// As [`RemoteBank::fetch_into`]. With what is `held` of each block it returns what each is, and leaves the
+    /// values of those that are as they are held.
+    async fn fetch_changed(
+        &self,
+        after: Step,
+        (blocks, held): (&mut [Block], &[Version]),
+    ) -> Result<Vec<Version>> {
         let start = Instant::now();
         for block in blocks.iter_mut() {
             self.spec.check(block.id)?;
             block.values.resize(self.spec.block_len(usize::from(block.id.level)), 0.0);
         }
         let mut parts = self.parts(after, blocks);
-        let fetches = parts.iter_mut().map(|part| self.fetch_part(after, part));
+        let fetches = parts.iter_mut().map(|part| self.fetch_part(after, part, held));
         // All of them are waited for, so that every array finds its way back.
         let fetched = join_all(fetches).await;
-        for (place, block) in parts.into_iter().flat_map(|part| part.places.into_iter().zip(part.blocks)) {
-            blocks[place] = block;
+        let mut versions = vec![Version::default(); held.len()];
+        let mut failed = Ok(());
+        for (part, fetched) in parts.into_iter().zip(fetched) {
+            match fetched {
+                Ok(told) => part.places.iter().zip(told).for_each(|(&place, told)| versions[place] = told),
+                Err(error) => failed = failed.and(Err(error)),
+            }
+            part.places.into_iter().zip(part.blocks).for_each(|(place, block)| blocks[place] = block);
         }
         self.counters.fetch_us.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
-        fetched.into_iter().collect()
+        failed.map(|()| versions)
     }
 
     /// Begins a fetch beside what the caller does meanwhile, on the current runtime.
@@ -295,9 +326,10 @@ impl RemoteBank {
     /// What this client has done so far.
     pub fn stats(&self) -> RemoteStats {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Counters { received, sent, retries, fetch_us, push_us } = &*self.counters;
+        let Counters { received, unchanged, sent, retries, fetch_us, push_us } = &*self.counters;
         RemoteStats {
             received_bytes: of(received),
+            unchanged_bytes: of(unchanged),
             sent_bytes: of(sent),
             retries: of(retries),
             fetch_us: of(fetch_us),
@@ -334,13 +366,14 @@ impl RemoteBank {
         parts
     }
 
-    async fn fetch_part(&self, after: Step, part: &mut Part) -> Result<()> {
+    async fn fetch_part(&self, after: Step, part: &mut Part, held: &[Version]) -> Result<Vec<Version>> {
         let shard = &self.shards[part.shard];
+        let held: Vec<Version> = part.places.iter().filter_map(|&place| held.get(place).copied()).collect();
         // Only one try runs at a time; the lock says so to the compiler.
         let blocks = tokio::sync::Mutex::new(&mut part.blocks);
         let fetch = || async {
             let mut blocks = blocks.lock().await;
-            shard.fetch(after, self.options.fetch_dtype, &mut blocks).await
+            shard.fetch(after, self.options.fetch_dtype, (&mut **blocks, &held)).await
         };
         self.retry(shard, fetch).await
     }
@@ -404,6 +437,18 @@ impl BlockStore for RemoteBank {
         let mut blocks: Vec<Block> = ids.iter().map(|&id| Block { id, values: Vec::new() }).collect();
         self.fetch_into(after, &mut blocks).await?;
         Ok(blocks)
+    }
+
+    async fn read(&self, after: Step, ids: &[ClusterId]) -> Result<Vec<Block>> {
+        match self.options.cache_bytes {
+            0 => self.fetch(after, ids).await,
+            _ => self.read_kept(after, ids).await,
+        }
+    }
+
+    fn traffic(&self) -> Option<Traffic> {
+        let RemoteStats { received_bytes, unchanged_bytes, sent_bytes, .. } = self.stats();
+        Some(Traffic { fetched_bytes: received_bytes, pushed_bytes: sent_bytes, unchanged_bytes })
     }
 
     async fn push(&self, step: Step, rank: usize, grads: Vec<Block>) -> Result<()> {

@@ -13,7 +13,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 
-use super::bulk::{Connection, Pool, Turn};
+use super::bulk::{Connection, Pool, Turn, is_held};
 use super::direct;
 use super::{Counters, RemoteOptions};
 use crate::codec::{MAX_MESSAGE_BYTES, PIECE_BYTES, Payload, PushPiece, block_id};
@@ -38,6 +38,8 @@ pub(crate) struct ShardClient {
     /// The last step that this client has pushed or has seen applied. A shard that comes back from before
     /// it has lost something that the client takes it to have.
     relied_on: AtomicU64,
+    /// The last step that this client has begun to push; a shard that is further has been pushed by others.
+    begun: AtomicU64,
     channels: Vec<Channel>,
     clients: Vec<MemoryServiceClient<Channel>>,
     is_compressed: bool,
@@ -49,6 +51,21 @@ pub(crate) struct ShardClient {
     bulk: Connector,
     pool: Pool,
     counters: Arc<Counters>,
+}
+
+/// A block as a shard has it: in one life and one version its weights are the same.
+#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Version {
+    life: u64,
+    /// 0 of none.
+    number: u64,
+}
+
+impl Version {
+    /// Whether a shard has told it.
+    pub(crate) fn is_known(self) -> bool {
+        self.number != 0
+    }
 }
 
 /// Gradients as they go over the wire.
@@ -82,6 +99,7 @@ impl ShardClient {
             identity: BankIdentity { attempt: options.attempt, ..options.identity.message(placement) },
             life: AtomicU64::new(0),
             relied_on: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             clients: channels.iter().cloned().map(client).collect(),
             channels,
             is_compressed: options.compression != Compression::None,
@@ -105,7 +123,8 @@ impl ShardClient {
     }
 
     /// Learns in which life the shard is; returns where it stands. Fails when it has lost steps that this
-    /// client relies on.
+    /// client relies on, and when it has steps that this client, if it pushes, has not pushed: a shard that was
+    /// started again knows no attempts, and takes what an earlier one has yet to say.
     pub(crate) async fn meet(&self) -> Result<StatResponse, Status> {
         let stat = self.stat().await?;
         let relied_on = self.relied_on.load(Ordering::Relaxed);
@@ -116,25 +135,60 @@ impl ShardClient {
                 stat.applied
             )));
         }
+        let begun = self.begun.load(Ordering::Relaxed);
+        if begun > 0 && stat.applied > begun {
+            return Err(Status::data_loss(format!(
+                "the shard came back and is at step {}, of which this worker has pushed {begun}: another attempt \
+                 has pushed since; go on from a checkpoint",
+                stat.applied
+            )));
+        }
         let life = stat.identity.as_ref().map_or(0, |identity| identity.life);
         self.life.store(life, Ordering::Relaxed);
         Ok(stat)
     }
 
-    /// Fills the values of blocks; they have their length already.
-    pub(crate) async fn fetch(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
-        match self.bulk_stream().await? {
+    /// Fills the values of blocks; they have their length already. With what is `held` of each block it returns
+    /// what each is, unknown where the shard does not tell: of those that are as they are held nothing is
+    /// fetched, and the values are left as they were.
+    pub(crate) async fn fetch(
+        &self,
+        after: Step,
+        dtype: Dtype,
+        (blocks, held): (&mut [Block], &[Version]),
+    ) -> Result<Vec<Version>, Status> {
+        // Versions of another life say nothing.
+        let in_life = |life: u64| -> Vec<u64> {
+            held.iter().map(|version| if version.life == life { version.number } else { 0 }).collect()
+        };
+        let (life, asked, told) = match self.bulk_stream().await? {
             Some((mut connection, _turn)) => {
-                let fetched = connection.fetch(after, dtype, blocks).await;
+                let asked = if connection.has_versions { in_life(connection.life) } else { vec![] };
+                let fetched = connection.fetch(after, dtype, (&mut *blocks, &asked)).await;
+                let life = connection.life;
                 self.pool.give_back(connection);
-                fetched?;
+                (life, asked, fetched?)
             }
-            None => self.fetch_pieces(after, dtype, blocks).await?,
+            None => {
+                let identity = self.identity();
+                let life = identity.life;
+                // Compressed answers have a decoder of their own, and no versions.
+                let asked = if self.is_compressed { vec![] } else { in_life(life) };
+                let told = self.fetch_pieces((identity, after), dtype, (&mut *blocks, &asked)).await?;
+                (life, asked, told)
+            }
+        };
+        let (mut received, mut unchanged) = (0, 0);
+        for (place, block) in blocks.iter().enumerate() {
+            let n_bytes = block.values.len() * dtype.size();
+            *(if is_held(&asked, place, told.get(place)) { &mut unchanged } else { &mut received }) +=
+                n_bytes;
         }
-        let n_bytes: usize = blocks.iter().map(|block| block.values.len() * dtype.size()).sum();
-        self.counters.received(n_bytes);
+        self.counters.received(received);
+        self.counters.unchanged(unchanged);
         self.relied_on.fetch_max(after.0, Ordering::Relaxed);
-        Ok(())
+        let version = |place: usize| Version { life, number: told.get(place).copied().unwrap_or_default() };
+        Ok((0..held.len()).map(version).collect())
     }
 
     /// Hands over gradients; returns the last step applied.
@@ -144,6 +198,7 @@ impl ShardClient {
         dtype: Dtype,
         gradients: &Encoded,
     ) -> Result<Step, Status> {
+        self.begun.fetch_max(step.0, Ordering::Relaxed);
         let applied = if let Some((mut connection, _turn)) = self.bulk_stream().await? {
             let pushed = connection.push((step, rank), dtype, gradients).await;
             self.pool.give_back(connection);
@@ -184,15 +239,22 @@ impl ShardClient {
         let RestoreResponse { step, life } = self.client().restore(self.request(request)).await?.into_inner();
         self.life.store(life, Ordering::Relaxed);
         self.relied_on.store(step, Ordering::Relaxed);
+        self.begun.store(step, Ordering::Relaxed);
         Ok(Step(step))
     }
 
-    async fn fetch_pieces(&self, after: Step, dtype: Dtype, blocks: &mut [Block]) -> Result<(), Status> {
+    async fn fetch_pieces(
+        &self,
+        (identity, after): (BankIdentity, Step),
+        dtype: Dtype,
+        (blocks, held): (&mut [Block], &[u64]),
+    ) -> Result<Vec<u64>, Status> {
         let request = FetchRequest {
-            identity: Some(self.identity()),
+            identity: Some(identity),
             after: after.0,
             dtype: dtype.message() as i32,
             blocks: blocks.iter().map(|block| block_id(block.id)).collect(),
+            held: held.to_vec(),
         };
         if !self.is_compressed {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed);
@@ -228,7 +290,7 @@ impl ShardClient {
             }
         }
         match pieces.message().await? {
-            None => Ok(()),
+            None => Ok(vec![]),
             Some(piece) => {
                 Err(Status::internal(format!("a piece of block {} that nobody asked for", piece.id)))
             }
@@ -241,7 +303,9 @@ impl ShardClient {
         if let Some(connection) = turn.connection.take() {
             return Ok(Some((connection, turn)));
         }
-        let request = OpenBulkRequest { identity: Some(self.identity()) };
+        let identity = self.identity();
+        let life = identity.life;
+        let request = OpenBulkRequest { identity: Some(identity) };
         let offer = self.client().open_bulk(self.request(request)).await?.into_inner();
         let port = u16::try_from(offer.port).unwrap_or_default();
         if port == 0 {
@@ -250,7 +314,7 @@ impl ShardClient {
         }
         let opened = async {
             let stream = self.bulk.connect(&self.host, port).await.map_err(|error| error.to_string())?;
-            Connection::open(stream, &offer.ticket).await.map_err(|error| error.to_string())
+            Connection::open(stream, life, &offer).await.map_err(|error| error.to_string())
         };
         match opened.await {
             Ok(connection) => Ok(Some((connection, turn))),

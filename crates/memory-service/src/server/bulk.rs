@@ -17,7 +17,10 @@ use super::accept::Held;
 use super::host::Host;
 use super::metrics::Call;
 use super::tickets::{Ticket, Tickets};
-use crate::bulk::{ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries};
+use crate::bulk::{
+    ENTRY_BYTES, HEAD_BYTES, Head, Kind, MAX_TEXT, Reply, TICKET_BYTES, decode_entries, decode_versions,
+    encode_versions,
+};
 use crate::parts::Parts;
 use crate::pushback;
 use crate::security::{Caller, Permission, Stream, authorize};
@@ -59,10 +62,12 @@ impl Connection {
                 .await;
         };
         loop {
-            let (head, entries) = self.request().await?;
-            let (call, start) = (if head.kind == Kind::Fetch { "fetch" } else { "push" }, Instant::now());
+            let (head, entries, held) = self.request().await?;
+            let (call, start) = (if head.kind == Kind::Push { "push" } else { "fetch" }, Instant::now());
             match head.kind {
-                Kind::Fetch => self.fetch((&caller, life), head, &entries).await?,
+                Kind::Fetch | Kind::FetchChanged => {
+                    self.fetch((&caller, life), head, (&entries, &held)).await?;
+                }
                 Kind::Push => self.push((&caller, life), head, &entries).await?,
             }
             let seconds = start.elapsed().as_secs_f64();
@@ -70,7 +75,8 @@ impl Connection {
         }
     }
 
-    async fn request(&mut self) -> io::Result<(Head, Vec<(ClusterId, u64)>)> {
+    /// A head, its entries, and what the caller holds if it says so.
+    async fn request(&mut self) -> io::Result<(Head, Vec<(ClusterId, u64)>, Vec<u64>)> {
         // Between requests a connection may be silent for as long as its peer likes.
         self.fill(HEAD_BYTES).await?;
         let mut head = [0; HEAD_BYTES];
@@ -80,9 +86,11 @@ impl Connection {
         if n_blocks > limit {
             return Err(invalid(format!("{n_blocks} blocks in one request, expected at most {limit}")));
         }
-        within(self.idle, self.fill(n_blocks * ENTRY_BYTES)).await?;
-        let entries = decode_entries(&self.input.split_to(n_blocks * ENTRY_BYTES)).map_err(invalid)?;
-        Ok((head, entries))
+        let n_bytes = n_blocks * head.kind.entry_bytes();
+        within(self.idle, self.fill(n_bytes)).await?;
+        let mut rest = self.input.split_to(n_bytes);
+        let entries = decode_entries(&rest.split_to(n_blocks * ENTRY_BYTES)).map_err(invalid)?;
+        Ok((head, entries, decode_versions(&rest)))
     }
 
     /// Reads until `n_bytes` of a request are there.
@@ -100,11 +108,11 @@ impl Connection {
         &mut self,
         (caller, life): (&Caller, u64),
         head: Head,
-        entries: &[(ClusterId, u64)],
+        (entries, held): (&[(ClusterId, u64)], &[u64]),
     ) -> io::Result<()> {
         let ids: Vec<ClusterId> = entries.iter().map(|&(id, _)| id).collect();
         let fetched = match self.check(caller, Permission::Read, head.dtype, entries) {
-            Ok(()) => self.host.fetch(life, Step(head.step), &ids, head.dtype).await,
+            Ok(()) => self.host.fetch((life, Step(head.step)), (&ids, held), head.dtype).await,
             Err(status) => Err(status),
         };
         self.host.metrics.ended("fetch", fetched.as_ref().err().map_or(Code::Ok, Status::code));
@@ -114,7 +122,9 @@ impl Connection {
         };
         let reply = Reply { code: Code::Ok, retry_ms: 0, n_text: 0, applied: self.host.source.applied().0 };
         let blocks = std::mem::take(&mut outgoing.blocks).into_iter().map(|block| encoded(block, head.dtype));
-        let mut parts = Parts::new([Bytes::copy_from_slice(&reply.encode())].into_iter().chain(blocks));
+        let mut begin = reply.encode().to_vec();
+        encode_versions(std::mem::take(&mut outgoing.versions), &mut begin);
+        let mut parts = Parts::new([Bytes::from(begin)].into_iter().chain(blocks));
         while parts.has_remaining() {
             if within(self.idle, self.stream.write_buf(&mut parts)).await? == 0 {
                 return Err(io::ErrorKind::WriteZero.into());

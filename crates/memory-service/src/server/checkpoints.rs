@@ -5,6 +5,7 @@ use tokio::sync::Mutex;
 use tonic::Status;
 
 use super::host::{Host, status};
+use crate::proto::BankIdentity;
 
 /// Where a shard's checkpoints go.
 pub(crate) struct Checkpoints {
@@ -36,15 +37,18 @@ impl Checkpoints {
         Self { store, identity, keep, saved: Mutex::new(Saved { base, last: None }) }
     }
 
-    /// The blocks as they are after a step: nothing is copied, and pushes go on.
-    pub(crate) fn snapshot(&self, host: &Host, step: Step) -> Result<Snapshot, Status> {
+    /// The blocks as they are after a step, in a life: nothing is copied, and pushes go on.
+    pub(crate) fn snapshot(&self, host: &Host, life: u64, step: Step) -> Result<Snapshot, Status> {
+        let _same_life = host.in_life(life)?;
         host.live()?.snapshot(step, Step(0)).map_err(status)
     }
 
-    /// Writes a snapshot; returns the record of it, as JSON. It is part of no checkpoint until committed.
-    pub(crate) async fn write(&self, host: &Host, snapshot: Snapshot) -> Result<String, Status> {
+    /// Writes a snapshot of a life; returns the record of it, as JSON. It is part of no checkpoint until
+    /// committed. Fails when the life has ended before its turn came: what it would write belongs to nothing.
+    pub(crate) async fn write(&self, host: &Host, life: u64, snapshot: Snapshot) -> Result<String, Status> {
         let start = Instant::now();
         let mut saved = self.saved.lock().await;
+        host.in_life(life).map(drop)?;
         if let Some(last) = saved.last.take()
             && let Ok(checkpoint) = self.store.checkpoint(last.step).await
             && checkpoint.record(host.placement).as_ref() == Some(&last)
@@ -65,8 +69,16 @@ impl Checkpoints {
         Ok(json)
     }
 
-    /// Makes a checkpoint of all shards' records.
-    pub(crate) async fn commit(&self, step: Step, records: &[String]) -> Result<(), Status> {
+    /// Makes a checkpoint of all shards' records, unless it is asked for by an attempt that is over by the time
+    /// its turn comes: a restore that has given up later checkpoints would else find one more.
+    pub(crate) async fn commit(
+        &self,
+        host: &Host,
+        identity: Option<&BankIdentity>,
+        (step, records): (Step, &[String]),
+    ) -> Result<(), Status> {
+        let _turn = self.saved.lock().await;
+        host.check(identity)?;
         let record = |(i, json): (usize, &String)| {
             serde_json::from_str::<ShardRecord>(json)
                 .map_err(|error| Status::invalid_argument(format!("record {i} of the commit: {error}")))
@@ -82,9 +94,16 @@ impl Checkpoints {
 
     /// Replaces the shard's blocks by those of a checkpoint, the newest unless told; the run goes on from
     /// there, so later checkpoints are given up. Returns its step, and the life of the blocks that begins.
-    pub(crate) async fn restore(&self, host: &Host, step: Option<Step>) -> Result<(Step, u64), Status> {
+    pub(crate) async fn restore(
+        &self,
+        host: &Host,
+        identity: Option<&BankIdentity>,
+        step: Option<Step>,
+    ) -> Result<(Step, u64), Status> {
         let (start, live) = (Instant::now(), host.live()?);
         let mut saved = self.saved.lock().await;
+        host.check(identity)?;
+        let attempt = identity.map_or(0, |identity| identity.attempt);
         let checkpoint = match step {
             Some(step) => self.store.checkpoint(step).await.map_err(status)?,
             None => {
@@ -108,7 +127,7 @@ impl Checkpoints {
             Ok(shard)
         };
         // After a failure the blocks are those from before.
-        let life = host.replace(restored.await.map_err(status)?)?;
+        let life = host.replace(restored.await.map_err(status)?, attempt)?;
         *saved = Saved { base: record, last: None };
         host.metrics.applied.set(step.0 as i64);
         let seconds = start.elapsed().as_secs_f64();

@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, Gradients, Live, MappedBank, Offload, Placement, Shard, Step, Values};
+use memory_bank::{
+    BlockSpec, Gradients, Live, MappedBank, Offload, Placement, Shard, Step, Values, Versioned,
+};
 use rand::RngExt;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tonic::Status;
@@ -63,7 +65,10 @@ pub(crate) struct Host {
 
 /// Blocks that are on their way to a caller, as f32 in the bank's own memory.
 pub(crate) struct Outgoing {
+    /// In the order asked for; empty of one that the caller holds as it is.
     pub(crate) blocks: Vec<Bytes>,
+    /// Of all blocks, when the caller says what it holds; else none.
+    pub(crate) versions: Vec<u64>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -128,21 +133,27 @@ impl Host {
     }
 
     /// Follows the latest attempt at the run. With the first word of it a life begins, and nothing is taken
-    /// any more that was meant for the one before, on whatever connection it comes.
+    /// any more that was meant for the one before, on whatever connection it comes; what had come and waited for
+    /// other ranks is forgotten.
     pub(crate) fn follow(&self, attempt: u64) -> Result<(), Status> {
+        let mut forgotten = Ok(());
         self.life.send_if_modified(|life| {
             let is_later = attempt > self.attempt.load(Ordering::Relaxed);
             if is_later {
                 self.attempt.store(attempt, Ordering::Relaxed);
                 *life = new_life();
+                if let Source::Live(live) = &self.source {
+                    forgotten = live.forget_pending().map_err(status);
+                }
             }
             is_later
         });
+        forgotten?;
         self.check_attempt(attempt)
     }
 
     /// Keeps a life from ending while what this returns is held. Fails when it has ended.
-    fn in_life(&self, life: u64) -> Result<watch::Ref<'_, u64>, Status> {
+    pub(super) fn in_life(&self, life: u64) -> Result<watch::Ref<'_, u64>, Status> {
         let now = self.life.borrow();
         if *now == life {
             return Ok(now);
@@ -151,13 +162,19 @@ impl Host {
         Err(Status::aborted(format!("the shard was started or restored since, at step {applied}")))
     }
 
-    /// Puts blocks in the place of the shard's; returns the life that begins with them.
-    pub(crate) fn replace(&self, shard: Shard) -> Result<u64, Status> {
+    /// Puts blocks in the place of the shard's, for an attempt that is not over by now; returns the life that
+    /// begins with them.
+    pub(crate) fn replace(&self, shard: Shard, attempt: u64) -> Result<u64, Status> {
         let (live, life) = (self.live()?, new_life());
         let mut replaced = Ok(());
-        self.life.send_modify(|now| {
-            *now = life;
-            replaced = live.replace(shard).map_err(status);
+        self.life.send_if_modified(|now| {
+            replaced = self.check_attempt(attempt);
+            let is_taken = replaced.is_ok();
+            if is_taken {
+                *now = life;
+                replaced = live.replace(shard).map_err(status);
+            }
+            is_taken
         });
         replaced.map(|()| life)
     }
@@ -225,21 +242,36 @@ impl Host {
         })
     }
 
-    /// The blocks once step `after` has been applied. A fetch of too many, one while too many others are
+    /// The blocks once step `after` has been applied, without those that the caller holds as they are (`held`
+    /// says what; it is empty or has a version for each block, 0 of one that is not held). A fetch of too many, one while too many others are
     /// on their way, and one whose step is not reached in time fail.
     pub(crate) async fn fetch(
         &self,
-        life: u64,
-        after: Step,
-        ids: &[ClusterId],
+        (life, after): (u64, Step),
+        (ids, held): (&[ClusterId], &[u64]),
         dtype: Dtype,
     ) -> Result<Outgoing, Status> {
         self.check_request(ids, dtype)?;
+        if !held.is_empty() && held.len() != ids.len() {
+            let message = format!("versions of {} blocks held, expected {} or none", held.len(), ids.len());
+            return Err(Status::invalid_argument(message));
+        }
         let start = Instant::now();
         self.reached(life, after).await?;
         self.metrics.fence_wait.observe(start.elapsed().as_secs_f64());
         let _permit = self.fetches.take(1).inspect_err(|_| self.metrics.refused())?;
-        let blocks: Vec<Bytes> = match &self.source {
+        let (versions, blocks) = match held {
+            [] => (vec![], self.read(ids).await?),
+            held => self.read_changed(ids, held).await?,
+        };
+        // They were replaced after this at the earliest.
+        self.in_life(life)?;
+        self.metrics.fetched(ids, &blocks, dtype);
+        Ok(Outgoing { blocks, versions, _permit })
+    }
+
+    async fn read(&self, ids: &[ClusterId]) -> Result<Vec<Bytes>, Status> {
+        Ok(match &self.source {
             Source::Live(live) => match live.fetch_at_once(ids).map_err(status)? {
                 Some(values) => values,
                 None => {
@@ -255,11 +287,32 @@ impl Host {
                 let read = move |&id: &ClusterId| bank.block_bytes(id).map_err(status);
                 blocking(move || ids.iter().map(read).collect()).await?
             }
-        };
-        // They were replaced after this at the earliest.
-        self.in_life(life)?;
-        self.metrics.fetched(ids, &blocks, dtype);
-        Ok(Outgoing { blocks, _permit })
+        })
+    }
+
+    /// The versions of blocks, and those blocks whose version is not the one held.
+    async fn read_changed(&self, ids: &[ClusterId], held: &[u64]) -> Result<(Vec<u64>, Vec<Bytes>), Status> {
+        // 0 is of what is not held: the first version is 1.
+        let held: Vec<Option<u64>> = held.iter().map(|held| held.checked_sub(1)).collect();
+        let ids = ids.to_vec();
+        match &self.source {
+            Source::Live(live) => {
+                let live = Arc::clone(live);
+                let found = blocking(move || live.fetch_changed(&ids, &held).map_err(status)).await?;
+                let bytes = |values| Bytes::from_owner(Shared(values));
+                let block =
+                    |(version, values): Versioned| (version + 1, values.map(bytes).unwrap_or_default());
+                Ok(found.into_iter().map(block).unzip())
+            }
+            Source::ReadOnly(bank) => {
+                let bank = bank.clone();
+                let read = move |(&id, held): (&ClusterId, &Option<u64>)| match held {
+                    Some(0) => Ok((1, Bytes::new())),
+                    _ => Ok((1, bank.block_bytes(id).map_err(status)?)),
+                };
+                blocking(move || ids.iter().zip(&held).map(read).collect()).await
+            }
+        }
     }
 
     /// Takes a push in, unless there are too many.

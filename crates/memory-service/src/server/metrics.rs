@@ -140,7 +140,8 @@ impl Metrics {
     }
 
     pub(crate) fn fetched(&self, ids: &[ClusterId], blocks: &[Bytes], dtype: Dtype) {
-        for id in ids {
+        // What the caller holds is not sent.
+        for (id, _) in ids.iter().zip(blocks).filter(|(_, block)| !block.is_empty()) {
             self.blocks.get_or_create(&Level { level: id.level }).inc();
         }
         let len: usize = blocks.iter().map(|block| block.len() / size_of::<f32>()).sum();

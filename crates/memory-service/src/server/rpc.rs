@@ -73,15 +73,15 @@ impl MemoryService for Rpc {
             let checkpoints = self.checkpoints()?;
             let step = Step(request.step);
             self.host.reached(life, step).await?;
-            let snapshot = checkpoints.snapshot(&self.host, step)?;
-            Ok((checkpoints, snapshot))
+            let snapshot = checkpoints.snapshot(&self.host, life, step)?;
+            Ok((checkpoints, (life, snapshot)))
         };
         let held = held.await;
         audit(&caller, "save", &self.host.identity.bank, outcome(&held));
-        let (checkpoints, snapshot) = held?;
+        let (checkpoints, (life, snapshot)) = held?;
         let host = Arc::clone(&self.host);
         // A task of its own: a caller that goes away does not leave half a checkpoint.
-        let writing = tokio::spawn(async move { checkpoints.write(&host, snapshot).await });
+        let writing = tokio::spawn(async move { checkpoints.write(&host, life, snapshot).await });
         let written = stream::once(async move {
             let record_json =
                 writing.await.map_err(|error| Status::internal(format!("the save failed: {error}")))??;
@@ -95,8 +95,9 @@ impl MemoryService for Rpc {
         let caller = self.caller(&request, Permission::Write)?;
         let request = request.into_inner();
         let committed = async {
-            self.host.check(request.identity.as_ref())?;
-            self.checkpoints()?.commit(Step(request.step), &request.record_json).await
+            let (identity, records) = (request.identity.as_ref(), &request.record_json);
+            self.host.check(identity)?;
+            self.checkpoints()?.commit(&self.host, identity, (Step(request.step), records)).await
         };
         let committed = committed.await;
         audit(&caller, "commit", &self.host.identity.bank, outcome(&committed));
@@ -107,8 +108,9 @@ impl MemoryService for Rpc {
         let caller = self.caller(&request, Permission::Write)?;
         let request = request.into_inner();
         let restored = async {
-            self.host.check(request.identity.as_ref())?;
-            self.checkpoints()?.restore(&self.host, request.step.map(Step)).await
+            let identity = request.identity.as_ref();
+            self.host.check(identity)?;
+            self.checkpoints()?.restore(&self.host, identity, request.step.map(Step)).await
         };
         let restored = restored.await;
         audit(&caller, "restore", &self.host.identity.bank, outcome(&restored));
@@ -124,7 +126,8 @@ impl MemoryService for Rpc {
         Ok(Response::new(match &self.bulk {
             None => OpenBulkResponse::default(),
             Some((port, tickets)) => {
-                OpenBulkResponse { port: u32::from(*port), ticket: tickets.issue(caller, life)?.to_vec() }
+                let ticket = tickets.issue(caller, life)?.to_vec();
+                OpenBulkResponse { port: u32::from(*port), ticket, versions: true }
             }
         }))
     }
@@ -140,7 +143,7 @@ impl Rpc {
             let life = self.host.check(request.identity.as_ref())?;
             let dtype = dtype(request.dtype)?;
             let ids = cluster_ids(&request.blocks)?;
-            let outgoing = self.host.fetch(life, Step(request.after), &ids, dtype).await?;
+            let outgoing = self.host.fetch((life, Step(request.after)), (&ids, &request.held), dtype).await?;
             Ok((ids, dtype, outgoing))
         };
         let (ids, dtype, outgoing) = watch.see(outgoing.await)?;
@@ -199,20 +202,22 @@ fn outcome<T>(result: &Result<T, Status>) -> String {
     result.as_ref().map_or_else(|status| status.message().to_owned(), |_| "ok".to_owned())
 }
 
-/// Blocks cut into pieces, in order.
+/// Blocks cut into pieces, in order; one without payload of a block that the caller holds.
 fn pieces(ids: Vec<ClusterId>, dtype: Dtype, mut outgoing: Outgoing) -> impl Stream<Item = FetchPiece> {
     let blocks = std::mem::take(&mut outgoing.blocks);
+    let mut versions = std::mem::take(&mut outgoing.versions);
+    versions.resize(blocks.len(), 0);
     // In the bank, of numbers in f32; on the wire, of numbers of `dtype`.
     let n_bytes = PIECE_BYTES / dtype.size() * size_of::<f32>();
     let wire = move |n_bytes: usize| (n_bytes / size_of::<f32>() * dtype.size()) as u64;
-    let of_block = move |(id, block): (ClusterId, Bytes)| {
-        (0..block.len()).step_by(n_bytes).map(move |start| {
+    let of_block = move |((id, block), version): ((ClusterId, Bytes), u64)| {
+        (0..block.len().max(1)).step_by(n_bytes).map(move |start| {
             let piece = block.slice(start..(start + n_bytes).min(block.len()));
             let (total_bytes, offset) = (wire(block.len()), wire(start));
-            FetchPiece { id, total_bytes, offset, payload: dtype.payload(piece) }
+            FetchPiece { id, total_bytes, offset, version, payload: dtype.payload(piece) }
         })
     };
-    stream::iter(ids.into_iter().zip(blocks).flat_map(of_block)).map(move |piece| {
+    stream::iter(ids.into_iter().zip(blocks).zip(versions).flat_map(of_block)).map(move |piece| {
         // The fetch counts until its last piece has left.
         let _ = &outgoing;
         piece

@@ -181,7 +181,7 @@ async fn a_later_attempt_at_a_run_ends_what_an_earlier_one_may_ask() {
         first.push(Step(3), 0, gradients(9, 0)).await.unwrap();
         let waiting = first.prefetch(Step(3), &all_ids());
         let second = connect(6).await.unwrap();
-        assert!(!second.is_after(Step(2)).await.unwrap(), "something is pending");
+        assert!(second.is_after(Step(2)).await.unwrap(), "what waited is still there");
         let over = "attempt 5 was taken over by attempt 6: another job trains on this shard";
         let errors = [
             soon(waiting).await.unwrap().map(drop),
@@ -204,5 +204,31 @@ async fn a_later_attempt_at_a_run_ends_what_an_earlier_one_may_ask() {
         // Who is of no attempt reads what is there.
         let found = soon(connect(0).await.unwrap().fetch(Step(4), &all_ids())).await.unwrap();
         assert!(bits(&found) == bits(&reference(4, 2)), "bulk {bulk}");
+    }
+}
+
+/// A shard that was started again knows no attempts: what an earlier one pushes there before the later one is
+/// back is not taken for the later one's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_earlier_attempt_pushes_to_a_shard_started_again_is_told_to_the_later_one() {
+    for bulk in [false, true] {
+        let objects = Arc::new(InMemory::new());
+        let served = start(&objects, 1, bulk).await;
+        let connect =
+            |attempt| RemoteBank::connect(RemoteOptions { attempt, ..remote(std::slice::from_ref(&served)) });
+        let (first, second) = (connect(5).await.unwrap(), connect(6).await.unwrap());
+        push(&second, 1..=2, 1).await;
+        second.save(Step(2)).await.unwrap();
+        let served = start_again(served, &objects, bulk).await;
+        push(&first, 3..=3, 1).await;
+        let told = "is at step 3, of which this worker has pushed 2: another attempt has pushed since";
+        let error = soon(second.fetch(Step(2), &all_ids())).await.unwrap_err().to_string();
+        assert!(error.contains(told) && error.contains(&served.address), "bulk {bulk}: {error}");
+        second.restore(Some(Step(2))).await.unwrap();
+        push(&second, 3..=4, 1).await;
+        let found = soon(second.fetch(Step(4), &all_ids())).await.unwrap();
+        assert!(bits(&found) == bits(&reference(4, 1)), "bulk {bulk}");
+        let error = soon(first.push(Step(5), 0, gradients(9, 0))).await.unwrap_err().to_string();
+        assert!(error.contains("attempt 5 was taken over by attempt 6"), "bulk {bulk}: {error}");
     }
 }

@@ -4,6 +4,7 @@ mod checkpoints;
 mod half_open;
 mod lives;
 mod operators;
+mod reading;
 mod refusals;
 mod remote;
 mod secure;

@@ -74,6 +74,8 @@ pub(crate) enum What {
     Restored,
     /// Shards that started from a checkpoint.
     Loaded,
+    /// Bytes of blocks that were not sent, since what was kept of them had not changed.
+    Unchanged,
     Tick,
 }
 
@@ -169,7 +171,8 @@ impl World {
         }
     }
 
-    /// Waits until every rank is in this life: none does anything for an older one any more.
+    /// Waits until every rank is in this life. Some may do things for an older one all the same: shards take
+    /// nothing of it.
     pub(crate) async fn all_ready(&self, rank: usize) {
         self.job.borrow_mut().ready.insert(rank);
         while self.job.borrow().ready.len() < self.setting.world_size {
@@ -178,18 +181,22 @@ impl World {
     }
 
     /// Tells all ranks where this life goes on from.
-    pub(crate) fn resume(&self, step: u64) {
-        self.job.borrow_mut().resumed = Some(step);
+    pub(crate) fn resume(&self, life: u64, step: u64) {
+        if self.life() == life {
+            self.job.borrow_mut().resumed = Some(step);
+        }
     }
 
-    pub(crate) async fn resumed(&self) -> u64 {
-        loop {
+    /// `None` once the life is over.
+    pub(crate) async fn resumed(&self, life: u64) -> Option<u64> {
+        while self.life() == life {
             let resumed = self.job.borrow().resumed;
             match resumed {
-                Some(step) => return step,
+                Some(step) => return Some(step),
                 None => sleep(TICK).await,
             }
         }
+        None
     }
 
     pub(crate) fn finish(&self, rank: usize) {

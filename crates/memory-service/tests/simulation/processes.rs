@@ -103,11 +103,33 @@ pub(crate) async fn worker(world: Rc<World>, rank: usize) -> turmoil::Result {
 async fn live(world: &Rc<World>, rank: usize, life: u64) -> Result<(), Error> {
     world.all_ready(rank).await;
     let bank = connect(world, rank, life).await?;
-    let done = train(world, rank, &bank).await;
+    let mut training = Training { stays: false, task: JoinSet::new() };
+    // Cut off from who tells it that its life is over, it trains on beside those of the next one.
+    training.stays = dice(world.setting.seed ^ life << 32 ^ rank as u64, "stays").random_bool(0.3);
+    let (at, its) = (Rc::clone(world), bank.clone());
+    training.task.spawn_local(async move { train(&at, (rank, life), &its).await });
+    let done = end_save(&mut training.task).await;
+    if bank.stats().unchanged_bytes > 0 {
+        world.count(What::Unchanged, bank.stats().unchanged_bytes);
+    }
     if bank.stats().retries > 0 {
         world.count(What::Retry, bank.stats().retries);
     }
     done
+}
+
+/// What is told of no end when it is dropped, if it stays.
+struct Training {
+    stays: bool,
+    task: JoinSet<Result<(), Error>>,
+}
+
+impl Drop for Training {
+    fn drop(&mut self) {
+        if self.stays {
+            self.task.detach_all();
+        }
+    }
 }
 
 pub(crate) async fn connect(world: &World, rank: usize, life: u64) -> Result<RemoteBank, Error> {
@@ -115,6 +137,9 @@ pub(crate) async fn connect(world: &World, rank: usize, life: u64) -> Result<Rem
     let addresses = (0..setting.n_shards).map(|shard| format!("shard{shard}:{PORT}")).collect();
     let options = RemoteOptions {
         bulk: false,
+        attempt: life,
+        // Room for some of the blocks.
+        cache_bytes: 8 << 10,
         connect_s: 1,
         retry: Retry { first_ms: 20, most_ms: 300, seconds: 10 },
         seed: mix(setting.seed ^ life << 8 ^ rank as u64),
@@ -123,18 +148,24 @@ pub(crate) async fn connect(world: &World, rank: usize, life: u64) -> Result<Rem
     RemoteBank::connect_over(options, channel).await
 }
 
-async fn train(world: &Rc<World>, rank: usize, bank: &RemoteBank) -> Result<(), Error> {
+async fn train(world: &Rc<World>, (rank, life): (usize, u64), bank: &RemoteBank) -> Result<(), Error> {
     let setting = &world.setting;
-    let name = format!("rank {rank}");
+    let name = format!("rank {rank} of life {life}");
     if rank == 0 {
-        world.resume(roll_back(world, bank).await?);
+        let step = roll_back(world, bank).await?;
+        world.resume(life, step);
     }
-    let resumed = world.resumed().await;
+    let Some(resumed) = world.resumed(life).await else { return Ok(()) };
     // Dropped with this function, which gives up the save.
     let mut saving = JoinSet::new();
     for step in resumed + 1..=setting.n_steps {
         let after = step.saturating_sub(1 + setting.staleness);
-        let fetched = bank.fetch(Step(after), &setting.touched(step, rank)).await?;
+        let ids = setting.touched(step, rank);
+        let keeps = dice(setting.seed ^ step << 32 ^ rank as u64, "keeps").random_bool(0.5);
+        let fetched = match keeps {
+            true => bank.read(Step(after), &ids).await?,
+            false => bank.fetch(Step(after), &ids).await?,
+        };
         check(world, &name, &fetched, after..=step - 1);
         let gradients = setting.gradients(step, rank, &fetched);
         bank.push(Step(step), rank, gradients.clone()).await?;
@@ -161,6 +192,7 @@ async fn train(world: &Rc<World>, rank: usize, bank: &RemoteBank) -> Result<(), 
     end_save(&mut saving).await?;
     let last = setting.n_steps;
     check(world, &name, &bank.fetch(Step(last), &setting.all_ids()).await?, last..=last);
+    check(world, &name, &bank.read(Step(last), &setting.all_ids()).await?, last..=last);
     world.log(format_args!("{name} ends"));
     Ok(())
 }
