@@ -1,4 +1,4 @@
-//! Compiles proto/memory.proto; no protoc is needed.
+//! Compiles proto/memory.proto and proto/retrieval.proto; no protoc is needed.
 
 use std::error::Error;
 
@@ -15,6 +15,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .extern_path(".memory.v1.FetchResponse", "crate::codec::FetchPiece")
         .extern_path(".memory.v1.PushRequest", "crate::codec::PushPiece")
         .compile_fds(descriptors.clone())?;
+    retrieval(&out)?;
     // All messages as prost has them, for `fuzzing` to compare with.
     let plain = format!("{out}/plain");
     std::fs::create_dir_all(&plain)?;
@@ -23,5 +24,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         .build_server(false)
         .out_dir(plain)
         .compile_fds(descriptors)?;
+    Ok(())
+}
+
+fn retrieval(out: &str) -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=../../proto/retrieval.proto");
+    let descriptors = protox::compile(["retrieval.proto"], ["../../proto"])?;
+    std::fs::write(format!("{out}/retrieval.bin"), descriptors.encode_to_vec())?;
+    // Blocks are sent from where the bank holds them.
+    tonic_prost_build::configure().bytes(".retrieval.v1.RetrievePiece").compile_fds(descriptors)?;
     Ok(())
 }

@@ -13,11 +13,12 @@ use corpus::Tokenizer;
 use memory_bank::{
     Access, BankOptions, BankStore, BankVersion, Block, BlockSpec, BlockStore, Blocking, Checkpoint,
     LevelStats, LocalBank, MergeOptions, Offload, OnConflict, Placement, Replicated, Shard, ShardOptions,
-    Step, StoreBank, StoreOptions, TierSource, Tiered, Traffic,
+    Step, Tiered, Traffic,
 };
 use memory_service::security::certs::{Issue, issue, make_ca};
 use memory_service::security::{Role, Tls, TlsFiles};
 use memory_service::{Dtype, Identity, RemoteBank, RemoteOptions, Retry};
+use serve::memory::{BankSource, Reach, open_tiers};
 use shard_host::{BankSection, ShardArgs, ShardConfig};
 use train::Attempt;
 
@@ -407,59 +408,33 @@ pub(crate) fn read(
     version: BankVersion,
     spec: BlockSpec,
 ) -> Result<Blocking<Bank>> {
-    let placement = &config.memory.placement;
-    let identity = Identity::new(&config.memory.bank, &spec, version.hashes.clone());
-    let bank = Blocking::open(async {
-        let mut sources = vec![];
-        if memory.join("manifest.json").exists() {
-            let local = LocalBank::open_read_only(memory)?;
-            if local.hashes() != &version.hashes {
-                bail!(
-                    "{}: bank of another tree or tokenizer: expected {:?}, found {:?}",
-                    memory.display(),
-                    version.hashes,
-                    local.hashes()
-                );
-            }
-            if placement == &memory_bank::TierOptions::default() {
-                return Ok(Bank::Local(local));
-            }
-            sources.push(TierSource::new("run", Arc::new(local)));
-        }
-        if !placement.shards.is_empty() {
-            let options = remote_options(config, placement.shards.clone(), (spec.clone(), identity))?;
-            sources.push(TierSource::new("shards", Arc::new(RemoteBank::connect(options).await?)));
-        }
-        if let Some(url) = &placement.store {
-            let options = StoreOptions { access: Access::Read, ..StoreOptions::default() };
-            let store = BankStore::open_url(url, &environment(), &config.memory.bank, options).await?;
-            let checkpoint = store.checkpoint(version.step).await?;
-            let expected = memory_bank::Identity {
-                spec: spec.clone(),
-                seed: version.seed,
-                hashes: version.hashes.clone(),
-            };
-            checkpoint.check_same(&expected)?;
-            sources.push(TierSource::new("store", Arc::new(StoreBank::new(checkpoint))));
-        }
-        if sources.is_empty() {
+    let tiers = config.memory.placement.clone();
+    let folder = memory.join("manifest.json").exists().then(|| memory.to_owned());
+    if let Some(folder) = &folder {
+        let local = LocalBank::open_read_only(folder)?;
+        if local.hashes() != &version.hashes {
             bail!(
-                "{}: found no bank (one that was trained on shards is read with memory.placement.shards or .store)",
-                memory.display()
+                "{}: bank of another tree or tokenizer: expected {:?}, found {:?}",
+                memory.display(),
+                version.hashes,
+                local.hashes()
             );
         }
-        let tiered = Tiered::open(placement, version, sources)?;
-        tiered.warm().await?;
-        Ok(Bank::Tiered(tiered))
-    })?;
-    Ok(bank)
+        if tiers == memory_bank::TierOptions::default() {
+            return Ok(Blocking::new(Arc::new(Bank::Local(local)))?);
+        }
+    } else if tiers.shards.is_empty() && tiers.store.is_none() {
+        bail!(
+            "{}: found no bank (one that was trained on shards is read with memory.placement.shards or .store)",
+            memory.display()
+        );
+    }
+    let (reach, source) = (reach(config)?, BankSource { folder, step: Some(version.step), tiers });
+    Blocking::open(async { Ok(Bank::Tiered(open_tiers(&source, &reach, (version, &spec)).await?)) })
 }
 
-fn remote_options(
-    config: &Config,
-    shards: Vec<String>,
-    (spec, identity): (BlockSpec, Identity),
-) -> Result<RemoteOptions> {
+/// How the shards and the store of a run's bank are reached, wherever they are.
+pub(crate) fn reach(config: &Config) -> Result<Reach> {
     let memory = &config.memory;
     let tls = match &memory.tls {
         None => None,
@@ -475,11 +450,15 @@ fn remote_options(
             Some(text.trim().to_owned())
         }
     };
-    Ok(RemoteOptions {
-        push_dtype: memory.push_dtype,
-        bulk: memory.bulk,
-        tls,
-        token,
-        ..RemoteOptions::new(shards, spec, identity)
-    })
+    Ok(Reach { bank: memory.bank.clone(), tls, token, bulk: memory.bulk, store: environment() })
+}
+
+/// Of shards that are trained on.
+fn remote_options(
+    config: &Config,
+    shards: Vec<String>,
+    (spec, identity): (BlockSpec, Identity),
+) -> Result<RemoteOptions> {
+    let push_dtype = config.memory.push_dtype;
+    Ok(RemoteOptions { push_dtype, ..reach(config)?.shards(&shards, &spec, &identity.hashes) })
 }

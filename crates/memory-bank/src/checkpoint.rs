@@ -204,6 +204,22 @@ impl Checkpoint {
             && sums(self) == sums(other)
     }
 
+    /// Steps that updated each touched block, the generic ones too; of all others there are none.
+    ///
+    /// # Errors
+    /// On an index of optimizer state that is missing or damaged.
+    pub async fn updates(&self) -> Result<Vec<(ClusterId, u64)>> {
+        let optimizer = self.optimizer().await?;
+        let of_level = |level: usize| {
+            let updates = {
+                let optimizer = Arc::clone(&optimizer);
+                move |entry: &Entry| (self.id(level, entry), optimizer.steps(entry, level))
+            };
+            self.entries(level).iter().map(updates)
+        };
+        Ok(self.spec().levels().flat_map(of_level).collect())
+    }
+
     /// What the next save of a shard restored from this may build on: `None` when the bank was saved by
     /// another number of shards.
     pub fn record(&self, placement: Placement) -> Option<ShardRecord> {

@@ -1,4 +1,4 @@
-//! The memory bank over gRPC.
+//! The memory bank over gRPC, and memory by text.
 
 mod bulk;
 mod client;
@@ -8,6 +8,7 @@ pub mod fuzzing;
 mod identity;
 mod parts;
 pub mod proto;
+mod retrieval;
 pub mod security;
 mod server;
 mod wire;
@@ -15,6 +16,10 @@ mod wire;
 pub use client::{RemoteBank, RemoteOptions, RemoteStats, Retry, Save, ShardStat};
 pub use codec::{FetchPiece, Payload, PushPiece};
 pub use identity::Identity;
+pub use retrieval::{
+    Ask, RETRIEVAL_READY, Refusal, RetrievalLimits, RetrievalOptions, RetrievalSource, Retrieved, What,
+    serve_retrieval,
+};
 pub use server::{
     Compression, Limits, READY, ServeError, ServeOptions, Source, StoreOfBank, serve, serve_connections,
 };

@@ -25,6 +25,24 @@ impl Exact {
     }
 }
 
+impl Exact {
+    /// The nearest leaf of those that `allows` their index in the deepest level; none when it allows none.
+    ///
+    /// # Errors
+    /// On an embedding of another dimension, or not finite.
+    pub fn nearest_of(&self, embedding: &[f32], allows: impl Fn(u32) -> bool) -> Result<Option<Route>> {
+        self.leaves.check(embedding)?;
+        let mut best: Option<(u32, f32)> = None;
+        for &leaf in self.leaves.indices() {
+            let distance = squared_distance(embedding, self.leaves.centroid(leaf)?);
+            if best.is_none_or(|(_, least)| distance < least) && allows(leaf) {
+                best = Some((leaf, distance));
+            }
+        }
+        best.map(|(leaf, _)| self.leaves.route(leaf, embedding)).transpose()
+    }
+}
+
 impl Router for Exact {
     fn dim(&self) -> usize {
         self.leaves.dim()

@@ -27,14 +27,36 @@ impl Retriever {
     /// # Errors
     /// When a text is blank, and those of the router.
     pub fn routes(&self, texts: &[&str]) -> Result<Vec<Vec<Route>>> {
-        if let Some(index) = texts.iter().position(|text| text.trim().is_empty()) {
-            return Err(Error::EmptyText { index });
+        let embeddings = self.embed(texts)?;
+        let rows = embeddings.chunks_exact(self.dim());
+        let queries = texts.iter().zip(rows).map(|(text, embedding)| Query { text, embedding });
+        self.route(&queries.collect::<Vec<_>>())
+    }
+
+    /// Dimension D of the embeddings.
+    pub fn dim(&self) -> usize {
+        self.router.dim()
+    }
+
+    /// The embeddings of texts, `[N, D]`, each of unit length.
+    ///
+    /// # Errors
+    /// When a text is blank.
+    pub fn embed(&self, texts: &[&str]) -> Result<Vec<f32>> {
+        match texts.iter().position(|text| text.trim().is_empty()) {
+            Some(index) => Err(Error::EmptyText { index }),
+            None => Ok(self.embedder.embed(texts)?),
         }
-        let embeddings = self.embedder.embed(texts)?;
-        let rows = embeddings.par_chunks_exact(self.router.dim());
-        let route = |(text, embedding): (&&str, _)| self.router.route(Query { text, embedding });
+    }
+
+    /// As [`Retriever::routes`], of texts that are embedded already.
+    ///
+    /// # Errors
+    /// Those of the router.
+    pub fn route(&self, queries: &[Query<'_>]) -> Result<Vec<Vec<Route>>> {
         // Collected before they are judged: the error is that of the first text, whichever thread is first.
-        let routes: Vec<Result<Vec<Route>>> = texts.par_iter().zip(rows).map(route).collect();
+        let routes: Vec<Result<Vec<Route>>> =
+            queries.par_iter().map(|&query| self.router.route(query)).collect();
         routes.into_iter().collect()
     }
 

@@ -146,8 +146,33 @@ impl Encoded {
         }
     }
 
-    /// Its bytes, in the order in which they are stored.
-    pub(crate) fn parts(&self) -> [&[u8]; 2] {
+    /// How the numbers are held.
+    pub fn dtype(&self) -> BlockDtype {
+        match self {
+            Self::F32(_) => BlockDtype::F32,
+            Self::Bf16(_) => BlockDtype::Bf16,
+            Self::Int8 { .. } => BlockDtype::Int8,
+        }
+    }
+
+    /// The same numbers held as `dtype`, in rows of `d_model`: shared where they are already.
+    ///
+    /// # Errors
+    /// As [`Encoded::encode`].
+    pub fn held_as(
+        self: &Arc<Self>,
+        dtype: BlockDtype,
+        d_model: usize,
+        id: cluster_tree::ClusterId,
+    ) -> Result<Arc<Self>> {
+        match self.dtype() == dtype {
+            true => Ok(Arc::clone(self)),
+            false => Ok(Arc::new(Self::encode(dtype, d_model, &Block { id, values: self.decode() })?)),
+        }
+    }
+
+    /// Its bytes, in the order in which they are stored and sent: of int8 the scales, then the integers.
+    pub fn parts(&self) -> [&[u8]; 2] {
         match self {
             Self::F32(values) => [bytemuck::cast_slice(values), &[]],
             Self::Bf16(values) => [bytemuck::cast_slice(values), &[]],

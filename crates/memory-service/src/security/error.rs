@@ -175,6 +175,16 @@ pub enum Error {
         /// Its characters.
         found: usize,
     },
+    /// An entry of a file of API keys that is not one. What stands in the file is not shown.
+    #[error("key {place}: {key}: expected {expected}")]
+    ApiKey {
+        /// Its place in the file, from 1; 0 is the file as a whole.
+        place: usize,
+        /// Which of its keys.
+        key: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
     /// A token that stands twice.
     #[error("token {place} of {key} is token {other_place} of {other_key} again")]
     RepeatedToken {

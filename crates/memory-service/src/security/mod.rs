@@ -15,13 +15,17 @@
 //! Certificates and tokens are [`Reloading`]: a file that changes counts for the next connection or
 //! request. [`certs`] makes an authority and certificates for development. [`WorkerTls`] is for the
 //! connections of workers to each other, which are made elsewhere.
+//!
+//! What is served over HTTP has [`ApiKeys`], a name, a role and bounds for each, and [`Https`].
 
 mod access;
 mod audit;
 pub mod certs;
 mod connect;
 mod error;
+mod https;
 mod identity;
+mod keys;
 mod names;
 mod reload;
 mod stream;
@@ -36,7 +40,9 @@ pub use access::{Caller, Denied, Token, authorize, check_bind};
 pub use audit::audit;
 pub use connect::{Acceptor, Connector};
 pub use error::{Error, Result};
+pub use https::{HttpStream, Https, ReloadingHttps};
 pub use identity::{Identity, Permission, Role};
+pub use keys::{ApiKey, ApiKeys, KeyRole, ReloadingApiKeys};
 pub use names::BankName;
 pub use reload::{Reloading, ReloadingTls, ReloadingTokens};
 pub use stream::Stream;

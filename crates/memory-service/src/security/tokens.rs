@@ -107,7 +107,7 @@ fn list<'a>(table: &'a Table, key: &str) -> Result<Vec<&'a str>> {
 }
 
 #[cfg(unix)]
-fn check_private(metadata: &Metadata) -> Result<()> {
+pub(super) fn check_private(metadata: &Metadata) -> Result<()> {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     let mode = metadata.permissions().mode() & 0o7777;
     if is_private(mode, metadata.uid()) { Ok(()) } else { Err(Error::Readable { mode }) }
@@ -122,6 +122,6 @@ pub(super) fn is_private(mode: u32, owner: u32) -> bool {
 
 /// Other systems have no such mode.
 #[cfg(not(unix))]
-fn check_private(_: &Metadata) -> Result<()> {
+pub(super) fn check_private(_: &Metadata) -> Result<()> {
     Ok(())
 }

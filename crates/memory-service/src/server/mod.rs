@@ -28,6 +28,7 @@ use tonic::transport::server::Connected;
 use tonic_health::ServingStatus;
 
 pub use host::Source;
+pub(crate) use limits::Bound;
 pub use limits::Limits;
 
 use crate::codec::MAX_MESSAGE_BYTES;
@@ -35,7 +36,7 @@ use crate::identity::Identity;
 use crate::proto;
 use crate::proto::memory_service_server::MemoryServiceServer;
 use crate::security::{Acceptor, Caller, Protocol, ReloadingTls, ReloadingTokens};
-use accept::accept;
+pub(crate) use accept::accept;
 use checkpoints::Checkpoints;
 use direct::Direct;
 use host::Host;
@@ -110,6 +111,9 @@ pub enum ServeError {
     /// The gRPC server failed.
     #[error("the gRPC server failed: {0}")]
     Grpc(#[from] tonic::transport::Error),
+    /// Others reach the port, and there is no TLS.
+    #[error(transparent)]
+    Security(#[from] crate::security::Error),
     /// Reflection could not be set up.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),

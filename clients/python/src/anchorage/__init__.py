@@ -1,0 +1,66 @@
+"""Memory of an Anchorage server: paths of texts, and blocks of parameters on them.
+
+`Client` asks a server; `anchorage.torch` adds what it answers to a PyTorch model.
+"""
+
+from .client import Client, Retry, Tls
+from .errors import (
+    Blocked,
+    Busy,
+    DeadlineExceeded,
+    Error,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ProtocolError,
+    ServerError,
+    Unauthenticated,
+    Unavailable,
+)
+from .types import (
+    GENERIC,
+    Bank,
+    Block,
+    Cluster,
+    Example,
+    Explained,
+    Info,
+    Path,
+    Retrieved,
+    Route,
+    Spec,
+    Term,
+    format_path,
+    parse_path,
+)
+
+__all__ = [
+    "GENERIC",
+    "Bank",
+    "Block",
+    "Blocked",
+    "Busy",
+    "Client",
+    "Cluster",
+    "DeadlineExceeded",
+    "Error",
+    "Example",
+    "Explained",
+    "Info",
+    "InvalidArgument",
+    "NotFound",
+    "Path",
+    "PermissionDenied",
+    "ProtocolError",
+    "Retrieved",
+    "Retry",
+    "Route",
+    "ServerError",
+    "Spec",
+    "Term",
+    "Tls",
+    "Unauthenticated",
+    "Unavailable",
+    "format_path",
+    "parse_path",
+]

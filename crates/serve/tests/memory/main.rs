@@ -1,0 +1,5 @@
+//! Memory by text, over a made-up tree and banks in folders.
+
+mod made_up;
+mod selecting;
+mod swapping;
