@@ -71,7 +71,8 @@ fn make(folder: &Path, size: &str) -> Result<()> {
     let bench = Bench::of(size)?;
     fs::create_dir_all(folder)?;
     fs::write(folder.join("bench.json"), serde_json::to_vec(&bench)?)?;
-    Anchor::new(bench.anchor.clone(), 1, (&Device::Cpu, DType::F32))?.save(&folder.join("anchor.safetensors"))?;
+    Anchor::new(bench.anchor.clone(), 1, (&Device::Cpu, DType::F32))?
+        .save(&folder.join("anchor.safetensors"))?;
     let spec = bench.spec();
     for level in spec.levels() {
         let mut random = ChaCha8Rng::seed_from_u64(level as u64);
@@ -122,7 +123,9 @@ impl Side {
     }
 
     fn memories(&mut self, memory: &str, batch: usize) -> Result<Vec<PathMemory>> {
-        let Some((paths, dtype)) = memory.split_once('-') else { return Ok(vec![PathMemory::default(); batch]) };
+        let Some((paths, dtype)) = memory.split_once('-') else {
+            return Ok(vec![PathMemory::default(); batch]);
+        };
         let blocks = self.blocks(dtype)?;
         let path = |i: usize| {
             let index = if paths == "shared" { 0 } else { i % N_BLOCKS };
@@ -135,7 +138,8 @@ impl Side {
     fn time(&mut self, memory: &str, [batch, context, steps]: [usize; 3]) -> Result<(Vec<f64>, Vec<f32>)> {
         let memories = self.memories(memory, batch)?;
         let vocab_size = self.bench.anchor.vocab_size;
-        let token = |sequence: usize, position: usize| ((sequence * 7919 + position * 31 + 5) % vocab_size) as u32;
+        let token =
+            |sequence: usize, position: usize| ((sequence * 7919 + position * 31 + 5) % vocab_size) as u32;
         let mut pages = self.decoder.pages(batch * (context + steps).next_multiple_of(32));
         let mut caches = vec![];
         for _ in 0..batch {
