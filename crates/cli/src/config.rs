@@ -2,6 +2,7 @@
 
 mod job;
 mod sections;
+mod serving;
 
 use std::path::Path;
 
@@ -14,6 +15,7 @@ pub(crate) use job::{CollectiveSection, EngineKind};
 use job::{ObserveSection, ShardSection};
 use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
 pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
+pub(crate) use serving::ServeSection;
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -32,6 +34,7 @@ pub(crate) struct Config {
     pub(crate) retrieve: RetrieveSection,
     pub(crate) eval: EvalSection,
     pub(crate) generate: generate::Options,
+    pub(crate) serve: ServeSection,
 }
 
 impl Config {
@@ -97,6 +100,7 @@ impl Config {
         self.tree.options().check().context("[tree]")?;
         self.embed.hashed().check().context("[embed]")?;
         self.generate.check().context("[generate]")?;
+        self.serve.check(self.tree.branching.len())?;
         if self.embed.kind != EmbedKind::Hashed && self.embed.path.is_none() {
             let kind = format!("{:?}", self.embed.kind).to_lowercase();
             bail!(

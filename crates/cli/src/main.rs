@@ -13,6 +13,7 @@ mod report;
 mod roles;
 mod routing;
 mod run;
+mod serve;
 mod shards;
 mod site;
 mod status;
@@ -125,6 +126,8 @@ enum Command {
         #[command(subcommand)]
         command: bank::BankCommand,
     },
+    /// Serve a run over HTTP: completions with memory in the form of OpenAI's, memory by text, and a page.
+    Serve(serve::ServeArgs),
     /// Serve one shard of a run's memory bank.
     Shard {
         #[command(flatten)]
@@ -269,6 +272,7 @@ fn run(command: Command) -> Result<ExitCode> {
             only_reported(&args.set)?;
             query::generate(args)?;
         }
+        Command::Serve(args) => serve::serve(args)?,
         Command::Bank { command } => bank::run(command)?,
         Command::Shard { config, shard } => {
             shards::serve(&Config::load(&config.config, &config.set)?, shard)?;

@@ -11,7 +11,7 @@ use cluster_tree::ClusterTree;
 use corpus::{Corpus, Fingerprint, Tokenizer};
 use embed::Embedder;
 use generate::Model;
-use memory_bank::{BankVersion, Blocking, Step};
+use memory_bank::{BankVersion, Blocking, Identity, Step};
 use retrieve::Retriever;
 use train::{Assign, Checkpoints, TrainState};
 
@@ -53,6 +53,18 @@ impl Run {
     /// Opens the newest whole checkpoint of the run in `dir`, with what [eval], [retrieve] and [memory] of
     /// `set` say.
     pub(crate) fn open_with(dir: &Path, set: &[String]) -> Result<Self> {
+        let mut run = Self::open_without_bank(dir, set, &device()?)?;
+        if run.config.train.phase.has_memory() {
+            let identity = run.identity();
+            let version =
+                BankVersion { step: Step(run.state.step), seed: identity.seed, hashes: identity.hashes };
+            run.bank = Some(shards::read(&run.config, &run.memory_folder(), version, identity.spec)?);
+        }
+        Ok(run)
+    }
+
+    /// As [`Run::open_with`], its anchor on a device and its bank left where it is.
+    pub(crate) fn open_without_bank(dir: &Path, set: &[String], device: &Device) -> Result<Self> {
         let path = dir.join("config.toml");
         if !path.exists() {
             bail!("{}: expected a run folder, found no config.toml", dir.display());
@@ -72,16 +84,7 @@ impl Run {
                 bail!("{}: expected the hash {expected}, found {found}", dir.join(file).display());
             }
         }
-        let bank = match config.train.phase.has_memory() {
-            true => {
-                let (seed, hashes) = (config.memory.seed, hashes(&tree, &tokenizer));
-                let version = BankVersion { step: Step(step), seed, hashes };
-                let spec = block_spec(&config, &tree);
-                Some(shards::read(&config, &checkpoint.join("memory"), version, spec)?)
-            }
-            false => None,
-        };
-        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), (&device()?, DType::F32))?.freeze();
+        let anchor = Anchor::load(&checkpoint.join("anchor.safetensors"), (device, DType::F32))?.freeze();
         let expected = config.anchor.config(tokenizer.vocab_size());
         if *anchor.config() != expected {
             bail!(
@@ -91,7 +94,18 @@ impl Run {
             );
         }
         let state = checkpoints.state(step)?;
-        Ok(Self { dir: dir.into(), config, fingerprint, tokenizer, tree, anchor, bank, state })
+        Ok(Self { dir: dir.into(), config, fingerprint, tokenizer, tree, anchor, bank: None, state })
+    }
+
+    /// What its bank is.
+    pub(crate) fn identity(&self) -> Identity {
+        let (seed, hashes) = (self.config.memory.seed, hashes(&self.tree, &self.tokenizer));
+        Identity { spec: block_spec(&self.config, &self.tree), seed, hashes }
+    }
+
+    /// Where the bank of its checkpoint is, unless it is on shards or in a store.
+    pub(crate) fn memory_folder(&self) -> PathBuf {
+        Checkpoints::of(&self.dir).dir(self.state.step).join("memory")
     }
 
     pub(crate) fn open(dir: &Path) -> Result<Self> {

@@ -8,12 +8,13 @@ mod page;
 mod purity;
 mod survey;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use cluster_tree::{ClusterId, ClusterTree};
 use corpus::Embeddings;
+use eval::tree_page::TreePage;
 use kmeans::Matrix;
 
 use crate::config::Config;
@@ -130,6 +131,19 @@ pub(crate) fn run(command: TreeCommand) -> Result<()> {
         }
         TreeCommand::Add { of, files, json, target } => add::add(&Opened::open(&of)?, files, json, &target),
     }
+}
+
+/// What the clusters of a run are about, from its prepared corpus.
+///
+/// # Errors
+/// When the corpus is gone, or has another tree than `hash` by now.
+pub(crate) fn page_of(run: &Path, hash: &str) -> Result<TreePage> {
+    let opened = Opened::open(&Of { run: run.to_owned(), set: vec![] })?;
+    let found = opened.tree.hash();
+    if found != hash {
+        bail!("{}: expected the tree {hash}, found {found}", opened.prepared.tree().display());
+    }
+    page::page(&opened, &Survey::new(&opened)?)
 }
 
 /// A prepared corpus as these commands use it.

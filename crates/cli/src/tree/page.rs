@@ -28,7 +28,7 @@ pub(super) fn write(opened: &Opened, survey: &Survey, file: Option<PathBuf>) -> 
     Ok(())
 }
 
-fn page(opened: &Opened, survey: &Survey) -> Result<TreePage> {
+pub(super) fn page(opened: &Opened, survey: &Survey) -> Result<TreePage> {
     let branching = opened.branching();
     let vocabulary = vocabulary(opened)?;
     let texts = texts_by_leaf(opened, &survey.leaves);

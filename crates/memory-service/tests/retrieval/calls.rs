@@ -63,7 +63,10 @@ async fn blocks_come_in_pieces_as_they_are_held_and_in_each_dtype() {
     let served = Served::start(Echo::default(), RetrievalOptions::default()).await;
     let mut client = served.client();
     let (head, found) = retrieve(&mut client, text("abcd")).await.unwrap();
-    assert_eq!((head.bank.as_str(), head.step, head.path.clone().unwrap().indices), ("default", 290, vec![1, 4]));
+    assert_eq!(
+        (head.bank.as_str(), head.step, head.path.clone().unwrap().indices),
+        ("default", 290, vec![1, 4])
+    );
     assert_eq!(head.spec.as_ref().unwrap().width, [512, 2]);
     assert_eq!(head.blocks[0].shape, [4, 3, 512, 64]);
     assert_eq!((head.dtype(), head.hashes["tree"].as_str()), (Dtype::F32, "a1"));

@@ -4,12 +4,27 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::HttpLimits;
 use super::error::{Answer, ApiError};
+
+/// A value as the body of an answer.
+pub(super) struct Json<T>(pub(super) T);
+
+impl<T: Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        match serde_json::to_vec(&self.0) {
+            Ok(bytes) => ([(header::CONTENT_TYPE, "application/json")], bytes).into_response(),
+            // Only a value of other keys than texts, which none of ours has.
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+        }
+    }
+}
 
 /// The whole body.
 pub(super) async fn read(headers: &HeaderMap, body: Body, limits: &HttpLimits) -> Answer<Bytes> {
@@ -110,10 +125,16 @@ mod tests {
     #[test]
     fn errors_name_the_field_and_the_nearest_known_one() {
         let of = |text: &str| parse::<Asked>(text.as_bytes()).unwrap_err();
-        assert_eq!(of("{\"temprature\": 1}").message, "unknown field `temprature`, did you mean `temperature`?");
+        assert_eq!(
+            of("{\"temprature\": 1}").message,
+            "unknown field `temprature`, did you mean `temperature`?"
+        );
         let error = of("{\"max_tokens\": \"many\"}");
         assert_eq!(error.param.as_deref(), Some("max_tokens"));
-        assert!(error.message.starts_with("max_tokens: invalid type: string \"many\", expected u32"), "{error:?}");
+        assert!(
+            error.message.starts_with("max_tokens: invalid type: string \"many\", expected u32"),
+            "{error:?}"
+        );
         assert!(of("{\"max_tokens\": 1").message.starts_with("the body is not JSON: EOF"));
         assert!(of("{} x").message.starts_with("the body is not JSON: trailing characters"));
         assert!(of(&"[".repeat(100_000)).status == StatusCode::BAD_REQUEST);

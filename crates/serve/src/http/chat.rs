@@ -9,7 +9,6 @@ use crate::http::Error;
 
 const NAME: &str = "chat_template.jinja";
 
-
 /// A template of chats. It sees `messages` (`role`, `content` and `name` of each), `add_generation_prompt` (true),
 /// `bos_token` (empty: it is put there anyway) and `eos_token`, and may call `raise_exception(message)`.
 pub struct ChatTemplate {
@@ -68,7 +67,10 @@ fn text_of(message: &Message) -> Answer<String> {
                 ("text", Some(text)) => Ok(text.clone()),
                 (kind, _) => {
                     let kind: String = kind.chars().take(40).collect();
-                    Err(ApiError::field("messages", format!("expected parts of type \"text\", found {kind:?}")))
+                    Err(ApiError::field(
+                        "messages",
+                        format!("expected parts of type \"text\", found {kind:?}"),
+                    ))
                 }
             };
             Ok(parts.iter().map(text).collect::<Answer<Vec<String>>>()?.concat())

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -13,7 +12,7 @@ use tokio::time::timeout;
 
 use super::access::Caller;
 use super::app::{App, unix_seconds};
-use super::body;
+use super::body::{self, Json};
 use super::error::{Answer, ApiError};
 use super::fields::Fields;
 use super::render::{Head, Kind, Told, anchorage, choice, usage};
@@ -74,7 +73,7 @@ async fn answer(app: App, caller: Caller, kind: Kind, asked: Completion) -> Answ
         let sequences = submit(&app, &asked, &caller, &prompts)?;
         if asked.stream {
             let left = limit.saturating_sub(begin.elapsed());
-            let parts = stream::Parts { app: app.clone(), caller: caller.clone(), head, asked, begin, left };
+            let parts = stream::Parts { app: app.clone(), _caller: caller.clone(), head, asked, begin, left };
             return Ok(stream::respond(parts, sequences));
         }
         let finished = sequences.into_iter().map(|sequence| sequence.finish(&app));
@@ -99,7 +98,8 @@ pub(super) fn too_late(limit: Duration) -> ApiError {
 
 fn whole(app: &App, head: &Head, asked: &Completion, done: &[Done], n_prompt: usize) -> Map<String, Value> {
     let tokenizer = &app.served().tokenizer;
-    let choices = done.iter().map(|done| choice(tokenizer, head.kind, done, asked.echo, asked.logprobs.is_some()));
+    let choices =
+        done.iter().map(|done| choice(tokenizer, head.kind, done, asked.echo, asked.logprobs.is_some()));
     let mut map = head.around(false, choices.collect());
     let n_generated = done.iter().map(|done| done.finish.n_generated).sum();
     map.insert("usage".into(), usage(n_prompt, n_generated));

@@ -111,9 +111,11 @@ impl Client {
             .max_headers(MAX_HEADERS)
             .serve_connection(TokioIo::new(io), TowerToHyperService::new(router));
         let mut connection = pin!(connection);
+        // A sender that is gone is the end too.
+        let told = async { drop(stopped.wait_for(|stopped| *stopped).await) };
         let ended = tokio::select! {
             ended = connection.as_mut() => ended,
-            _ = stopped.wait_for(|stopped| *stopped) => {
+            () = told => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }

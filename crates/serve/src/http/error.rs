@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use generate::engine::Refused;
 use serde_json::{Value, json};
 
+use super::body::Json;
 use crate::memory;
 
 /// What a request is answered with when it fails: a status and OpenAI's body
@@ -82,7 +83,7 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, axum::Json(self.body())).into_response();
+        let mut response = (self.status, Json(self.body())).into_response();
         let headers = response.headers_mut();
         if let Some(after) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds(after)));
@@ -118,9 +119,11 @@ impl From<memory::Error> for ApiError {
             E::UnknownPath { .. } => field("memory"),
             E::Dimension { .. } => field("embeddings"),
             E::BankName { .. } => field("name"),
-            E::OtherBank { .. } | E::NoBank { .. } | E::OtherStep { .. } | E::Io { .. } | E::Setting { .. } => {
-                field("source")
-            }
+            E::OtherBank { .. }
+            | E::NoBank { .. }
+            | E::OtherStep { .. }
+            | E::Io { .. }
+            | E::Setting { .. } => field("source"),
             E::Retrieve(retrieve::Error::EmptyText { .. }) => field("texts"),
             E::Bank(_) => Self {
                 code: Some("memory_unavailable"),

@@ -58,7 +58,8 @@ fn seconds() -> Histogram {
 impl Metrics {
     pub(super) fn new() -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
-        let (requests, latency) = (Family::default(), Family::new_with_constructor(seconds as fn() -> Histogram));
+        let (requests, latency) =
+            (Family::default(), Family::new_with_constructor(seconds as fn() -> Histogram));
         registry.register("requests", "Requests by route and status", Clone::clone(&requests));
         let help = "Time until a request is answered; of a stream, until it begins";
         registry.register_with_unit("request", help, Unit::Seconds, Clone::clone(&latency));
@@ -124,7 +125,11 @@ impl Metrics {
     }
 
     /// All of it as text, with what the engine and the banks count.
-    pub(super) fn text(&self, engine: &EngineStats, memory: Option<&MemoryStats>) -> Result<String, fmt::Error> {
+    pub(super) fn text(
+        &self,
+        engine: &EngineStats,
+        memory: Option<&MemoryStats>,
+    ) -> Result<String, fmt::Error> {
         let mut text = String::new();
         encode_registry(&mut text, &self.registry)?;
         encode_registry(&mut text, &counted(engine, memory))?;

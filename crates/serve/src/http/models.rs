@@ -1,6 +1,5 @@
 //! `/v1/models` and `/v1/embeddings`.
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
@@ -11,7 +10,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::app::App;
-use super::body;
+use super::body::{self, Json};
 use super::error::{Answer, ApiError};
 use super::fields::Prompts;
 use super::request::check_model;
@@ -66,7 +65,11 @@ enum Format {
 }
 
 /// `POST /v1/embeddings`: those of the embedder that the tree was made with.
-pub(super) async fn embeddings(State(app): State<App>, headers: HeaderMap, body: Body) -> Answer<Json<Value>> {
+pub(super) async fn embeddings(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer<Json<Value>> {
     let served = app.served();
     let bytes = body::read(&headers, body, &served.limits).await?;
     let fields: EmbeddingFields = body::parse(&bytes)?;
@@ -96,9 +99,9 @@ pub(super) async fn embeddings(State(app): State<App>, headers: HeaderMap, body:
     let n_tokens: usize = texts.iter().map(|text| text.split_whitespace().count()).sum();
     let rows = retrieval.embed(texts).await?;
     let format = fields.encoding_format.unwrap_or_default();
-    let data = rows.iter().enumerate().map(|(index, row)| {
-        json!({"object": "embedding", "index": index, "embedding": encoded(row, format)})
-    });
+    let data = rows.iter().enumerate().map(
+        |(index, row)| json!({"object": "embedding", "index": index, "embedding": encoded(row, format)}),
+    );
     Ok(Json(json!({
         "object": "list",
         "data": data.collect::<Vec<_>>(),

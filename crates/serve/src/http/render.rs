@@ -60,7 +60,13 @@ pub(super) fn finish_reason(finish: &Finish) -> &'static str {
 }
 
 /// One choice of a whole answer.
-pub(super) fn choice(tokenizer: &Tokenizer, kind: Kind, done: &Done, echo: bool, has_logprobs: bool) -> Value {
+pub(super) fn choice(
+    tokenizer: &Tokenizer,
+    kind: Kind,
+    done: &Done,
+    echo: bool,
+    has_logprobs: bool,
+) -> Value {
     let scores: Vec<&TokenScore> = done.tokens.iter().map(|token| &token.score).collect();
     let logprobs = match (has_logprobs, kind) {
         (false, _) => Value::Null,
@@ -289,7 +295,10 @@ mod tests {
     fn a_token_of_half_a_character_has_a_name_of_its_own() {
         let tokenizer = tokenizer();
         let halves = tokenizer.encode("🦀").unwrap();
-        assert!(halves.iter().all(|&id| token_text(&tokenizer, id) == format!("token_id:{id}")), "{halves:?}");
+        assert!(
+            halves.iter().all(|&id| token_text(&tokenizer, id) == format!("token_id:{id}")),
+            "{halves:?}"
+        );
         assert_eq!(token_text(&tokenizer, tokenizer.eot()), "<|endoftext|>");
     }
 }

@@ -92,7 +92,9 @@ pub(super) fn completion(fields: Fields, bounds: &Bounds, seed: u64) -> Answer<C
     let logprobs = match fields.logprobs {
         None | Some(Logprobs::Flag(false)) => None,
         Some(Logprobs::Count(n)) => Some(at_most("logprobs", n, MAX_LOGPROBS)?),
-        Some(Logprobs::Flag(true)) => return Err(ApiError::field("logprobs", "expected 0 to 20, found true")),
+        Some(Logprobs::Flag(true)) => {
+            return Err(ApiError::field("logprobs", "expected 0 to 20, found true"));
+        }
     };
     let prompts = match &fields.prompt {
         None => return Err(ApiError::field("prompt", "expected a text or token ids, found nothing")),
@@ -167,7 +169,10 @@ fn checked(fields: Fields, asked: Asked, bounds: &Bounds, seed: u64) -> Answer<C
         }
         if texts.len() != prompts.len() {
             let (expected, found) = (prompts.len(), texts.len());
-            return Err(ApiError::field("memory_text", format!("expected {expected} as prompts, found {found}")));
+            return Err(ApiError::field(
+                "memory_text",
+                format!("expected {expected} as prompts, found {found}"),
+            ));
         }
     }
     let reroute = fields.reroute.map(reroute).transpose()?;
@@ -273,7 +278,9 @@ fn sampling(fields: &Fields, bounds: &Bounds, seed: u64) -> Answer<Sampling> {
         logit_bias: biases(fields.logit_bias.as_ref(), bounds.vocab_size)?,
         seed: fields.seed.map_or(seed, |seed| seed as u64),
     };
-    sampling.check().map_err(|error| ApiError::new(axum::http::StatusCode::BAD_REQUEST, error.to_string()))?;
+    sampling
+        .check()
+        .map_err(|error| ApiError::new(axum::http::StatusCode::BAD_REQUEST, error.to_string()))?;
     Ok(sampling)
 }
 
@@ -286,7 +293,8 @@ fn biases(found: Option<&BTreeMap<String, f64>>, vocab_size: usize) -> Answer<BT
     let bias = |(token, &bias): (&String, &f64)| {
         let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < vocab_size);
         let token: String = token.chars().take(40).collect();
-        let id = id.ok_or_else(|| wrong(format!("expected token ids below {vocab_size}, found {token:?}")))?;
+        let id =
+            id.ok_or_else(|| wrong(format!("expected token ids below {vocab_size}, found {token:?}")))?;
         match (-100.0..=100.0).contains(&bias) {
             true => Ok((id, bias as f32)),
             false => Err(wrong(format!("expected -100 to 100, found {bias}"))),
@@ -297,7 +305,10 @@ fn biases(found: Option<&BTreeMap<String, f64>>, vocab_size: usize) -> Answer<BT
 
 fn stops(stop: Vec<String>) -> Answer<Vec<String>> {
     if stop.len() > MAX_STOPS {
-        return Err(ApiError::field("stop", format!("expected at most {MAX_STOPS} texts, found {}", stop.len())));
+        return Err(ApiError::field(
+            "stop",
+            format!("expected at most {MAX_STOPS} texts, found {}", stop.len()),
+        ));
     }
     match stop.iter().find(|text| text.is_empty() || text.len() > MAX_STOP_BYTES) {
         None => Ok(stop),
@@ -314,7 +325,11 @@ pub(super) fn memory(field: Option<MemoryField>, bounds: &Bounds) -> Answer<Memo
     let wrong = |message: String| ApiError::field("memory", message);
     let off = matches!(&field, MemoryField::Text(text) if text == "off");
     let Some(n_levels) = bounds.n_levels else {
-        return if off { Ok(Memory::Off) } else { Err(wrong("this run has no memory, expected \"off\"".into())) };
+        return if off {
+            Ok(Memory::Off)
+        } else {
+            Err(wrong("this run has no memory, expected \"off\"".into()))
+        };
     };
     match field {
         MemoryField::Indices(indices) if indices.len() == n_levels => {
@@ -342,7 +357,9 @@ fn reroute(field: RerouteField) -> Answer<Reroute> {
     let wrong = |message: &str| Err(ApiError::field("reroute", message));
     match field {
         RerouteField { every_tokens: Some(0), .. } => wrong("expected every_tokens of at least 1, found 0"),
-        RerouteField { every_tokens: Some(n), entropy: None, min_tokens: None } => Ok(Reroute::EveryTokens(n)),
+        RerouteField { every_tokens: Some(n), entropy: None, min_tokens: None } => {
+            Ok(Reroute::EveryTokens(n))
+        }
         RerouteField { every_tokens: None, entropy: Some(nats), min_tokens } => match nats > 0.0 {
             true => Ok(Reroute::Entropy { nats, min_tokens: min_tokens.unwrap_or(8).max(1) }),
             false => wrong("expected an entropy above 0"),

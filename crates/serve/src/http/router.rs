@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{MatchedPath, Request, State};
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -13,6 +13,7 @@ use axum::routing::{delete, get, post};
 use super::app::App;
 use super::error::ApiError;
 use super::{complete, models, twins};
+use crate::page::{CONTENT_SECURITY_POLICY, asset};
 
 /// All of the service.
 pub(super) fn router(app: App) -> Router {
@@ -62,31 +63,35 @@ async fn enter(State(app): State<App>, mut request: Request, next: Next) -> Resp
     }
 }
 
-/// Routes as they are counted: all others are one.
-const ROUTES: [&str; 17] = [
+/// Routes as they are counted: those with names below them are one, and all others are one.
+const ROUTES: [&str; 13] = [
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
-    "/v1/models/{*name}",
     "/v1/embeddings",
     "/v1/route",
     "/v1/retrieve",
     "/v1/explain",
-    "/v1/explain/",
-    "/v1/explain/{*path}",
-    "/v1/tree",
     "/v1/tree/fetches",
+    "/v1/tree",
     "/v1/banks",
-    "/v1/banks/{name}",
     "/live",
     "/ready",
     "/metrics",
 ];
 
+/// The route that a path is counted as.
+fn route_of(path: &str) -> &'static str {
+    let below =
+        |route: &str| path.strip_prefix(route).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    match ROUTES.iter().find(|route| below(route)) {
+        Some(route) => route,
+        None => "/",
+    }
+}
+
 async fn measured(State(app): State<App>, request: Request, next: Next) -> Response {
-    let begin = Instant::now();
-    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let route = ROUTES.into_iter().find(|route| Some(*route) == matched).unwrap_or("/");
+    let (begin, route) = (Instant::now(), route_of(request.uri().path()));
     let response = next.run(request).await;
     app.served().metrics.answered(route, response.status().as_u16(), begin);
     response
@@ -117,11 +122,49 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 }
 
 /// Files of the page; nothing else is here.
-async fn page(method: Method, uri: Uri) -> Response {
-    let message = format!("{method} {} is not a path of this server", shortened(uri.path()));
-    ApiError::not_found(message, "unknown_url").into_response()
+async fn page(method: Method, uri: Uri, headers: HeaderMap) -> Response {
+    let Some(asset) = asset(uri.path()).filter(|_| method == Method::GET || method == Method::HEAD) else {
+        let message = format!("{method} {} is not a path of this server", shortened(uri.path()));
+        return ApiError::not_found(message, "unknown_url").into_response();
+    };
+    let told = [
+        (header::CONTENT_TYPE, asset.content_type),
+        (header::CACHE_CONTROL, "no-cache"),
+        (header::ETAG, &asset.etag),
+        (header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    let known =
+        headers.get(header::IF_NONE_MATCH).is_some_and(|known| known.as_bytes() == asset.etag.as_bytes());
+    match known {
+        true => (StatusCode::NOT_MODIFIED, told).into_response(),
+        false => (told, asset.bytes).into_response(),
+    }
 }
 
 fn shortened(path: &str) -> String {
     path.chars().take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_counted_by_few_names() {
+        let table = [
+            ("/v1/completions", "/v1/completions"),
+            ("/v1/explain/3/49", "/v1/explain"),
+            ("/v1/tree/fetches", "/v1/tree/fetches"),
+            ("/v1/tree", "/v1/tree"),
+            ("/v1/banks/x", "/v1/banks"),
+            ("/main.js", "/"),
+            ("/v1/completionsx", "/"),
+            ("/", "/"),
+        ];
+        for (path, expected) in table {
+            assert_eq!(route_of(path), expected, "{path}");
+        }
+    }
 }

@@ -86,7 +86,11 @@ fn tokenised(served: &Served, prompt: Prompt) -> Answer<Tokenised> {
 }
 
 /// Tokens and memory of all prompts of a request; each is routed once.
-pub(super) async fn prepare(app: &App, asked: &mut Completion, caller: &Caller) -> Answer<Vec<Arc<Prepared>>> {
+pub(super) async fn prepare(
+    app: &App,
+    asked: &mut Completion,
+    caller: &Caller,
+) -> Answer<Vec<Arc<Prepared>>> {
     let tokenised = tokenise(app, std::mem::take(&mut asked.prompts)).await?;
     let mut texts = asked.memory_texts.take().unwrap_or_default().into_iter();
     let prepared = tokenised.into_iter().map(|Tokenised { tokens, n_added, text }| {
@@ -181,7 +185,8 @@ impl Sequence {
     }
 
     async fn reroute(&mut self, app: &App, tokens: &[u32]) -> Answer<()> {
-        let text = app.served().tokenizer.decode(&tokens[1.min(tokens.len())..]).map_err(ApiError::internal)?;
+        let text =
+            app.served().tokenizer.decode(&tokens[1.min(tokens.len())..]).map_err(ApiError::internal)?;
         let memory = if text.trim().is_empty() { Memory::Generic } else { Memory::Auto };
         let selected = select(app, Ask { text, memory, ..self.ask.clone() }).await?;
         self.rerouted.push((tokens.len().saturating_sub(self.prompt.tokens.len()), selected.path.clone()));

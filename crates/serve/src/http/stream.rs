@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::access::Caller;
 use super::app::App;
 use super::complete::too_late;
-use super::error::{Answer, ApiError};
+use super::error::Answer;
 use super::render::{Head, Kind, LogprobTable, Told, anchorage, chat_logprobs, finish_reason, usage};
 use super::request::Completion;
 use super::run::Sequence;
@@ -31,7 +31,7 @@ const WAITING: usize = 32;
 pub(super) struct Parts {
     pub(super) app: App,
     /// Held until the stream ends.
-    pub(super) caller: Caller,
+    pub(super) _caller: Caller,
     pub(super) head: Head,
     pub(super) asked: Completion,
     /// When the request came.
@@ -190,7 +190,8 @@ impl Lane<'_> {
 
     /// The last chunk of a sequence; that of the last of all tells of memory and times.
     async fn end(mut self, sequence: Sequence, mut finish: Finish) -> Answer<()> {
-        let (index, text, reason) = (sequence.index, std::mem::take(&mut finish.text), finish_reason(&finish));
+        let (index, text, reason) =
+            (sequence.index, std::mem::take(&mut finish.text), finish_reason(&finish));
         let told = {
             let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
             ended.push(Ended { sequence, finish });
@@ -210,13 +211,17 @@ impl Lane<'_> {
     ) {
         let (reason, told) = end.map_or((None, None), |(reason, told)| (Some(reason), told));
         let choice = match self.parts.head.kind {
-            Kind::Text => json!({"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}),
+            Kind::Text => {
+                json!({"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason})
+            }
             Kind::Chat => {
-                let delta = match (std::mem::replace(&mut self.is_first, false), text.is_empty() && reason.is_some()) {
-                    (true, _) => json!({"role": "assistant", "content": text}),
-                    (false, true) => json!({}),
-                    (false, false) => json!({"content": text}),
-                };
+                let delta =
+                    match (std::mem::replace(&mut self.is_first, false), text.is_empty() && reason.is_some())
+                    {
+                        (true, _) => json!({"role": "assistant", "content": text}),
+                        (false, true) => json!({}),
+                        (false, false) => json!({"content": text}),
+                    };
                 json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
             }
         };
@@ -231,6 +236,7 @@ impl Lane<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::error::ApiError;
 
     #[test]
     fn an_event_is_one_line_of_json() {

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::access::Caller;
 use super::app::App;
-use super::body;
+use super::body::{self, Json};
 use super::error::{Answer, ApiError};
 use super::fields::MemoryField;
 use super::request;
@@ -58,9 +57,7 @@ pub(super) async fn route(State(app): State<App>, headers: HeaderMap, body: Body
         _ => return Err(ApiError::field("texts", "expected either texts or embeddings")),
     };
     app.served().metrics.routed(routes.len());
-    let route = |Route { path, distance, score }: &Route| {
-        json!({"path": path.to_string(), "distance": distance, "score": score})
-    };
+    let route = |Route { path, distance, score }: &Route| json!({"path": path.to_string(), "distance": distance, "score": score});
     let list = |routes: Vec<Route>| routes.iter().take(n).map(route).collect::<Vec<_>>();
     Ok(Json(json!({"routes": routes.into_iter().map(list).collect::<Vec<_>>()})))
 }
@@ -109,7 +106,9 @@ pub(super) async fn retrieve(
     };
     let there: Vec<usize> = bank.spec().levels().collect();
     let levels = fields.levels.unwrap_or_else(|| there.clone());
-    if let Some(level) = levels.iter().enumerate().find(|(i, l)| !there.contains(l) || levels[..*i].contains(l)) {
+    if let Some(level) =
+        levels.iter().enumerate().find(|(i, l)| !there.contains(l) || levels[..*i].contains(l))
+    {
         let message = format!("expected some of {there:?}, each once, found {}", level.1);
         return Err(ApiError::field("levels", message));
     }
@@ -125,7 +124,7 @@ pub(super) async fn retrieve(
         ("path".to_owned(), path.to_string()),
         ("bank".to_owned(), bank.info().name.clone()),
         ("step".to_owned(), bank.version().step.0.to_string()),
-        ("dtype".to_owned(), bank.info().dtype.clone()),
+        ("dtype".to_owned(), bank.info().dtype.to_string()),
     ]);
     let file = serialize(tensors, Some(metadata)).map_err(ApiError::internal)?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], file).into_response())

@@ -59,7 +59,9 @@ fn memory_is_a_word_or_a_path() {
     let without = Bounds { n_levels: None, memory: Memory::Off, ..bounds() };
     let of = |text: &str| completion(parse(text.as_bytes())?, &without, 7);
     assert_eq!(of(r#"{"prompt": "a"}"#).unwrap().memory, Memory::Off);
-    assert!(of(r#"{"prompt": "a", "memory": "auto"}"#).unwrap_err().message.contains("this run has no memory"));
+    assert!(
+        of(r#"{"prompt": "a", "memory": "auto"}"#).unwrap_err().message.contains("this run has no memory")
+    );
 }
 
 #[test]
@@ -79,7 +81,7 @@ fn what_is_wrong_is_named_with_what_is_expected() {
         (r#""prompt": "a", "top_k": -2"#, "top_k", "found -2"),
         (r#""prompt": "a", "logprobs": 21"#, "logprobs", "expected 0 to 20, found 21"),
         (r#""prompt": "a", "logprobs": true"#, "logprobs", "found true"),
-                (r#""prompt": "a", "stop": """#, "stop", "found 0"),
+        (r#""prompt": "a", "stop": """#, "stop", "found 0"),
         (r#""prompt": "a", "logit_bias": {"300": 1}"#, "logit_bias", "below 300, found \"300\""),
         (r#""prompt": "a", "logit_bias": {"3": 101}"#, "logit_bias", "expected -100 to 100, found 101"),
         (r#""prompt": "a", "memory": "3""#, "memory", "a path of 2 indices"),
@@ -110,7 +112,9 @@ fn what_is_wrong_is_named_with_what_is_expected() {
 #[test]
 fn a_chat_is_one_prompt_with_its_own_bounds() {
     let of = |body: &str| chat(parse(body.as_bytes())?, "user: a".into(), &bounds(), 7);
-    let asked = of(r#"{"messages": [{"role": "user", "content": "a"}], "logprobs": true, "top_logprobs": 2}"#).unwrap();
+    let asked =
+        of(r#"{"messages": [{"role": "user", "content": "a"}], "logprobs": true, "top_logprobs": 2}"#)
+            .unwrap();
     assert_eq!((asked.prompts.len(), asked.logprobs, asked.max_tokens), (1, Some(2), None));
     assert_eq!((asked.new_tokens(10, 64), asked.new_tokens(80, 64)), (54, 0));
     let table = [

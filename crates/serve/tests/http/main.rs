@@ -1,0 +1,11 @@
+//! The service over HTTP, over real connections: a tiny run of random weights, and a client that speaks bytes.
+
+mod answering;
+mod bounds;
+mod keys;
+#[path = "../memory/made_up.rs"]
+#[allow(dead_code)] // What the tests of memory use.
+mod made_up;
+mod refusing;
+mod swapping;
+mod world;
