@@ -12,6 +12,7 @@ mod pipeline;
 mod route_study;
 mod s3;
 mod same_tree;
+mod serving;
 mod shards;
 mod submit;
 mod subtrees;
