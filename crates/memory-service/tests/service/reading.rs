@@ -82,7 +82,8 @@ async fn what_is_kept_of_a_life_ends_with_it() {
         let shard = other.with(Clone::clone).unwrap();
         let address = served.remove(0);
         let (at, listening) = (address.address.clone(), serve_options());
-        address.kill();
+        // All of its connections are closed then: the next answer is the other's.
+        address.stop().await;
         let listener = loop {
             match tokio::net::TcpListener::bind(&at).await {
                 Ok(listener) => break listener,
