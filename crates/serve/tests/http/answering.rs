@@ -31,7 +31,7 @@ async fn a_completion_tells_its_memory_and_its_times() {
         assert!(told["timing"][time].as_f64().unwrap() >= 0.0, "{time}");
     }
     // Another text has another path; memory may be named; and what is routed may be another text.
-    let path = |body: Value| async { server.complete(&body.to_string()).await["anchorage"]["path"].clone() };
+    let path = async |body: Value| server.complete(&body.to_string()).await["anchorage"]["path"].clone();
     assert!(path(json!({"prompt": "b", "max_tokens": 1})).await.as_str().unwrap().starts_with("1/"));
     assert!(
         path(json!({"prompt": "b", "max_tokens": 1, "memory_text": "a"}))
@@ -153,7 +153,7 @@ async fn the_same_request_has_the_same_answer_whatever_else_runs() {
     let body = r#"{"prompt": "a cat", "max_tokens": 24, "seed": 11, "logprobs": 1}"#;
     let alone = server.complete(body).await;
     let others = (0..6).map(|i| server.complete(body_of(i)));
-    let (among, _) = futures::join!(server.complete(body), futures::future::join_all(others));
+    let (among, _) = tokio::join!(server.complete(body), futures::future::join_all(others));
     assert_eq!(alone["choices"], among["choices"]);
 }
 

@@ -37,7 +37,7 @@ async fn no_request_fails_while_a_bank_is_swapped_under_load() {
         }
         done.store(true, Ordering::Relaxed);
     };
-    let (steps, ()) = futures::join!(join_all(asks), swaps);
+    let (steps, ()) = tokio::join!(join_all(asks), swaps);
     let steps = steps.concat();
     assert!(steps.contains(&1) && steps.contains(&2), "{} requests saw one bank only", steps.len());
 }
