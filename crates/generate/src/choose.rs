@@ -10,8 +10,9 @@ use rand_chacha::ChaCha8Rng;
 use crate::engine::Sampling;
 use crate::{Error, Result};
 
-/// Candidates that are put in order at first; each time more are needed, four times as many.
-const FIRST_RANKED: usize = 64;
+/// Candidates that are put in order at first; when more are needed, so many times as many.
+const FIRST_RANKED: usize = 128;
+const MORE_RANKED: usize = 16;
 
 /// How often each token was generated; those that are only in the prompt 0 times.
 pub(crate) type Seen = BTreeMap<u32, u32>;
@@ -35,8 +36,10 @@ pub(crate) fn choose(
     }
     let weight = |&x: &f32| (f64::from(x - largest) / sampling.temperature).exp();
     let weights = (0u32..).zip(scores.iter().map(weight));
+    let mut candidates = Vec::with_capacity(scores.len());
     // The likeliest weighs 1.
-    let mut candidates = Ranked::new(weights.filter(|(_, weight)| *weight >= sampling.min_p).collect());
+    candidates.extend(weights.filter(|(_, weight)| *weight >= sampling.min_p));
+    let mut candidates = Ranked::new(candidates);
     candidates.keep(sampling.top_k);
     let uniform = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
     Ok(match candidates.draw_early(sampling.top_p, uniform) {
@@ -50,16 +53,23 @@ pub(crate) fn choose(
 /// # Errors
 /// When a score is NaN or +∞, or all are −∞.
 pub(crate) fn likeliest(scores: &[f32]) -> Result<(u32, f32)> {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &score) in (0u32..).zip(scores) {
-        if score.is_nan() || score == f32::INFINITY {
-            return Err(Error::NotFinite);
-        }
-        if score.total_cmp(&best.1) == Ordering::Greater {
-            best = (token, score);
+    // In lanes, which the compiler makes vectors of.
+    const LANES: usize = 16;
+    let (mut most, mut wrong) = ([f32::NEG_INFINITY; LANES], [false; LANES]);
+    for chunk in scores.chunks(LANES) {
+        for ((&score, most), wrong) in chunk.iter().zip(&mut most).zip(&mut wrong) {
+            *wrong |= score.is_nan() | (score == f32::INFINITY);
+            *most = if score > *most { score } else { *most };
         }
     }
-    if best.1.is_finite() { Ok(best) } else { Err(Error::NotFinite) }
+    let largest = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if wrong.contains(&true) || !largest.is_finite() {
+        return Err(Error::NotFinite);
+    }
+    // Of two zeros, the positive one is the higher.
+    let is_best = |score: &f32| score.total_cmp(&if largest == 0.0 { 0.0 } else { largest }).is_eq();
+    let best = scores.iter().position(is_best).or_else(|| scores.iter().position(|&x| x == largest));
+    best.map(|best| (best as u32, scores[best])).ok_or(Error::NotFinite)
 }
 
 /// The scores with penalties and biases; as they are without any.
@@ -108,15 +118,15 @@ impl Ranked {
     /// The weight at a rank.
     fn at(&mut self, rank: usize) -> (u32, f64) {
         while rank >= self.n_sorted {
-            self.sort((3 * self.n_sorted).max(FIRST_RANKED));
+            self.sort(((MORE_RANKED - 1) * self.n_sorted).max(FIRST_RANKED));
         }
         self.weights[rank]
     }
 
-    /// Puts `n` more in order.
+    /// Puts `n` more in order, or all where that is a good part of them.
     fn sort(&mut self, n: usize) {
         let rest = &mut self.weights[self.n_sorted..];
-        let n = n.min(rest.len());
+        let n = if n > rest.len() / 8 { rest.len() } else { n };
         if n < rest.len() {
             rest.select_nth_unstable_by(n, by_rank);
         }

@@ -179,3 +179,39 @@ impl Drop for Generation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Sampling;
+    use super::super::scheduler::Ending;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_thread_that_panics_keeps_nobody_waiting() {
+        let shared = Arc::new(Shared::default());
+        let options = EngineOptions::default();
+        let handle = Handle { shared: shared.clone(), options, vocab_size: 10, limit: 100 };
+        let engine = Engine { handle: Arc::new(handle) };
+        let request = Request {
+            prompt: vec![0, 1],
+            memory: PathMemory::default(),
+            sampling: Sampling::default(),
+            max_new_tokens: 4,
+            stop: vec![],
+            logprobs: None,
+            prompt_logprobs: None,
+            reroute: None,
+            ignore_eot: false,
+        };
+        let mut waiting = engine.submit(request.clone()).unwrap();
+        let thread = std::thread::spawn(move || {
+            let _ending = Ending(shared);
+            panic!("a defect");
+        });
+        assert!(thread.join().is_err());
+        let expected = Finish::new(Reason::Failed("the engine has stopped".into()), 2, 0);
+        assert_eq!(waiting.next().await, Some(Event::Done(expected)));
+        assert_eq!(waiting.next().await, None);
+        assert!(matches!(engine.submit(request), Err(Refused::Stopped)));
+    }
+}

@@ -94,8 +94,10 @@ impl Sampling {
 /// The most of the likeliest tokens that can stand beside a token.
 pub const MAX_TOP: usize = 256;
 
-/// The most stop texts, and the most bytes of one.
+/// The most stop texts of a request.
 pub const MAX_STOPS: usize = 64;
+
+/// The most bytes of one.
 const MAX_STOP_BYTES: usize = 1024;
 
 impl Request {

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 const SCORED_ROWS: usize = 64;
 
 /// Scores in a step from which on tokens are chosen on all threads.
-const MANY_SCORES: usize = 1 << 16;
+const MANY_SCORES: usize = 1 << 14;
 
 /// The engine's thread: the only owner of the keys and values, and of the sequences that run.
 pub(super) struct Scheduler {
@@ -27,6 +27,8 @@ pub(super) struct Scheduler {
     shared: Arc<Shared>,
     /// In the order in which they came.
     running: Vec<Sequence>,
+    /// Something has ended in the last step, so that there may be room for what waits.
+    has_room: bool,
     stats: EngineStats,
 }
 
@@ -50,7 +52,7 @@ impl Part {
 }
 
 /// However the thread ends, nobody waits for it any more.
-struct Ending(Arc<Shared>);
+pub(super) struct Ending(pub(super) Arc<Shared>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
@@ -68,7 +70,8 @@ impl Scheduler {
         shared: Arc<Shared>,
     ) -> Self {
         let stats = EngineStats::default();
-        let scheduler = Self { decoder, tokenizer, options, pages, shared, running: vec![], stats };
+        let scheduler =
+            Self { decoder, tokenizer, options, pages, shared, running: vec![], has_room: false, stats };
         scheduler.shared.publish(scheduler.stats());
         scheduler
     }
@@ -97,8 +100,8 @@ impl Scheduler {
                     return false;
                 }
             }
-            if inbox.woken || !self.running.iter().all(Sequence::rests) {
-                inbox.woken = false;
+            if inbox.woken || self.has_room || !self.running.iter().all(Sequence::rests) {
+                (inbox.woken, self.has_room) = (false, false);
                 return true;
             }
             inbox = shared.wait(inbox);
@@ -244,6 +247,7 @@ impl Scheduler {
             self.shared.publish(self.stats());
             return;
         }
+        self.has_room = true;
         ended.sort_by_key(|(index, _)| *index);
         let mut told = vec![];
         for (index, ended) in ended.into_iter().rev() {
@@ -292,4 +296,19 @@ fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
     };
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| Err(Error::Panicked { message: message(panic) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_that_says_what_it_said() {
+        let index = [0].len();
+        let error = caught(|| Ok([1, 2][index + 1])).unwrap_err().to_string();
+        assert_eq!(error, "panicked: index out of bounds: the len is 2 but the index is 2");
+        let said = caught::<()>(|| panic!("a defect")).unwrap_err().to_string();
+        assert_eq!(said, "panicked: a defect");
+        assert_eq!(caught(|| Ok(3)).unwrap(), 3);
+    }
 }
