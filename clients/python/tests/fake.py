@@ -100,11 +100,14 @@ class Fake(RetrievalServiceServicer):
 
 
 @contextmanager
-def serving(fake: Fake) -> Iterator[str]:
+def serving(fake: Fake, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
     """The address of a fake on loopback."""
     server = grpc.server(futures.ThreadPoolExecutor(4))
     add_RetrievalServiceServicer_to_server(fake, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     try:
         yield f"127.0.0.1:{port}"

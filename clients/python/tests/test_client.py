@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import grpc
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 import anchorage
-from anchorage import Client, Retry, Route, format_path, parse_path
+from anchorage import Client, Retry, Route, Tls, format_path, parse_path
 from anchorage._proto import retrieval_pb2 as pb
 
 from fake import GENERIC_PATH, Fake, serving, values
@@ -163,3 +166,25 @@ def test_paths_as_text() -> None:
     assert (format_path((3, 49)), format_path(GENERIC_PATH), format_path(())) == ("3/49", "generic", "")
     with pytest.raises(anchorage.InvalidArgument, match="path '3/x': expected indices"):
         parse_path("3/x")
+
+
+def test_certificates(fake: Fake, tmp_path: pathlib.Path) -> None:
+    """The server asks for the client's too."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl")
+    ca, key = tmp_path / "ca.pem", tmp_path / "ca.key"
+    make = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make, *names, "-keyout", key, "-out", ca, "-days", "1"], check=True, capture_output=True)
+    pem = (key.read_bytes(), ca.read_bytes())
+    server = grpc.ssl_server_credentials([pem], root_certificates=ca.read_bytes(), require_client_auth=True)
+    with serving(fake, server) as address:
+        with Client(address, tls=Tls(ca, ca, key)) as client:
+            assert client.info().tree == "a"
+        for tls in (None, Tls(ca)):
+            with Client(address, tls=tls, retry=Retry(tries=1)) as client:
+                with pytest.raises(anchorage.Unavailable):
+                    client.info()
+    with pytest.raises(anchorage.InvalidArgument, match="expected a certificate and its key"):
+        Client("127.0.0.1:1", tls=Tls(ca, ca))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from random import Random
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -71,13 +71,13 @@ class Retry:
     first_seconds: float = 0.05
     most_seconds: float = 5.0
     #: Of the pauses, which no two clients should share.
-    random: random.Random = field(default_factory=random.Random, compare=False, repr=False)
+    random: Random = field(default_factory=Random, compare=False, repr=False)
 
     def pause(self, n_failures: int, hint_ms: int | None) -> float | None:
         """Seconds to wait after so many failures, from 1; None for no more tries."""
         if n_failures >= self.tries or (hint_ms is not None and hint_ms < 0):
             return None
-        pause = min(self.first_seconds * 2 ** (n_failures - 1), self.most_seconds)
+        pause = min(self.first_seconds * float(2 ** (n_failures - 1)), self.most_seconds)
         return max(pause * (0.5 + self.random.random() / 2), (hint_ms or 0) / 1000)
 
 
@@ -101,7 +101,7 @@ class Client:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, tls._credentials(), options)
-        self._stub: Any = RetrievalServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = RetrievalServiceStub(self._channel)
         self._address = address
         self._metadata = [] if token is None else [("authorization", f"Bearer {token}")]
         self._timeout = timeout

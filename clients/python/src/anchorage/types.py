@@ -187,7 +187,7 @@ class Info:
     hashes: dict[str, str]
 
 
-_DTYPES = {pb.DTYPE_F32: "f32", pb.DTYPE_BF16: "bf16", pb.DTYPE_INT8: "int8"}
+_DTYPES: dict[int, str] = {pb.DTYPE_F32: "f32", pb.DTYPE_BF16: "bf16", pb.DTYPE_INT8: "int8"}
 
 
 def dtype_of(found: int) -> str:

@@ -2,4 +2,5 @@
 
 mod made_up;
 mod selecting;
+mod sources;
 mod swapping;
