@@ -67,13 +67,13 @@ export class Icicle {
     return { top: mix(a.top, b.top, moved), height, edges };
   }
 
-  /** The cluster at a point, as far as it can be seen: one too low to aim at counts as its parent. */
-  at(tree, view, x, y) {
+  /** The cluster at a point. One too low to aim at counts as its parent, but never as what the map is zoomed to: so every child of that can be reached. */
+  at(tree, view, focus, x, y) {
     const place = view.top + (y / this.height) * view.height;
     let node = tree.root;
     while (!node.isLeaf && view.edges[node.level + 2] <= x) {
       const child = node.at(place);
-      if (child.height * (this.height / view.height) < LIT) break;
+      if (node.level > focus.level && child.height * (this.height / view.height) < LIT) break;
       node = child;
     }
     return node;

@@ -140,7 +140,7 @@ export class TreeMap {
   listen() {
     const under = (event) => {
       const around = this.box.getBoundingClientRect();
-      return this.icicle.at(this.tree, this.view, event.clientX - around.left, event.clientY - around.top);
+      return this.icicle.at(this.tree, this.view, this.state.focus, event.clientX - around.left, event.clientY - around.top);
     };
     this.box.addEventListener("click", (event) => {
       const node = under(event);

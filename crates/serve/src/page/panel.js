@@ -3,7 +3,7 @@
 import { get, isAbort } from "./api.js";
 import { $, count, element, percent } from "./dom.js";
 
-const CHILDREN_SHOWN = 64;
+const CHILDREN_SHOWN = 32;
 const WAIT_MS = 120; // so that walking through the tree asks only for where it ends
 
 const section = (title, content) => (content ? [element("h3", {}, title), content] : []);

@@ -1,6 +1,7 @@
 // The cluster tree as a value: sizes, places from top to bottom, search.
 
 const TERMS_IN_NAME = 3;
+const HUES = 32; // clusters that can be told apart by colour
 
 class Cluster {
   constructor(level, row, parent) {
@@ -60,9 +61,11 @@ class Cluster {
   }
 }
 
+const bySize = (a, b) => b.n - a.n || a.index - b.index;
+
 // Children from largest to smallest, each over a share of its parent's height, around its parent's hue.
 function arrange(node, spread) {
-  node.children.sort((a, b) => b.n - a.n || a.index - b.index);
+  node.children.sort(bySize);
   const total = Math.max(node.children.reduce((sum, child) => sum + child.n, 0), 1);
   let top = node.top;
   for (const [i, child] of node.children.entries()) {
@@ -95,7 +98,9 @@ export class Tree {
     }
     const first = this.root.children;
     this.root.n = first.reduce((sum, child) => sum + child.n, 0);
-    first.forEach((child, i) => (child.hue = (25 + (360 * i) / first.length) % 360));
+    // Few are told apart by their colours, of many the colour goes evenly from top to bottom.
+    const inOrder = first.length <= HUES ? first : [...first].sort(bySize);
+    inOrder.forEach((child, i) => (child.hue = (25 + (360 * i) / first.length) % 360));
     arrange(this.root, 280 / Math.max(first.length, 4));
     this.countMost();
   }
