@@ -106,7 +106,7 @@ fn held_out(
     spec: &BlockSpec,
     world_size: usize,
 ) -> Result<Vec<Vec<Vec<ClusterId>>>> {
-    let of_worker = |rank: usize| {
+    let of_worker = |rank: usize| -> Result<Vec<Vec<ClusterId>>> {
         let paths = validation::paths(corpus, config, (rank, world_size))?;
         Ok(paths.iter().map(|paths| unique_ids(paths, spec)).collect())
     };
