@@ -120,10 +120,10 @@ def complete(port, prompt, memory, n=TOKENS):
 
 
 def requests(bench):
-    """One request at a time, with memory and without in turn."""
+    """One request at a time, with memory, held as int8, and without in turn."""
     run, prompts = made(bench)
     prompts = prompts[:: max(1, len(prompts) // 16)][:16]
-    with serving(bench, run) as (port, process):
+    with serving(bench, run, "--set", "memory.placement.dtype=\"int8\"") as (port, process):
         wait_until_ready(port, process)
         for prompt in prompts:
             for memory in ("auto", "off"):
@@ -179,8 +179,8 @@ def overload(bench):
     """Peak: as many requests at once as the engine runs. Overload: twice the rate that was then served, whatever
     comes back."""
     run, prompts = made(bench)
-    at_once, seconds = 16, 2 if bench.args.quick else 10
-    limits = ["--set", f"serve.max_sequences={at_once}", "--set", f"serve.max_waiting={at_once // 2}"]
+    at_once, seconds = 16, 4 if bench.args.quick else 12
+    limits = ["--set", f"serve.engine.max_sequences={at_once}", "--set", f"serve.engine.max_waiting={at_once // 2}"]
     with serving(bench, run, *limits) as (port, process):
         wait_until_ready(port, process)
         for prompt in prompts[:at_once]:
@@ -236,12 +236,12 @@ async def closed(port, prompts, n, seconds):
             i += n
 
     await asyncio.gather(*(client(i) for i in range(n)))
-    to["rate"] = len(to["served"]) / (time.monotonic() - began)
+    to["rate"] = steady(to, began, end)
     return to
 
 
 async def opened(port, prompts, rate, seconds):
-    """Requests at this rate, each on its own. What is served while they are sent counts."""
+    """Requests at this rate, each on its own."""
     to, tasks = new(), []
     began = time.monotonic()
     n = int(rate * seconds)
@@ -251,5 +251,11 @@ async def opened(port, prompts, rate, seconds):
     sent = time.monotonic()
     await asyncio.gather(*tasks)
     to["sent"] = n / (sent - began)
-    to["rate"] = sum(1 for end in to["ends"] if end <= sent) / (sent - began)
+    to["rate"] = steady(to, began, sent)
     return to
+
+
+def steady(to, began, end):
+    """Requests served a second, once those that begin together have spread."""
+    began += (end - began) / 4
+    return sum(1 for at in to["ends"] if began < at <= end) / (end - began)

@@ -1,6 +1,6 @@
 """PyTorch's side of bench/serve: the anchor of crates/anchor decoding with a cache, as a PyTorch user would write it,
-and a Llama of the same sizes in transformers. Answers lines `WHAT BATCH CONTEXT STEPS` by lines of JSON; WHAT is
-`none`, `different` (each sequence has blocks of its own, by bmm) or `transformers` (the Llama, which has no QK-norm)."""
+and a Qwen3 of the same sizes in transformers. Answers lines `WHAT BATCH CONTEXT STEPS` by lines of JSON; WHAT is
+`none`, `different` (each sequence has blocks of its own, by bmm) or `transformers` (the Qwen3, whose QK-norm is one a head)."""
 
 import json
 import sys
@@ -99,14 +99,14 @@ def rope(x, cos, sin):
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-class Llama:
+class Qwen3:
     """The eager model of transformers, with its own cache."""
 
     def __init__(self, config):
-        from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
         self.new_cache, self.vocab_size = DynamicCache, config["vocab_size"]
-        sizes = LlamaConfig(
+        sizes = Qwen3Config(
             vocab_size=config["vocab_size"],
             hidden_size=config["d_model"],
             intermediate_size=config["ffn_width"],
@@ -117,7 +117,7 @@ class Llama:
             max_position_embeddings=config["max_seq_len"],
             tie_word_embeddings=config["tied_embeddings"],
         )
-        self.model = LlamaForCausalLM(sizes).float().eval()
+        self.model = Qwen3ForCausalLM(sizes).float().eval()
 
     def time(self, batch, context, steps):
         place = torch.arange(batch)[:, None] * 7919 + torch.arange(context + steps) * 31 + 5
@@ -137,14 +137,14 @@ def main():
     folder, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     torch.manual_seed(1)
-    anchor, llama = Anchor(folder), None
+    anchor, other = Anchor(folder), None
     with torch.inference_mode():
         for line in sys.stdin:
             what, *sizes = line.split()
             sizes = [int(size) for size in sizes]
             if what == "transformers":
-                llama = llama or Llama(anchor.config)
-                answer = llama.time(*sizes)
+                other = other or Qwen3(anchor.config)
+                answer = other.time(*sizes)
             else:
                 answer = anchor.time(what, *sizes)
             print(json.dumps(answer), flush=True)

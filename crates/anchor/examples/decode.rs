@@ -2,7 +2,7 @@
 //!
 //! `decode FOLDER --make SIZE` writes what both sides read (weights, blocks, settings) and ends. `decode FOLDER
 //! [--threads N] [--weights f32|bf16]` answers lines `MEMORY BATCH CONTEXT STEPS` by a line of JSON with the seconds of
-//! a step. MEMORY is `none`, or `PATHS-DTYPE`: PATHS `different` gives each sequence blocks of its own at every level,
+//! the context's step and of each that follows. MEMORY is `none`, or `PATHS-DTYPE`: PATHS `different` gives each sequence blocks of its own at every level,
 //! `shared` all of them one path; DTYPE is how blocks are held: f32, bf16 or int8.
 
 use std::collections::HashMap;
@@ -19,6 +19,9 @@ use memory_bank::{Block, BlockDtype, BlockSpec, Encoded, MemoryKind};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -134,7 +137,8 @@ impl Side {
         Ok((0..batch).map(path).collect())
     }
 
-    /// Seconds of each of `steps` steps behind a context, and the scores of the first sequence in the end.
+    /// Seconds of the step of the context, then of each of `steps` steps of one token, and the scores of the first
+    /// sequence in the end.
     fn time(&mut self, memory: &str, [batch, context, steps]: [usize; 3]) -> Result<(Vec<f64>, Vec<f32>)> {
         let memories = self.memories(memory, batch)?;
         let vocab_size = self.bench.anchor.vocab_size;
@@ -156,9 +160,7 @@ impl Side {
                 .collect();
             let began = Instant::now();
             let logits = self.decoder.step(&mut pages, &mut segments)?;
-            if step > 0 {
-                seconds.push(began.elapsed().as_secs_f64());
-            }
+            seconds.push(began.elapsed().as_secs_f64());
             last = logits.row(0)[..64].to_vec();
         }
         Ok((seconds, last))
@@ -189,7 +191,8 @@ fn main() -> Result<()> {
             return Err(format!("{line}: expected MEMORY BATCH CONTEXT STEPS").into());
         };
         let (seconds, logits) = side.time(memory, [batch.parse()?, context.parse()?, steps.parse()?])?;
-        println!("{}", serde_json::json!({"seconds": seconds, "logits": logits}));
+        let (prefill, seconds) = seconds.split_first().ok_or("no steps")?;
+        println!("{}", serde_json::json!({"prefill": prefill, "seconds": seconds, "logits": logits}));
     }
     Ok(())
 }

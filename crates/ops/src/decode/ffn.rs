@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::Held;
 use crate::Precision;
-use crate::buffer::{Shared, output};
+use crate::buffer::Shared;
 use crate::gemm::{
     Addend, Output, Right, Short, Threads, View, bf16, multiply_all, panels_of_columns, panels_of_rows,
 };
@@ -132,16 +132,18 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, runs: &[FfnRun]) {
     let y = Shared::new(y);
     let run = |(products, hidden): &mut (Vec<f32>, Vec<f32>), FfnRun { weights, rows }: &FfnRun, threads| {
         let (m, r, first) = (rows.len(), weights.width, rows.start * d);
-        *products = output(m * 2 * r);
-        *hidden = output(m * r);
+        // An odd number of cache lines: rows of the hidden layer are then read where they are.
+        let row = r.next_multiple_of(32) + 16;
+        products.resize(m * 2 * r, 0.0);
+        hidden.resize(m * row, 0.0);
         let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from: Addend::Zero };
         // SAFETY: the products are [m, 2r] and this call's own.
         unsafe { multiply_all((m, View::rows(&x[first..], d)), weights.w_in.all(), to, threads) }
-        let rows = products.chunks_exact(2 * r).zip(hidden.chunks_exact_mut(r));
-        rows.for_each(|(products, hidden)| weights.activate(products, hidden));
+        let rows = products.chunks_exact(2 * r).zip(hidden.chunks_exact_mut(row));
+        rows.for_each(|(products, hidden)| weights.activate(products, &mut hidden[..r]));
         let to = Output { to: y, offset: first, row: d, from: Addend::Itself };
         // SAFETY: the rows of runs do not overlap and lie in y, which is uniquely borrowed (above).
-        unsafe { multiply_all((m, View::rows(hidden, r)), weights.w_out.all(), to, threads) }
+        unsafe { multiply_all((m, View::rows(hidden, row)), weights.w_out.all(), to, threads) }
     };
     if runs.len() < rayon::current_num_threads() {
         let mut buffers = (vec![], vec![]);

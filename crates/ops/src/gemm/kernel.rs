@@ -99,7 +99,7 @@ const F32: bool = false;
 const PAIRS: bool = true;
 
 /// A vector register of sums.
-trait Register: Copy {
+pub(super) trait Register: Copy {
     /// Sums in a register.
     const WIDTH: usize;
     /// As many lanes.
@@ -111,6 +111,14 @@ trait Register: Copy {
     /// # Safety
     /// As `zero`.
     unsafe fn load(from: *const u32) -> Self::Lanes;
+    /// Lanes of f32, from bf16.
+    /// # Safety
+    /// As `zero`, of as many bf16.
+    unsafe fn load_bf16(from: *const u16) -> Self::Lanes;
+    /// Lanes of f32, from integers.
+    /// # Safety
+    /// As `zero`, of as many integers.
+    unsafe fn load_int8(from: *const i8) -> Self::Lanes;
     /// One lane everywhere.
     /// # Safety
     /// As `zero`, of one lane.
@@ -132,7 +140,7 @@ trait Register: Copy {
 }
 
 /// Registers of a row of a part.
-const N: usize = 2;
+pub(super) const N: usize = 2;
 
 /// The tile in parts of `R` rows and two registers: as many sums as the processor has registers for.
 ///
@@ -233,6 +241,14 @@ impl Register for [f32; 8] {
         from.cast::<[u32; 8]>().read_unaligned()
     }
     #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self::Lanes {
+        from.cast::<[u16; 8]>().read_unaligned().map(|bits| u32::from(bits) << 16)
+    }
+    #[inline(always)]
+    unsafe fn load_int8(from: *const i8) -> Self::Lanes {
+        from.cast::<[i8; 8]>().read_unaligned().map(|integer| f32::from(integer).to_bits())
+    }
+    #[inline(always)]
     unsafe fn splat(from: *const u32) -> Self::Lanes {
         [*from; 8]
     }
@@ -314,6 +330,15 @@ mod x86 {
             _mm256_loadu_si256(from.cast())
         }
         #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self::Lanes {
+            _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))
+        }
+        #[inline(always)]
+        unsafe fn load_int8(from: *const i8) -> Self::Lanes {
+            let integers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()));
+            _mm256_castps_si256(_mm256_cvtepi32_ps(integers))
+        }
+        #[inline(always)]
         unsafe fn splat(from: *const u32) -> Self::Lanes {
             _mm256_set1_epi32(*from.cast())
         }
@@ -349,6 +374,15 @@ mod x86 {
         #[inline(always)]
         unsafe fn load(from: *const u32) -> Self::Lanes {
             _mm512_loadu_si512(from.cast())
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self::Lanes {
+            _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))
+        }
+        #[inline(always)]
+        unsafe fn load_int8(from: *const i8) -> Self::Lanes {
+            let integers = _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_castps_si512(_mm512_cvtepi32_ps(integers))
         }
         #[inline(always)]
         unsafe fn splat(from: *const u32) -> Self::Lanes {

@@ -5,8 +5,10 @@
 //! where they are, other rows copied, and columns packed 8 rows at a time. An element's sum always runs over the
 //! inner dimension in the same order, whatever the threads.
 
+mod few;
 mod kernel;
 mod pack;
+mod right;
 mod short;
 
 use std::cell::RefCell;
@@ -20,13 +22,14 @@ use crate::math::dot;
 use kernel::Instructions;
 pub(crate) use kernel::{COLUMNS, Kernel, ROWS, Tile};
 pub(crate) use pack::bf16;
+pub(crate) use right::{Part, Right};
 pub(crate) use short::{Short, panels_of_columns, panels_of_rows};
 
 /// Inner lanes of a pass: a panel's slice of 24 KiB stays in the first-level cache over all rows.
 const INNER: usize = 192;
 
-/// Rows of f32 that are fewer elements apart are read where they are; farther ones would compete
-/// for the same few places of the first-level cache.
+/// Rows of f32 that are fewer elements apart are read where they are, as are those an odd number of cache lines apart;
+/// others would compete for the same few places of the first-level cache.
 const NEAR: usize = 1024;
 
 /// Rows of a task.
@@ -100,137 +103,6 @@ pub(crate) struct Size {
     pub(crate) k: usize,
 }
 
-/// A right operand [k, n] packed into panels.
-pub(crate) struct Right {
-    lanes: Vec<u32>,
-    /// Instead of the lanes, numbers that are widened to f32 when they are used.
-    short: Option<Short>,
-    k: usize,
-    n: usize,
-    precision: Precision,
-}
-
-impl Right {
-    pub(crate) fn pack(precision: Precision, view: View, (k, n): (usize, usize), threads: Threads) -> Self {
-        let mut right = Self::empty(precision);
-        right.repack(view, (k, n), threads);
-        right
-    }
-
-    /// An operand whose numbers are held short, and each widened to f32 for its product.
-    pub(crate) fn hold(short: Short, (k, n): (usize, usize)) -> Self {
-        assert_eq!(short.len(), n.div_ceil(COLUMNS) * k * COLUMNS, "numbers of a held operand {k} x {n}");
-        Self { short: Some(short), k, n, ..Self::empty(Precision::F32) }
-    }
-
-    /// An operand to be packed later, in buffers that are kept.
-    pub(crate) fn empty(precision: Precision) -> Self {
-        Self { lanes: vec![], short: None, k: 0, n: 0, precision }
-    }
-
-    /// Bytes of its numbers.
-    pub(crate) fn bytes(&self) -> usize {
-        size_of_val(&self.lanes[..]) + self.short.as_ref().map_or(0, Short::bytes)
-    }
-
-    /// The first of `len` lanes from `first` on, which are in `wide` if they are held short.
-    fn lanes(&self, first: usize, len: usize, wide: &mut Vec<u32>) -> *const u32 {
-        match &self.short {
-            None => self.lanes[first..first + len].as_ptr(),
-            Some(short) => {
-                output_lanes(wide, len);
-                short.widen(first, wide);
-                wide.as_ptr()
-            }
-        }
-    }
-
-    /// The numbers of a column `[k]` as f32.
-    pub(crate) fn column(&self, column: usize, to: &mut [f32]) {
-        assert!(self.precision == Precision::F32 && column < self.n && to.len() == self.k);
-        let (mut wide, panel) = (vec![], column / COLUMNS * self.panel_len());
-        for (k, to) in to.iter_mut().enumerate() {
-            let at = panel + k * COLUMNS + column % COLUMNS;
-            *to = match &self.short {
-                None => f32::from_bits(self.lanes[at]),
-                Some(short) => {
-                    output_lanes(&mut wide, 1);
-                    short.widen(at, &mut wide);
-                    f32::from_bits(wide[0])
-                }
-            };
-        }
-    }
-
-    /// Packs another matrix into the same buffer.
-    pub(crate) fn repack(&mut self, view: View, (k, n): (usize, usize), threads: Threads) {
-        view.check(k, n);
-        (self.k, self.n, self.short) = (k, n, None);
-        let len = self.panel_len();
-        output_lanes(&mut self.lanes, n.div_ceil(COLUMNS) * len);
-        if len == 0 {
-            return;
-        }
-        let pack = |(p, panel): (usize, &mut [u32])| {
-            pack::panel(self.precision, view, (k, n), p * COLUMNS, panel);
-        };
-        match threads {
-            Threads::One => self.lanes.chunks_exact_mut(len).enumerate().for_each(pack),
-            Threads::All => self.lanes.par_chunks_exact_mut(len).enumerate().for_each(pack),
-        }
-    }
-
-    fn panel_len(&self) -> usize {
-        self.precision.lanes(self.k) * COLUMNS
-    }
-
-    pub(crate) fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Whether a part may begin at the inner position `k`.
-    pub(crate) fn begins_a_lane(&self, k: usize) -> bool {
-        k.is_multiple_of(self.precision.positions())
-    }
-
-    /// Columns n.
-    pub(crate) fn columns(&self) -> usize {
-        self.n
-    }
-
-    /// All of it.
-    pub(crate) fn all(&self) -> Part<'_> {
-        Part { right: self, first_k: 0, k: self.k, columns: 0..self.n }
-    }
-
-    /// Inner positions `k`, whose first begins a lane, and columns whose first is a multiple of 32.
-    pub(crate) fn part(&self, k: Range<usize>, columns: Range<usize>) -> Part<'_> {
-        assert!(
-            k.start.is_multiple_of(self.precision.positions()) && columns.start.is_multiple_of(COLUMNS),
-            "part {k:?} x {columns:?} of a packed operand"
-        );
-        assert!(k.end <= self.k && columns.end <= self.n, "part {k:?} x {columns:?} out of bounds");
-        Part { right: self, first_k: k.start, k: k.len(), columns }
-    }
-}
-
-/// A range of the inner positions and of the columns of a packed operand.
-#[derive(Clone)]
-pub(crate) struct Part<'a> {
-    right: &'a Right,
-    first_k: usize,
-    k: usize,
-    columns: Range<usize>,
-}
-
-impl Part<'_> {
-    /// Some of its columns, the first being a multiple of 32.
-    fn columns(self, columns: Range<usize>) -> Self {
-        let first = self.columns.start;
-        Self { columns: first + columns.start..first + columns.end, ..self }
-    }
-}
-
 /// Where a product goes: element (i, j) at `to + i·row + j`.
 #[derive(Clone, Copy)]
 pub(crate) struct Output {
@@ -269,6 +141,24 @@ impl Output {
             from => from,
         };
         Self { offset: self.offset + rows * self.row + columns, from, ..self }
+    }
+
+    /// Where the rows from `row` on go, and what is added to them with the distance between its rows; null is nothing.
+    ///
+    /// # Safety
+    /// The row is one of the destination's and of what is added.
+    unsafe fn rows(&self, row: usize) -> (*mut f32, *const f32, usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let c = self.to.at(self.offset + row * self.row);
+            match self.from {
+                Addend::Zero => (c, std::ptr::null(), 0),
+                Addend::Itself => (c, c.cast_const(), self.row),
+                Addend::Other { values, offset, row: distance } => {
+                    (c, values.at(offset + row * distance).cast_const(), distance)
+                }
+            }
+        }
     }
 }
 
@@ -348,7 +238,13 @@ pub(crate) unsafe fn multiply_all((m, a): (usize, View), right: Part, output: Ou
 /// As [`multiply_all`].
 pub(crate) unsafe fn multiply((m, a): (usize, View), part: Part, output: Output) {
     a.check(m, part.k);
-    let precision = part.right.precision;
+    let precision = part.right.precision();
+    if m <= few::FEW && precision == Precision::F32 && !a.transposed {
+        // SAFETY: the caller's promise.
+        return BUFFERS.with_borrow_mut(|buffers| unsafe {
+            few::multiply(few::best(), (m, a), &part, output, buffers)
+        });
+    }
     let kernel = Instructions::best(precision);
     // SAFETY: the caller's promise.
     BUFFERS.with_borrow_mut(|buffers| unsafe { multiply_with(kernel, (m, a), &part, output, buffers) });
@@ -366,7 +262,7 @@ unsafe fn multiply_with(
     Buffers { left: lanes, wide }: &mut Buffers,
 ) {
     let Part { right, first_k, k, columns } = part;
-    let precision = right.precision;
+    let precision = right.precision();
     let n_lanes = precision.lanes(*k);
     let first_lane = precision.lanes(*first_k);
     let mut inner = 0;
@@ -384,14 +280,7 @@ unsafe fn multiply_with(
                 // SAFETY: the operands are in bounds (`check`, and the panels cover the part); the destination
                 // and what is added to it are the caller's promise.
                 unsafe {
-                    let c = output.to.at(output.offset + g * ROWS * output.row);
-                    let (from, from_row) = match from {
-                        Addend::Zero => (std::ptr::null(), 0),
-                        Addend::Itself => (c.cast_const(), output.row),
-                        Addend::Other { values, offset, row } => {
-                            (values.at(offset + g * ROWS * row).cast_const(), row)
-                        }
-                    };
+                    let (c, from, from_row) = Output { from, ..output }.rows(g * ROWS);
                     let tile = Tile {
                         k: n_inner,
                         a: left.first.add(g * left.group),
@@ -417,6 +306,11 @@ unsafe fn multiply_with(
     }
 }
 
+/// Whether rows of f32 so many elements apart may be read where they are.
+fn is_near(stride: usize) -> bool {
+    stride < NEAR || !stride.is_multiple_of(32) && stride.is_multiple_of(16)
+}
+
 /// Where the lanes of a left operand are: lane l of row i of group g at `first + g·group + i·row + l·lane`.
 struct Left {
     first: *const u32,
@@ -439,7 +333,7 @@ fn left_lanes(
         return Left { first: lanes.as_ptr(), group, row: 1, lane: ROWS };
     }
     match precision {
-        Precision::F32 if a.stride < NEAR => {
+        Precision::F32 if is_near(a.stride) => {
             let first = a.data[inner.start.min(a.data.len())..].as_ptr().cast();
             Left { first, group: ROWS * a.stride, row: a.stride, lane: 1 }
         }

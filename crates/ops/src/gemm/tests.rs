@@ -143,3 +143,80 @@ fn a_part_of_a_packed_operand() {
         check(&c, &expected, 40, "part");
     }
 }
+
+/// Numbers in the order of a held operand [k, n] whose element (k, j) is `number(k, j)`.
+fn panels<T: Copy + Default + PartialEq + Send + Sync>(
+    (k, n): (usize, usize),
+    number: impl Fn(usize, usize) -> T,
+) -> Vec<T> {
+    let columns: Vec<T> = (0..k * n).map(|i| number(i / n, i % n)).collect();
+    let rows: Vec<T> = (0..k * n).map(|i| number(i % k, i / k)).collect();
+    let panels = panels_of_columns(&columns, (k, n));
+    assert!(panels_of_rows(&rows, (k, n)) == panels, "{k} x {n} packed by rows and by columns");
+    panels
+}
+
+/// Operands as they may be held, with the numbers that they then have.
+fn held((k, n): (usize, usize)) -> Vec<(&'static str, Right, Vec<f32>)> {
+    let exact = values(k * n, 3);
+    let at = |k: usize, j: usize| exact[k * n + j];
+    let integer = |k: usize, j: usize| (at(k, j) * 127.0) as i8;
+    let of = |number: &dyn Fn(usize, usize) -> f32| (0..k * n).map(|i| number(i / n, i % n)).collect();
+    let f32s = Right::pack(Precision::F32, View::rows(&exact, n), (k, n), Threads::One);
+    let bf16s = Right::hold(Short::Bf16(panels((k, n), |k, j| bf16(at(k, j)) as u16)), (k, n));
+    let int8s = Right::hold(Short::Int8(panels((k, n), integer)), (k, n));
+    vec![
+        ("f32", f32s, exact.clone()),
+        ("bf16", bf16s, of(&|k, j| f32::from_bits(bf16(at(k, j)) << 16))),
+        ("int8", int8s, of(&|k, j| f32::from(integer(k, j)))),
+    ]
+}
+
+#[test]
+fn few_rows_have_the_bits_of_many_however_the_right_operand_is_held() {
+    for (k, n) in [(1, 1), (5, 31), (16, 200), (192, 64), (193, 130), (700, 129)] {
+        for (name, right, numbers) in held((k, n)) {
+            for stride in [k + 3, (k + 3).next_multiple_of(1024)] {
+                let data = values(32 * stride, 4);
+                let a = View::rows(&data, stride);
+                for m in [1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32] {
+                    let base = values(m * n, 6);
+                    for instructions in Instructions::available(Precision::F32) {
+                        let (mut c, mut same) = (base.clone(), base.clone());
+                        let to = |c: &mut [f32]| Output {
+                            to: Shared::new(c),
+                            offset: 0,
+                            row: n,
+                            from: Addend::Itself,
+                        };
+                        let (few, many) = (few::kernel(instructions), instructions.kernel(Precision::F32));
+                        let buffers = &mut Buffers::default();
+                        // SAFETY: the kernels are of those available, and both results are whole matrices.
+                        unsafe {
+                            few::multiply(few, (m, a), &right.all(), to(&mut c), buffers);
+                            multiply_with(many, (m, a), &right.all(), to(&mut same), buffers);
+                        }
+                        let what = format!("{name} {instructions:?} {m} x {k} x {n}, rows {stride} apart");
+                        assert_eq!(c, same, "{what}");
+                        let element = |i: usize| -> f64 {
+                            let product =
+                                |l: usize| f64::from(at(a, i / n, l)) * f64::from(numbers[l * n + i % n]);
+                            f64::from(base[i]) + (0..k).map(product).sum::<f64>()
+                        };
+                        let size = if name == "int8" { 127.0 } else { 1.0 };
+                        let scaled: Vec<f32> = c.iter().map(|x| x / size).collect();
+                        check(
+                            &scaled,
+                            &(0..m * n).map(|i| element(i) / f64::from(size)).collect::<Vec<_>>(),
+                            k,
+                            &what,
+                        );
+                    }
+                }
+            }
+            let mut column = vec![0.0; k];
+            right.column(n - 1, &mut column);
+            assert_eq!(column, (0..k).map(|l| numbers[l * n + n - 1]).collect::<Vec<_>>(), "{name}");
+        }
+    }
+}

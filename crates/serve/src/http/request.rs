@@ -142,7 +142,8 @@ struct Asked {
 
 fn checked(fields: Fields, asked: Asked, bounds: &Bounds, seed: u64) -> Answer<Completion> {
     let Asked { prompts, max_tokens, logprobs } = asked;
-    check_model(fields.model.as_deref(), &bounds.model)?;
+    let (model, of_model) = model_and_memory(fields.model.as_deref(), &bounds.model);
+    check_model(model, &bounds.model)?;
     if let Some(name) = fields.refused() {
         return Err(ApiError::field(name, "is not supported, expected it to be left out"));
     }
@@ -161,7 +162,7 @@ fn checked(fields: Fields, asked: Asked, bounds: &Bounds, seed: u64) -> Answer<C
     let include_usage = fields.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
     let sampling = sampling(&fields, bounds, seed)?;
     let stop = stops(fields.stop.map(|stop| stop.into_vec()).unwrap_or_default())?;
-    let memory = memory(fields.memory, bounds)?;
+    let memory = memory(fields.memory.or(of_model), bounds)?;
     let memory_texts = fields.memory_text.map(|texts| texts.into_vec());
     if let Some(texts) = &memory_texts {
         if memory != Memory::Auto {
@@ -195,6 +196,14 @@ fn checked(fields: Fields, asked: Asked, bounds: &Bounds, seed: u64) -> Answer<C
         bank: fields.bank,
         reroute,
     })
+}
+
+/// A model by its name, and the memory that may be behind it, as in `NAME:off`: for clients that send no fields of ours.
+fn model_and_memory<'a>(asked: Option<&'a str>, served: &'a str) -> (Option<&'a str>, Option<MemoryField>) {
+    match asked.and_then(|asked| asked.strip_prefix(served)?.strip_prefix(':')) {
+        Some(memory) => (Some(served), Some(MemoryField::Text(memory.to_owned()))),
+        None => (asked, None),
+    }
 }
 
 /// The name of what is served, if any is given.

@@ -56,6 +56,12 @@ fn memory_is_a_word_or_a_path() {
     for (text, expected) in table {
         assert_eq!(ask(&format!(r#"{{"prompt": "a", "memory": {text}}}"#)).unwrap().memory, expected);
     }
+    // Behind the model's name, unless the field says otherwise.
+    let named = |rest: &str| ask(&format!(r#"{{"prompt": "a", "model": "run{rest}}}"#));
+    assert_eq!(named(":off\"").unwrap().memory, Memory::Off);
+    assert_eq!(named(":3/14\", \"memory\": \"generic\"").unwrap().memory, Memory::Generic);
+    assert!(named(":some\"").unwrap_err().message.contains("some"));
+    assert_eq!(named("other:off\"").unwrap_err().status.as_u16(), 404);
     let without = Bounds { n_levels: None, memory: Memory::Off, ..bounds() };
     let of = |text: &str| completion(parse(text.as_bytes())?, &without, 7);
     assert_eq!(of(r#"{"prompt": "a"}"#).unwrap().memory, Memory::Off);
