@@ -65,6 +65,14 @@ fn is_length(error: &axum::Error) -> bool {
 
 /// The body as a value, whose fields are all known: an unknown one names the nearest.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Answer<T> {
+    // A list would be read as the values of the fields in their order.
+    let first = body.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first.is_some_and(|byte| *byte != b'{') {
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "the body is not JSON of an object: expected {\"…\": …}",
+        ));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize(&mut deserializer);
     let value = parsed.map_err(|error| {

@@ -8,7 +8,7 @@ use axum::body::Body;
 use axum::extract::{Extension, Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use cluster_tree::ClusterId;
+use cluster_tree::{ClusterId, ClusterPath};
 use memory_bank::Encoded;
 use memory_service::security::KeyRole;
 use safetensors::tensor::{Dtype, View, serialize};
@@ -21,7 +21,7 @@ use super::body::{self, Json};
 use super::error::{Answer, ApiError};
 use super::fields::MemoryField;
 use super::request;
-use crate::memory::{Ask, BankInfo, BankSource, Banks, Memory, Retrieval, Route};
+use crate::memory::{Ask, BankInfo, BankSource, Banks, ClusterSummary, Memory, Retrieval, Route};
 
 fn retrieval(app: &App) -> Answer<&Retrieval> {
     let message = "this run has no memory";
@@ -164,12 +164,21 @@ impl View for Tensor {
 }
 
 /// `GET /v1/explain`: the root of the tree.
-pub(super) async fn explain_root(State(app): State<App>) -> Answer<Response> {
-    Ok(Json(retrieval(&app)?.explain(&[])?).into_response())
+pub(super) async fn explain_root(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+) -> Answer<Response> {
+    let mut told = retrieval(&app)?.explain(&[])?;
+    hide_children(&caller, &mut told.children);
+    Ok(Json(told).into_response())
 }
 
 /// `GET /v1/explain/3/49`: what a cluster is about.
-pub(super) async fn explain(State(app): State<App>, Path(path): Path<String>) -> Answer<Response> {
+pub(super) async fn explain(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Path(path): Path<String>,
+) -> Answer<Response> {
     let path = path.trim_end_matches('/');
     let shortened: String = path.chars().take(100).collect();
     let wrong = || ApiError::field("path", format!("expected indices such as 3/49, found {shortened:?}"));
@@ -177,30 +186,62 @@ pub(super) async fn explain(State(app): State<App>, Path(path): Path<String>) ->
         "" => vec![],
         path => path.split('/').map(|part| part.parse().map_err(|_| wrong())).collect::<Answer<_>>()?,
     };
-    let told = retrieval(&app)?.explain(&indices).map_err(|error| match error {
+    let mut told = retrieval(&app)?.explain(&indices).map_err(|error| match error {
         crate::memory::Error::UnknownPath { .. } => ApiError::not_found(error.to_string(), "unknown_path"),
         other => other.into(),
     })?;
+    if let Some(prefix) = blocked_prefix(&caller, &indices) {
+        let message = format!("cluster {shortened} is blocked by {prefix}");
+        return Err(ApiError::forbidden(message, "memory_blocked"));
+    }
+    hide_children(&caller, &mut told.children);
     Ok(Json(told).into_response())
 }
 
-/// `GET /v1/tree`: all clusters that hold documents, with their terms.
-pub(super) async fn tree(State(app): State<App>) -> Answer<Json<Value>> {
+/// The blocked prefix of a cluster, by its indices from level 0 down.
+fn blocked_prefix(caller: &Caller, indices: &[u32]) -> Option<String> {
+    caller.blocked.prefix_of(&ClusterPath::new(indices.to_vec()).ok()?)
+}
+
+/// Takes the words of blocked clusters away; their sizes stay.
+fn hide_children(caller: &Caller, children: &mut [ClusterSummary]) {
+    for child in children {
+        let indices: Option<Vec<u32>> = child.path.split('/').map(|part| part.parse().ok()).collect();
+        if indices.is_some_and(|indices| blocked_prefix(caller, &indices).is_some()) {
+            child.terms.clear();
+        }
+    }
+}
+
+/// `GET /v1/tree`: all clusters that hold documents, with their terms, but those of blocked ones.
+pub(super) async fn tree(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+) -> Answer<Json<Value>> {
     let retrieval = retrieval(&app)?.clone();
     // Of a large tree this is some work.
-    let told = tokio::task::spawn_blocking(move || whole_tree(&retrieval)).await;
+    let told = tokio::task::spawn_blocking(move || whole_tree(&retrieval, &caller)).await;
     Ok(Json(told.map_err(ApiError::internal)?))
 }
 
 /// Terms of a cluster that the whole tree tells.
 const N_TERMS: usize = 6;
 
-fn whole_tree(retrieval: &Retrieval) -> Value {
+fn whole_tree(retrieval: &Retrieval, caller: &Caller) -> Value {
     let (tree, page, fetches) = (retrieval.tree(), retrieval.page(), retrieval.fetches());
+    let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
+    let is_blocked = |level: usize, index: u32| {
+        let mut indices = vec![index; level + 1];
+        for above in (0..level).rev() {
+            indices[above] = indices[above + 1] / branching[above + 1] as u32;
+        }
+        !caller.blocked.is_empty() && blocked_prefix(caller, &indices).is_some()
+    };
     let level = |level: usize| -> Value {
         let mut terms: HashMap<u32, Vec<&str>> = HashMap::new();
         if let Some(page) = page {
-            for row in page.clusters.get(level).into_iter().flatten() {
+            for row in page.clusters.get(level).into_iter().flatten().filter(|row| !is_blocked(level, row.i))
+            {
                 let words = row.t.iter().filter_map(|&word| page.words.get(word as usize));
                 terms.insert(row.i, words.take(N_TERMS).map(String::as_str).collect());
             }
@@ -213,7 +254,6 @@ fn whole_tree(retrieval: &Retrieval) -> Value {
         };
         (0..).zip(tree.counts(level)).filter(|(_, n)| **n > 0).map(row).collect()
     };
-    let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
     let levels: Vec<Value> = (0..tree.n_levels()).map(level).collect();
     json!({"branching": branching, "has_terms": page.is_some(), "levels": levels})
 }

@@ -51,6 +51,11 @@ async fn each_key_has_its_own_memory_and_its_own_rate() {
     let refused = server.send("POST", "/v1/retrieve", ART, br#"{"path": "1/4"}"#).await;
     assert_eq!(refused.status, 403);
     assert_eq!(server.send("POST", "/v1/retrieve", LAB, br#"{"path": "1/4"}"#).await.status, 200);
+    let told = server.send("GET", "/v1/explain/1", LAB, b"").await;
+    assert_eq!((told.status, &told.json()["path"]), (200, &json!("1")));
+    for path in ["/v1/explain/0/1", "/v1/explain/0/0"] {
+        assert_eq!(server.send("GET", path, LAB, b"").await.status, 403, "{path}");
+    }
     // Art has asked four times, and may ask six times a minute.
     for _ in 0..2 {
         assert_eq!(ask(ART, body.clone()).await.status, 200);

@@ -8,7 +8,7 @@ async fn every_refusal_says_what_was_expected() {
     let deep = format!("{}1{}", "[".repeat(5000), "]".repeat(5000));
     let table: [(&str, &str, &str, u16, &str); 24] = [
         ("POST", "/v1/completions", "", 400, "the body is not JSON: EOF"),
-        ("POST", "/v1/completions", "[]", 400, "invalid type: sequence"),
+        ("POST", "/v1/completions", "[]", 400, "the body is not JSON of an object"),
         ("POST", "/v1/completions", "{\"prompt\": \"a\"", 400, "the body is not JSON: EOF"),
         (
             "POST",
