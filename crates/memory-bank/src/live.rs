@@ -100,15 +100,16 @@ impl Live {
             let found = ids.iter().map(|&id| shard.versioned(id)).collect::<Result<Vec<_>>>()?;
             (shard.options().seed, found)
         };
-        let values = |((&id, held), (version, found)): ((&ClusterId, &Option<u64>), (u64, Option<Array>))| {
+        let values = |id: ClusterId, held: Option<u64>, version: u64, found: Option<Array>| {
             let values = match found {
-                _ if *held == Some(version) => None,
+                _ if held == Some(version) => None,
                 Some(values) => Some(values.read()?),
                 None => Some(Arc::new(init_block(&self.spec, seed, id))),
             };
             Ok((version, values))
         };
-        ids.par_iter().zip(held).zip(found).map(values).collect()
+        let asked = ids.par_iter().zip(held).zip(found);
+        asked.map(|((&id, &held), (version, found))| values(id, held, version, found)).collect()
     }
 
     /// As [`Live::fetch`], if it needs neither wait for an update or a disk nor compute: `None` otherwise.

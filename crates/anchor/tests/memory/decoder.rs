@@ -13,7 +13,7 @@ use crate::fixtures::*;
 
 /// Longer than three pages, and heads that are not whole panels.
 fn wide(head_width: usize) -> AnchorConfig {
-    AnchorConfig { head_width, max_seq_len: 150, ..config(head_width % 4 == 0) }
+    AnchorConfig { head_width, max_seq_len: 150, ..config(head_width.is_multiple_of(4)) }
 }
 
 /// A block as a cache holds it, and the numbers that it then has.
