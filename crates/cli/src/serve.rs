@@ -196,7 +196,7 @@ fn app(run: Run, retrieval: Option<Retrieval>) -> Result<App> {
     };
     let eot = tokenizer.decode(&[tokenizer.eot()])?;
     let chat = chat_template(&section, &run.dir, eot)?;
-    Ok(App::new(Parts {
+    App::new(Parts {
         name,
         step: run.state.step,
         n_parameters,
@@ -210,7 +210,7 @@ fn app(run: Run, retrieval: Option<Retrieval>) -> Result<App> {
         tiers: run.config.memory.placement,
         limits: section.limits,
     })
-    .context("[serve]")?)
+    .context("[serve]")
 }
 
 /// The last part of a run's path.

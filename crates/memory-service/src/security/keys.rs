@@ -223,7 +223,7 @@ max_concurrent = 2
             (entry("max_concurrent = 0"), "key 1: max_concurrent: expected a whole number above 0"),
             (entry("requests_per_minute = \"x\""), "key 1: requests_per_minute: expected"),
             (entry(&entry("")), "key 2: token: expected one that no other key has"),
-            (format!("[[key]]\nname = \"a\"\ntoken = \"short\""), "key 1: token: expected 16"),
+            ("[[key]]\nname = \"a\"\ntoken = \"short\"".to_owned(), "key 1: token: expected 16"),
             (format!("[[key]]\ntoken = \"{secret}\""), "key 1: name: expected a name"),
             (format!("[[key]]\nname = \"A b\"\ntoken = \"{secret}\""), "name of a key is \"A b\""),
             (format!("key = \"{secret}"), "line 1: not TOML"),

@@ -175,3 +175,28 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Timed<S> {
         self.within(cx, shut)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_given_up_and_a_slow_one_is_not() {
+        let limit = Duration::from_secs(3);
+        let (ours, mut theirs) = tokio::io::duplex(4);
+        let mut io = Timed { io: ours, limit, waits: None };
+        let slow = async {
+            let mut taken = [0; 4];
+            for _ in 0..25 {
+                sleep(Duration::from_secs(2)).await;
+                tokio::io::AsyncReadExt::read_exact(&mut theirs, &mut taken).await.unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(io.write_all(&[0; 100]), slow);
+        written.unwrap();
+        let error = io.write_all(&[0; 100]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+}

@@ -3,6 +3,7 @@
 mod certs;
 mod files;
 mod grpc;
+mod https;
 mod log;
 mod reload;
 mod tls;
