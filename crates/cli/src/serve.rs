@@ -126,7 +126,7 @@ async fn serve_run(run: Run) -> Result<()> {
 
 /// The run in the words of the line that says that it is served.
 fn told(run: &Run, spec: Option<&BlockSpec>) -> String {
-    let parameters = short(run.anchor.config().n_parameters() as u64);
+    let parameters = short(run.anchor.config().n_parameters());
     let bank = spec.map_or("no bank".to_owned(), |spec| format!("bank of {}", short(spec.bank_len())));
     format!("{} (step {}, {parameters} parameters, {bank})", run.dir.display(), run.state.step)
 }
@@ -185,7 +185,7 @@ fn app(run: Run, retrieval: Option<Retrieval>) -> Result<App> {
     };
     let name = section.name.clone().unwrap_or_else(|| name_of(&run.dir));
     let tokenizer = Arc::new(run.tokenizer);
-    let n_parameters = run.anchor.config().n_parameters() as u64;
+    let n_parameters = run.anchor.config().n_parameters();
     let decoder = Arc::new(Decoder::new(&run.anchor, DecoderOptions { weights: section.weights })?);
     drop(run.anchor);
     let engine =
