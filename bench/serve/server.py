@@ -205,20 +205,34 @@ def percentile(values, p):
     return values[min(len(values) - 1, int(len(values) * p / 100))]
 
 
-async def one(port, prompt, to):
-    began = time.monotonic()
-    try:
-        status, text = await ask(port, "POST", "/v1/completions", completion(prompt, "auto"))
-        took = time.monotonic() - began
-        if status == 200 and json.loads(text)["usage"]["completion_tokens"] == TOKENS:
-            to["served"].append(took)
-            to["ends"].append(time.monotonic())
-        elif status == 429:
-            to["refused"].append(took)
-        else:
+class Clients:
+    """Connections that are kept, so that asking takes little of the processors that answer."""
+
+    def __init__(self, port, prompts):
+        self.port, self.idle = port, []
+        bodies = [json.dumps(completion(prompt, "auto")).encode() for prompt in prompts]
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+        self.requests = [f"{head}{len(body)}\r\n\r\n".encode() + body for body in bodies]
+
+    async def one(self, i, to):
+        began = time.monotonic()
+        try:
+            connection = self.idle.pop() if self.idle else await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = connection
+            writer.write(self.requests[i % len(self.requests)])
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+            self.idle.append(connection)
+            took = time.monotonic() - began
+            if head.startswith(b"http/1.1 200") and json.loads(body)["usage"]["completion_tokens"] == TOKENS:
+                to["served"].append(took)
+                to["ends"].append(time.monotonic())
+            elif head.startswith(b"http/1.1 429"):
+                to["refused"].append(took)
+            else:
+                to["errors"] += 1
+        except (OSError, ValueError, IndexError, asyncio.IncompleteReadError):
             to["errors"] += 1
-    except (OSError, ValueError, asyncio.IncompleteReadError):
-        to["errors"] += 1
 
 
 def new():
@@ -227,12 +241,12 @@ def new():
 
 async def closed(port, prompts, n, seconds):
     """`n` clients, each with one request at a time."""
-    to, end = new(), time.monotonic() + seconds
+    to, end, clients = new(), time.monotonic() + seconds, Clients(port, prompts)
     began = time.monotonic()
 
     async def client(i):
         while time.monotonic() < end:
-            await one(port, prompts[i % len(prompts)], to)
+            await clients.one(i, to)
             i += n
 
     await asyncio.gather(*(client(i) for i in range(n)))
@@ -242,12 +256,12 @@ async def closed(port, prompts, n, seconds):
 
 async def opened(port, prompts, rate, seconds):
     """Requests at this rate, each on its own."""
-    to, tasks = new(), []
+    to, tasks, clients = new(), [], Clients(port, prompts)
     began = time.monotonic()
     n = int(rate * seconds)
     for i in range(n):
         await asyncio.sleep(max(0.0, began + i / rate - time.monotonic()))
-        tasks.append(asyncio.create_task(one(port, prompts[i % len(prompts)], to)))
+        tasks.append(asyncio.create_task(clients.one(i, to)))
     sent = time.monotonic()
     await asyncio.gather(*tasks)
     to["sent"] = n / (sent - began)
