@@ -107,9 +107,6 @@ fn sizes(len: usize, d: usize) -> (usize, usize) {
     (len / (3 * d), len / 3 * 2)
 }
 
-/// Bytes of weights, once for each row, that one thread multiplies as soon as several have been woken up for it.
-const ALONE: usize = 128 << 10;
-
 /// Consecutive rows of x that one FFN serves.
 #[derive(Clone)]
 pub struct FfnRun<'a> {
@@ -150,10 +147,7 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, runs: &[FfnRun]) {
     };
     if runs.len() < rayon::current_num_threads() {
         let mut buffers = (vec![], vec![]);
-        for one in runs {
-            let is_small = one.weights.bytes() * one.rows.len() < ALONE;
-            run(&mut buffers, one, if is_small { Threads::One } else { Threads::All });
-        }
+        runs.iter().for_each(|one| run(&mut buffers, one, Threads::All));
     } else {
         runs.par_iter().for_each_init(Default::default, |buffers, one| run(buffers, one, Threads::One));
     }
