@@ -1,5 +1,3 @@
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,7 +5,7 @@ use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use toml::{Table, Value};
 
-use super::tokens::check_private;
+use super::tokens::read_private;
 use super::{Error, MIN_TOKEN_LEN, Reloading, Result, names};
 
 /// API keys that follow their file.
@@ -60,12 +58,7 @@ impl ApiKeys {
     /// A file that others may read is refused, or its group, unless it belongs to root. No message quotes
     /// what may be a token.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).map_err(Error::io(path))?;
-        let metadata = file.metadata().map_err(Error::io(path))?;
-        check_private(&metadata).map_err(Error::inside(path))?;
-        let mut text = String::new();
-        file.read_to_string(&mut text).map_err(Error::io(path))?;
-        Self::parse(&text).map_err(Error::inside(path))
+        Self::parse(&read_private(path)?).map_err(Error::inside(path))
     }
 
     /// The same, read again whenever the file changes.

@@ -39,12 +39,7 @@ impl Tokens {
     ///
     /// A file that others may read is refused, or its group, unless it belongs to root.
     pub fn read(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).map_err(Error::io(path))?;
-        let metadata = file.metadata().map_err(Error::io(path))?;
-        check_private(&metadata).map_err(Error::inside(path))?;
-        let mut text = String::new();
-        file.read_to_string(&mut text).map_err(Error::io(path))?;
-        Self::parse(&text).map_err(Error::inside(path))
+        Self::parse(&read_private(path)?).map_err(Error::inside(path))
     }
 
     /// The same, read again whenever the file changes.
@@ -92,6 +87,16 @@ impl Tokens {
         }
         KEYS.into_iter().map(|(_, permission)| permission).find(|p| 1 + *p as u8 == found)
     }
+}
+
+/// The text of a file that is its owner's alone.
+pub(super) fn read_private(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let metadata = file.metadata().map_err(Error::io(path))?;
+    check_private(&metadata).map_err(Error::inside(path))?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(Error::io(path))?;
+    Ok(text)
 }
 
 /// The list under a key, empty when the key is not there.
