@@ -157,11 +157,10 @@ impl Decoder {
         let (n, d) = (rows.positions.len(), self.config.d_model);
         let mut normed = vec![0.0; x.len()];
         rms_norm_rows(x, &layer.ffn_norm, self.config.norm_eps, &mut normed);
-        add_ffn(&normed, x, d, &[FfnRun { weights: &layer.ffn, rows: 0..n }]);
+        let mut levels = vec![vec![FfnRun { weights: &layer.ffn, rows: 0..n }]];
         let n_levels = rows.memories.iter().map(|memory| memory.blocks().len()).max().unwrap_or(0);
-        for level in 0..n_levels {
-            add_ffn(&normed, x, d, &rows.runs(level, index));
-        }
+        levels.extend((0..n_levels).map(|level| rows.runs(level, index)));
+        add_ffn(&normed, x, d, &levels);
     }
 
     /// The scores that are asked for, in the order of the segments.
