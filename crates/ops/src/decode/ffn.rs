@@ -6,8 +6,8 @@ use super::Held;
 use crate::Precision;
 use crate::buffer::{Shared, output};
 use crate::gemm::{
-    Addend, COLUMNS, Output, Right, Short, TOGETHER_COLUMNS, Threads, View, bf16, multiply, panels_of_columns,
-    panels_of_rows, task_size,
+    Addend, COLUMNS, Output, Right, Short, TOGETHER_COLUMNS, Threads, View, bf16, multiply,
+    panels_of_columns, panels_of_rows, task_size,
 };
 use crate::math::sigmoid;
 
@@ -142,9 +142,7 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, levels: &[Vec<FfnRun>]) {
     };
     let places: Vec<(usize, usize)> = levels.iter().flatten().map(place).collect();
     let (mut products, mut hidden) = (output(n_products), output(n_hidden));
-    let layers = |(run, (first_product, first)): (_, (usize, usize))| {
-        Hidden { run, first_product, first }
-    };
+    let layers = |(run, (first_product, first)): (_, (usize, usize))| Hidden { run, first_product, first };
     let runs: Vec<Hidden> = levels.iter().flatten().zip(places).map(layers).collect();
     let (all_products, all_hidden) = (Shared::new(&mut products), Shared::new(&mut hidden));
     let pieces = pieces(&runs);
@@ -224,10 +222,12 @@ impl Piece<'_> {
             unsafe { multiply((m, left), weights.w_in.all().columns(part), to) }
         }
         for i in 0..m {
-            let (at, to) = (first + i * 2 * r + columns.start, of.first + (rows.start + i) * row + columns.start);
+            let (at, to) =
+                (first + i * 2 * r + columns.start, of.first + (rows.start + i) * row + columns.start);
             let n = columns.len();
             // SAFETY: as above; the products were just written.
-            let (a, b, hidden) = unsafe { (products.slice(at, n), products.slice(at + r, n), hidden.slice(to, n)) };
+            let (a, b, hidden) =
+                unsafe { (products.slice(at, n), products.slice(at + r, n), hidden.slice(to, n)) };
             weights.activate((a, b), columns.start, hidden);
         }
     }
