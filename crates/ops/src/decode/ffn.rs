@@ -243,7 +243,7 @@ fn pieces<'a>(runs: &'a [Hidden<'a>]) -> Vec<Piece<'a>> {
         let [rows, _] = task_size(m, r);
         // Halves that do not begin a panel are not divided.
         let columns = match r.is_multiple_of(COLUMNS) {
-            true => (a_piece / rows.min(m)).next_multiple_of(TOGETHER_COLUMNS).min(r),
+            true => a_piece.div_ceil(rows.min(m)).next_multiple_of(TOGETHER_COLUMNS).min(r),
             false => r,
         };
         for row in (0..m).step_by(rows) {
