@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use cluster_tree::ClusterId;
 use memory_bank::{
-    AdamW, BankStore, BlockSpec, Identity, MappedBank, Placement, Row, Schedule, Shard,
-    ShardOptions, Step, StoreOptions, init_block,
+    AdamW, BankStore, BlockSpec, Identity, MappedBank, Placement, Row, Schedule, Shard, ShardOptions, Step,
+    StoreOptions, init_block,
 };
 
 fn spec(mib: usize) -> BlockSpec {

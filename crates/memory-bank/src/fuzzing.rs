@@ -8,9 +8,7 @@ use crate::bank_store::of_records;
 use crate::checkpoint::check_index;
 use crate::manifest::sha256;
 use crate::segment::{Layout, LevelIndex, Part, block_bytes};
-use crate::{
-    BlockSpec, Error, FileRecord, Identity, Manifest, Placement, Segment, ShardRecord, Step,
-};
+use crate::{BlockSpec, Error, FileRecord, Identity, Manifest, Placement, Segment, ShardRecord, Step};
 
 /// A parser, and bytes that it takes.
 pub struct Target {

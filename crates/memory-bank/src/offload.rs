@@ -119,9 +119,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{
-        AdamW, Block, BlockSpec, Gradients, Live, Placement, Schedule, ShardOptions, Step,
-    };
+    use crate::{AdamW, Block, BlockSpec, Gradients, Live, Placement, Schedule, ShardOptions, Step};
 
     /// Rows of 590 KB: one fits.
     fn spec() -> BlockSpec {

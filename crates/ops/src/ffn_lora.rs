@@ -58,11 +58,8 @@ pub fn gated_ffn_lora(
     let make = |parts: &[LoraPart], sizes: (usize, usize)| {
         Lora::checked(tape.precision(), parts, (n, sizes.0, sizes.1), additions.alpha)
     };
-    let loras = [
-        make(&additions.gate, (d, f))?,
-        make(&additions.up, (d, f))?,
-        make(&additions.down, (f, d))?,
-    ];
+    let loras =
+        [make(&additions.gate, (d, f))?, make(&additions.up, (d, f))?, make(&additions.down, (f, d))?];
     let inputs: Vec<&Traced> = [x, ffn].into_iter().chain(blocks).chain(base).collect();
     if !crate::fused(x.value()) {
         return tape.composed(&inputs, |inputs| composed(inputs, additions, (n, f, d)));

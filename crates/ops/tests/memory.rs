@@ -4,7 +4,7 @@ mod case;
 
 use candle_core::{DType, Device, Tensor};
 use case::Case;
-use ops::{FfnLora, FfnPart, LoraPart, Precision, Run, Tape, Traced};
+use ops::{FfnLora, FfnPart, KvMemoryShape, KvPart, LoraPart, Precision, Run, Tape, Traced};
 
 fn run(block: usize, first_row: usize, n_rows: usize) -> Run {
     Run { block, first_row, n_rows }
@@ -78,9 +78,8 @@ fn an_ffn_with_lora_on_all_of_its_matrices() {
     let with_base = |tape: &mut Tape, x: &[Traced]| {
         ops::gated_ffn_lora(tape, Some(&x[0]), &x[1], &x[2], &additions(&x[3..]))
     };
-    let without = |tape: &mut Tape, x: &[Traced]| {
-        ops::gated_ffn_lora(tape, None, &x[0], &x[1], &additions(&x[2..]))
-    };
+    let without =
+        |tape: &mut Tape, x: &[Traced]| ops::gated_ffn_lora(tape, None, &x[0], &x[1], &additions(&x[2..]));
     for (d, f) in [(6, 11), (34, 40)] {
         let x = vec![3, 25, d];
         let block = |r: usize| vec![r * (d + f)];
@@ -123,4 +122,57 @@ fn lora_that_was_never_trained_changes_no_bit() {
             assert_eq!(bits(&found.unwrap()), bits(&plain), "{n} rows in {precision:?}");
         }
     }
+}
+
+fn kv_shape(heads: usize, kv_heads: usize, head_width: usize) -> KvMemoryShape {
+    KvMemoryShape { heads, kv_heads, head_width, scale: 1.0 / (head_width as f32).sqrt() }
+}
+
+#[test]
+fn kv_memory_of_blocks_of_several_sizes() {
+    for (heads, kv_heads, k) in [(3, 3, 5), (4, 2, 8), (4, 1, 40)] {
+        let shape = kv_shape(heads, kv_heads, k);
+        let op = |tape: &mut Tape, x: &[Traced]| {
+            let kv = |part: LoraPart| KvPart { blocks: part.blocks, runs: part.runs };
+            let parts: Vec<KvPart> = parts(&x[2..]).into_iter().map(kv).collect();
+            ops::kv_memory(tape, &x[0], &x[1], &parts, shape)
+        };
+        let (rows, block) = (vec![3, 25, heads * k], |r: usize| vec![2, r, kv_heads * k]);
+        let shapes = vec![rows.clone(), rows, block(5), block(5), block(5), block(3)];
+        Case { shapes, n_activations: 2, op: &op }.check("kv memory");
+    }
+    // More scores than a backward pass holds at a time, and pairs of more than a panel.
+    let op = |tape: &mut Tape, x: &[Traced]| {
+        let runs = vec![run(0, 0, 200), run(1, 201, 299)];
+        let part = KvPart { blocks: x[2..4].to_vec(), runs };
+        ops::kv_memory(tape, &x[0], &x[1], &[part], kv_shape(64, 2, 2))
+    };
+    let shapes = vec![vec![500, 128], vec![500, 128], vec![2, 70, 4], vec![2, 70, 4]];
+    Case { shapes, n_activations: 2, op: &op }.check("much kv memory");
+}
+
+#[test]
+fn kv_memory_whose_values_are_0_changes_no_bit() {
+    let (base, q) = (numbers(&[75, 32], 1), numbers(&[75, 32], 2));
+    let keys = case::values(7 * 16, 3, 0.9).into_iter().map(|x| x as f32);
+    let block: Vec<f32> = keys.chain(vec![0.0; 7 * 16]).collect();
+    let block = Traced::constant(Tensor::from_vec(block, (2, 7, 16), &Device::Cpu).unwrap());
+    let part = KvPart { blocks: vec![block], runs: vec![run(0, 0, 75)] };
+    let y = ops::kv_memory(&mut off(), &base, &q, &[part], kv_shape(4, 2, 8)).unwrap();
+    assert_eq!(bits(&y), bits(&base));
+}
+
+#[test]
+fn kv_memory_refuses_heads_and_blocks_that_do_not_fit() {
+    let (q, block) = (numbers(&[4, 6], 1), numbers(&[2, 3, 4], 2));
+    let error = |shape, runs: Vec<Run>| {
+        let part = KvPart { blocks: vec![block.clone()], runs };
+        ops::kv_memory(&mut off(), &q, &q, &[part], shape).unwrap_err().to_string()
+    };
+    let heads = error(kv_shape(3, 2, 2), vec![run(0, 0, 4)]);
+    assert!(heads.contains("heads: 3, kv_heads: 2") && heads.contains("q [4, 6]"), "{heads}");
+    let width = error(kv_shape(3, 3, 2), vec![run(0, 0, 4)]);
+    assert!(width.contains("kv memory: a block of [2, 3, 4] for"), "{width}");
+    let rows = error(KvMemoryShape { kv_heads: 2, ..kv_shape(6, 6, 1) }, vec![run(0, 0, 5)]);
+    assert!(rows.contains("a block of [2, 3, 4]"), "{rows}");
 }

@@ -6,8 +6,7 @@ use std::path::Path;
 use cluster_tree::ClusterId;
 use memory_bank::{
     BankOptions, BankStore, Block, BlockSpec, BlockStore, Checkpoint, Error, Gradients, Identity, Live,
-    LocalBank, Offload, OffloadOptions, Placement, Row, Shard, ShardOptions, ShardRecord,
-    Snapshot, Step,
+    LocalBank, Offload, OffloadOptions, Placement, Row, Shard, ShardOptions, ShardRecord, Snapshot, Step,
 };
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
