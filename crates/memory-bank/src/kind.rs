@@ -73,6 +73,8 @@ pub struct LayerWidths {
     pub query: usize,
     /// Of keys, and of values: heads of keys times their width.
     pub key_value: usize,
+    /// Of a head.
+    pub head: usize,
     /// Of the FFN.
     pub ffn: usize,
 }

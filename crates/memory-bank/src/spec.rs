@@ -92,10 +92,11 @@ impl BlockSpec {
         let expected = match self.kind {
             MemoryKind::Ffn if n == 0 => return Ok(()),
             MemoryKind::Ffn => "none with kind ffn".to_owned(),
-            _ if n == 1 || n == self.n_layers => match self.inner.iter().find(|widths| widths.least() == 0) {
+            _ if n == 1 || n == self.n_layers => match self.inner.iter().find(|widths| !widths.fit()) {
                 None => return Ok(()),
                 Some(widths) => {
-                    let expected = "widths of at least 1".to_owned();
+                    let expected =
+                        "widths of at least 1, those of queries and keys of whole heads".to_owned();
                     return Err(Error::Setting { field: "inner", expected, found: format!("{widths:?}") });
                 }
             },
@@ -139,7 +140,7 @@ impl BlockSpec {
 
     /// The widths within a layer; of FFN memory, whose sizes do not follow from them, zeros.
     pub fn inner_of(&self, layer: usize) -> LayerWidths {
-        let none = LayerWidths { query: 0, key_value: 0, ffn: 0 };
+        let none = LayerWidths { query: 0, key_value: 0, head: 0, ffn: 0 };
         self.inner.get(layer).or(self.inner.first()).copied().unwrap_or(none)
     }
 
@@ -273,8 +274,8 @@ impl BlockSpec {
             add(self.n_memory_layers());
             self.memory_layers().for_each(&mut add);
         }
-        for LayerWidths { query, key_value, ffn } in &self.inner {
-            [*query, *key_value, *ffn].into_iter().for_each(&mut add);
+        for LayerWidths { query, key_value, head, ffn } in &self.inner {
+            [*query, *key_value, *head, *ffn].into_iter().for_each(&mut add);
         }
         crate::manifest::hex(&hasher.finalize())
     }
@@ -301,8 +302,10 @@ impl BlockSpec {
 }
 
 impl LayerWidths {
-    fn least(&self) -> usize {
-        self.query.min(self.key_value).min(self.ffn)
+    fn fit(&self) -> bool {
+        let Self { query, key_value, head, ffn } = *self;
+        let heads = head > 0 && key_value > 0 && query > 0 && key_value.is_multiple_of(head);
+        heads && query.is_multiple_of(key_value) && ffn > 0
     }
 }
 

@@ -16,15 +16,15 @@ const LORA_FFN: MemoryKind = MemoryKind::Lora { on: LoraOn::Ffn };
 fn paper(kind: MemoryKind) -> BlockSpec {
     let inner = match kind {
         MemoryKind::Ffn => vec![],
-        _ => vec![LayerWidths { query: 384, key_value: 384, ffn: 2048 }],
+        _ => vec![LayerWidths { query: 384, key_value: 384, head: 32, ffn: 2048 }],
     };
     BlockSpec { kind, inner, ..BlockSpec::ffn(35, 512, vec![256, 64, 16, 0], vec![16; 4]) }
 }
 
 /// An anchor of 4 layers with half as many heads of keys, its layers of two widths.
 fn uneven(kind: MemoryKind) -> BlockSpec {
-    let narrow = LayerWidths { query: 12, key_value: 6, ffn: 20 };
-    let wide = LayerWidths { query: 24, key_value: 12, ffn: 40 };
+    let narrow = LayerWidths { query: 12, key_value: 6, head: 6, ffn: 20 };
+    let wide = LayerWidths { query: 24, key_value: 12, head: 6, ffn: 40 };
     let inner = vec![narrow, narrow, wide, wide];
     BlockSpec { kind, inner, ..BlockSpec::ffn(4, 10, vec![2, 3], vec![2, 2]) }
 }
@@ -82,15 +82,19 @@ fn the_layers_with_memory_are_all_a_third_or_a_list() {
 #[test]
 fn widths_within_layers_are_those_that_the_kind_needs() {
     let error = |spec: BlockSpec| spec.validate().unwrap_err().to_string();
-    let widths = LayerWidths { query: 12, key_value: 6, ffn: 20 };
+    let widths = LayerWidths { query: 12, key_value: 6, head: 6, ffn: 20 };
     let with = |inner| BlockSpec { inner, ..uneven(QK) };
     assert_eq!(error(with(vec![])), "inner is of 0 layers, expected 1 or 4 with kind lora_qk");
     assert_eq!(error(with(vec![widths; 3])), "inner is of 3 layers, expected 1 or 4 with kind lora_qk");
     let ffn = BlockSpec { kind: MemoryKind::Ffn, ..uneven(QK) };
     assert_eq!(error(ffn), "inner is of 4 layers, expected none with kind ffn");
     let narrow = error(with(vec![LayerWidths { ffn: 0, ..widths }]));
-    assert!(narrow.ends_with("ffn: 0 }, expected widths of at least 1"), "{narrow}");
-    let huge = LayerWidths { key_value: usize::MAX, ..widths };
+    let expected = "expected widths of at least 1, those of queries and keys of whole heads";
+    assert!(narrow.ends_with(&format!("ffn: 0 }}, {expected}")), "{narrow}");
+    for wrong in [LayerWidths { key_value: 5, ..widths }, LayerWidths { key_value: 24, ..widths }] {
+        assert!(error(with(vec![wrong])).ends_with(expected), "{wrong:?}");
+    }
+    let huge = LayerWidths { query: usize::MAX, key_value: usize::MAX, head: usize::MAX, ..widths };
     assert!(error(with(vec![huge])).contains("2^60 parameters"));
     let many = BlockSpec { n_layers: usize::MAX, ..with(vec![widths]) };
     assert!(error(many).contains("2^60 parameters"));
@@ -139,7 +143,10 @@ fn other_kinds_and_layers_are_written_and_hashed() {
     let spec = BlockSpec { layers: MemoryLayers::Late, ..uneven(QK) };
     let text = serde_json::to_string(&spec).unwrap();
     assert!(text.starts_with(r#"{"kind":"lora_qk","n_layers":4,"d_model":10,"#), "{text}");
-    assert!(text.contains(r#""layers":"late","inner":[{"query":12,"key_value":6,"ffn":20},"#), "{text}");
+    assert!(
+        text.contains(r#""layers":"late","inner":[{"query":12,"key_value":6,"head":6,"ffn":20},"#),
+        "{text}"
+    );
     assert_eq!(serde_json::from_str::<BlockSpec>(&text).unwrap(), spec);
     let listed = BlockSpec { layers: MemoryLayers::List(vec![2, 3]), ..spec.clone() };
     assert!(serde_json::to_string(&listed).unwrap().contains(r#""layers":[2,3]"#));

@@ -6,11 +6,15 @@
 
 mod attention;
 mod ffn;
+mod kv_memory;
+mod lora;
 mod matrix;
 mod norm;
 
 pub use attention::{KvPages, KvShape, Reading, SequenceCache};
 pub use ffn::{FfnRun, FfnWeights, add_ffn};
+pub use kv_memory::{KvRun, KvWeights, add_kv_memory};
+pub use lora::{LoraRun, LoraWeights, Place, add_lora};
 pub use matrix::{Held, Matrix};
 pub use norm::{norm_rope_rows, rms_norm_rows};
 

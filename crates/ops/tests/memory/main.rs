@@ -1,6 +1,8 @@
 //! The operations of LoRA and KV memory, as `gradients.rs` tests the others.
 
+#[path = "../case/mod.rs"]
 mod case;
+mod decode;
 
 use candle_core::{DType, Device, Tensor};
 use case::Case;
