@@ -54,6 +54,7 @@ impl Bench {
             max_seq_len: 2048,
             rope_base: 100_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         Ok(Self { anchor, width: vec![d_model / 2, d_model / 8, d_model / 32] })
     }

@@ -2,7 +2,7 @@
 
 use ops::Precision;
 
-use crate::{AnchorConfig, Compute};
+use crate::{AnchorConfig, Compute, LayerShape};
 
 /// A training pass whose bytes are asked for.
 #[derive(Clone, Copy, Debug)]
@@ -40,22 +40,27 @@ impl TrainingBytes {
 impl AnchorConfig {
     /// The bytes of training on the CPU, where everything is f32 but the packed operands of products in bf16.
     pub fn training_bytes(&self, shape: TrainingShape, compute: Compute) -> TrainingBytes {
-        let [v, d, l, a, h, f] = [
-            self.vocab_size,
-            self.d_model,
-            self.n_layers,
-            self.attention_width(),
-            self.n_heads,
-            self.ffn_width + shape.memory_width,
-        ]
-        .map(|x| x as u64);
+        let [v, d, l, f] =
+            [self.vocab_size, self.d_model, self.n_layers, self.ffn_width + shape.memory_width]
+                .map(|x| x as u64);
         let rows = (shape.micro_batch * shape.len) as u64;
         // Both residuals, queries and keys before their norm, values, what attention mixed and its log-sum-exp, and
-        // the products of the FFN; what comes out of a norm is computed again.
-        let block = rows * (2 * d + 4 * a + h + 2 * f);
+        // the products of the FFN; what comes out of a norm is computed again. And what a post-norm norms, twice.
+        let post_norms = if self.form.post_norms { 2 } else { 0 };
+        let block = |layer: LayerShape| {
+            let [a, e, h, f] =
+                [layer.query_width(), layer.kv_width(), layer.heads, layer.ffn_width + shape.memory_width]
+                    .map(|x| x as u64);
+            rows * ((2 + post_norms) * d + 2 * a + 2 * e + h + 2 * f)
+        };
+        let largest = self.layers().map(block).max().unwrap_or(0);
         // The embedded tokens, and the last norm.
         let ends = 2 * rows * d;
-        let activations = ends + if compute.checkpoint { l * rows * d } else { l * block };
+        let activations = ends
+            + match compute.checkpoint {
+                true => l * rows * d,
+                false => self.layers().map(block).sum(),
+            };
         let packed = match compute.precision {
             Precision::F32 => 4,
             Precision::Bf16 => 2,
@@ -64,7 +69,7 @@ impl AnchorConfig {
         let loss = 4 * ((ops::LOGIT_ROWS as u64).min(rows) * v + rows * d) + packed * 2 * v * d;
         // A block's FFN backward: hidden activations, gradients of both ends; weights and inputs packed. With
         // checkpoints all activations of the block were just computed again.
-        let again = if compute.checkpoint { block } else { 0 };
+        let again = if compute.checkpoint { largest } else { 0 };
         let ffn = 4 * (again + rows * (f + 2 * d))
             + packed * (2 * rows * d + 3 * self.ffn_width as u64 * d + shape.block_parameters / l);
         TrainingBytes {

@@ -162,7 +162,7 @@ impl FetchedMemory {
                 traced
             };
             let blocks = level.blocks.iter().map(&mut block).collect();
-            parts.push(FfnPart { blocks, runs: level.runs(rows_per_sequence) });
+            parts.push(FfnPart { blocks, runs: level.runs(rows_per_sequence), bias: None });
         }
         parts
     }

@@ -52,6 +52,7 @@ fn check(compute: Compute) {
         max_seq_len: 256,
         rope_base: 10_000.0,
         norm_eps: 1e-5,
+        form: anchor::Form::default(),
     };
     let (batch, len) = (16, 256);
     let tokens: Vec<u32> = (0..batch * len).map(|i| (i * 31 % 8000) as u32).collect();

@@ -5,16 +5,23 @@ use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, tensor, with_mut};
 use crate::gemm::{Addend, Output, Right, Size, Threads, View, Write, gemm, multiply_all};
+use crate::linear::sum_of_rows;
 use crate::lora::{self, Lora};
 use crate::tape::{Place, repeat_a_slot};
-use crate::{Gradients, LoraPart, Precision, Tape, Traced};
+use crate::{Activation, Gradients, LoraPart, Precision, Tape, Traced};
 
-/// The additions to the three matrices of an FFN.
-#[derive(Clone, Debug, Default)]
+/// An FFN, and the additions to its three matrices.
+#[derive(Clone, Debug)]
 pub struct FfnLora {
-    /// To M1, under the activation.
+    /// [M1, M2, M3] as [3, F, D], M3 being stored transposed.
+    pub block: Traced,
+    /// What is added to x·M1ᵀ and to x·M2ᵀ, [2·F].
+    pub bias: Option<Traced>,
+    /// What is applied to x·M1ᵀ.
+    pub activation: Activation,
+    /// Additions to M1.
     pub gate: Vec<LoraPart>,
-    /// To M2, beside it.
+    /// To M2.
     pub up: Vec<LoraPart>,
     /// To M3.
     pub down: Vec<LoraPart>,
@@ -23,57 +30,51 @@ pub struct FfnLora {
 }
 
 impl FfnLora {
-    fn blocks(&self) -> Vec<&Traced> {
-        [&self.gate, &self.up, &self.down].into_iter().flatten().flat_map(|part| &part.blocks).collect()
+    fn blocks(&self) -> impl Iterator<Item = &Traced> {
+        [&self.gate, &self.up, &self.down].into_iter().flatten().flat_map(|part| &part.blocks)
     }
 }
 
 /// y = base + (f(x·M1'ᵀ) ⊙ (x·M2'ᵀ))·M3', with M' = M + α·BA of the row's blocks, f being the activation.
 /// Without a base nothing is added.
 ///
-/// `base`, `x` and y [.., D], `ffn` [M1, M2, M3] as [3, F, D], M3 being stored transposed. Where all B are 0, y has
-/// the bits of [`crate::gated_ffn`].
+/// `base`, `x` and y [.., D]. Where all B are 0, y has the bits of [`crate::gated_ffn`].
 ///
 /// # Errors
 /// As [`crate::gated_ffn`] and [`crate::lora`].
-pub fn gated_ffn_lora(
-    tape: &mut Tape,
-    base: Option<&Traced>,
-    x: &Traced,
-    ffn: &Traced,
-    additions: &FfnLora,
-) -> Result<Traced> {
-    let &[3, f, d] = ffn.value().dims() else {
-        candle_core::bail!("gated ffn: a block of {:?}", ffn.value().dims());
+pub fn gated_ffn_lora(tape: &mut Tape, base: Option<&Traced>, x: &Traced, ffn: &FfnLora) -> Result<Traced> {
+    let &[3, f, d] = ffn.block.value().dims() else {
+        candle_core::bail!("gated ffn: a block of {:?}", ffn.block.value().dims());
     };
     let base_dims = base.map_or(x.value().dims(), |base| base.value().dims());
     if base_dims != x.value().dims() || x.value().dims().last() != Some(&d) || f == 0 {
         candle_core::bail!("gated ffn of width {d}: base {base_dims:?}, x {:?}", x.value().dims());
     }
+    if let Some(bias) = ffn.bias.as_ref().filter(|bias| bias.value().dims() != [2 * f]) {
+        candle_core::bail!("gated ffn: a bias of {:?} for a block of width {f}", bias.value().dims());
+    }
     let n = x.value().elem_count() / d;
-    let blocks = additions.blocks();
-    if repeat_a_slot(blocks.iter().copied().chain([ffn])) {
+    let weights = || [&ffn.block].into_iter().chain(ffn.blocks()).chain(&ffn.bias);
+    if repeat_a_slot(weights()) {
         candle_core::bail!("gated ffn: a block with a gradient is given twice");
     }
-    let make = |parts: &[LoraPart], sizes: (usize, usize)| {
-        Lora::checked(tape.precision(), parts, (n, sizes.0, sizes.1), additions.alpha)
-    };
-    let loras =
-        [make(&additions.gate, (d, f))?, make(&additions.up, (d, f))?, make(&additions.down, (f, d))?];
-    let inputs: Vec<&Traced> = [x, ffn].into_iter().chain(blocks).chain(base).collect();
+    let make = |parts: &[LoraPart], (i, o)| Lora::checked(tape.precision(), parts, (n, i, o), ffn.alpha);
+    let loras = [make(&ffn.gate, (d, f))?, make(&ffn.up, (d, f))?, make(&ffn.down, (f, d))?];
+    let inputs: Vec<&Traced> = [x].into_iter().chain(weights()).chain(base).collect();
     if !crate::fused(x.value()) {
-        return tape.composed(&inputs, |inputs| composed(inputs, additions, (n, f, d)));
+        return tape.composed(&inputs, |inputs| composed(inputs, ffn, (n, f, d)));
     }
     let records = tape.records(&inputs);
-    let op = GatedFfnLora { precision: tape.precision(), n, f, d, loras };
+    let op = GatedFfnLora { precision: tape.precision(), activation: ffn.activation, n, f, d, loras };
     let (y, kept) = op.forward(base, x, ffn)?;
     let y = tensor(y, x.value().shape())?;
     if !records {
         return Ok(Traced::constant(y));
     }
-    let (base, x_kept, x, ffn) = (base.map(Traced::place), x.keep(), x.place(), ffn.clone());
+    let (base, x_kept, x) = (base.map(Traced::place), x.keep(), x.place());
+    let (block, bias) = (ffn.block.clone(), ffn.bias.as_ref().map(Traced::place));
     Ok(tape.record(y, move |dy, gradients| {
-        op.backward((&x, &x_kept.value()?), &ffn, &dy, kept, gradients)?;
+        op.backward((&x, &x_kept.value()?), (&block, bias.as_ref()), &dy, kept, gradients)?;
         match base {
             Some(base) => gradients.give(&base, dy),
             None => Ok(()),
@@ -81,25 +82,34 @@ pub fn gated_ffn_lora(
     }))
 }
 
-/// `inputs` are x, the FFN, all blocks, and the base if there is one.
-fn composed(inputs: &[Tensor], additions: &FfnLora, (n, f, d): (usize, usize, usize)) -> Result<Tensor> {
-    let [x, ffn, rest @ ..] = inputs else { candle_core::bail!("gated ffn: x or its weights are missing") };
+/// `inputs` are x, the FFN, all blocks, the bias if there is one, and the base if there is one.
+fn composed(inputs: &[Tensor], ffn: &FfnLora, (n, f, d): (usize, usize, usize)) -> Result<Tensor> {
+    let [x, block, rest @ ..] = inputs else { candle_core::bail!("gated ffn: x or its weights are missing") };
+    let (blocks, rest) = rest.split_at(ffn.blocks().count());
+    let (bias, base) = rest.split_at(usize::from(ffn.bias.is_some()));
     let dims = x.dims();
     let x = x.reshape((n, d))?;
-    let ffn = ffn.to_dtype(x.dtype())?;
-    let matrix = |i: usize| ffn.narrow(0, i, 1)?.squeeze(0);
+    let block = block.to_dtype(x.dtype())?;
+    let matrix = |i: usize| block.narrow(0, i, 1)?.squeeze(0);
+    let product = |i: usize| -> Result<Tensor> {
+        let product = x.matmul(&matrix(i)?.t()?)?;
+        match bias {
+            [bias] => product.broadcast_add(&bias.narrow(0, i * f, f)?.to_dtype(x.dtype())?),
+            _ => Ok(product),
+        }
+    };
     let mut first = 0;
     let mut add = |y: Tensor, x: &Tensor, parts: &[LoraPart], sizes| {
         let n_blocks: usize = parts.iter().map(|part| part.blocks.len()).sum();
-        let inputs = [&[y, x.clone()], &rest[first..first + n_blocks]].concat();
+        let inputs = [&[y, x.clone()], &blocks[first..first + n_blocks]].concat();
         first += n_blocks;
-        lora::composed(&inputs, parts, sizes, additions.alpha)
+        lora::composed(&inputs, parts, sizes, ffn.alpha)
     };
-    let a = add(x.matmul(&matrix(0)?.t()?)?, &x, &additions.gate, (d, f))?;
-    let b = add(x.matmul(&matrix(1)?.t()?)?, &x, &additions.up, (d, f))?;
-    let hidden = (a.silu()? * b)?;
-    let y = add(hidden.matmul(&matrix(2)?)?, &hidden, &additions.down, (f, d))?.reshape(dims)?;
-    match &rest[first..] {
+    let a = add(product(0)?, &x, &ffn.gate, (d, f))?;
+    let b = add(product(1)?, &x, &ffn.up, (d, f))?;
+    let hidden = (ffn.activation.composed(&a)? * b)?;
+    let y = add(hidden.matmul(&matrix(2)?)?, &hidden, &ffn.down, (f, d))?.reshape(dims)?;
+    match base {
         [base] => base + y,
         _ => Ok(y),
     }
@@ -107,6 +117,7 @@ fn composed(inputs: &[Tensor], additions: &FfnLora, (n, f, d): (usize, usize, us
 
 struct GatedFfnLora {
     precision: Precision,
+    activation: Activation,
     n: usize,
     f: usize,
     d: usize,
@@ -123,14 +134,20 @@ struct Kept {
 }
 
 impl GatedFfnLora {
-    fn forward(&self, base: Option<&Traced>, x: &Traced, ffn: &Traced) -> Result<(Vec<f32>, Kept)> {
+    fn forward(&self, base: Option<&Traced>, x: &Traced, ffn: &FfnLora) -> Result<(Vec<f32>, Kept)> {
         let (n, f, d) = (self.n, self.f, self.d);
         let base = base.map(|base| read(base.value())).transpose()?;
-        let (x, ffn) = (&*read(x.value())?, &*read(ffn.value())?);
-        let (w_in, w_out) = ffn.split_at(2 * f * d);
+        let bias = ffn.bias.as_ref().map(|bias| read(bias.value())).transpose()?;
+        let (x, weights) = (&*read(x.value())?, read(ffn.block.value())?);
+        let (w_in, w_out) = weights.split_at(2 * f * d);
         let x = View::rows(x, d);
         let mut products = output(n * 2 * f);
-        let to = Output { to: Shared::new(&mut products), offset: 0, row: 2 * f, from: Addend::Zero };
+        let from = match &bias {
+            // Every row adds the same one: the rows of the addend lie 0 apart.
+            Some(bias) => Addend::Other { values: Shared::of(bias), offset: 0, row: 0 },
+            None => Addend::Zero,
+        };
+        let to = Output { to: Shared::new(&mut products), offset: 0, row: 2 * f, from };
         let right = Right::pack(self.precision, View::transposed(w_in, d), (d, 2 * f), Threads::All);
         // SAFETY: the products are [N, 2F] and nobody else's; so are the halves of their rows.
         let [gate, up] = unsafe {
@@ -140,7 +157,7 @@ impl GatedFfnLora {
         };
         let mut hidden = output(n * f);
         let rows = products.par_chunks_exact(2 * f).zip(hidden.par_chunks_exact_mut(f));
-        rows.for_each(|(products, hidden)| activate(products, hidden));
+        rows.for_each(|(products, hidden)| self.activation.gate(products, hidden));
         let mut y = output(n * d);
         let from = match &base {
             Some(base) => Addend::Other { values: Shared::of(base), offset: 0, row: d },
@@ -161,13 +178,13 @@ impl GatedFfnLora {
     fn backward(
         &self,
         (x, x_values): (&Place, &Tensor),
-        ffn: &Traced,
+        (block, bias): (&Traced, Option<&Place>),
         dy: &Tensor,
         Kept { mut products, inner }: Kept,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (n, f, d) = (self.n, self.f, self.d);
-        let (x_values, dy, weights) = (&*read(x_values)?, &*read(dy)?, read(ffn.value())?);
+        let (x_values, dy, weights) = (&*read(x_values)?, &*read(dy)?, read(block.value())?);
         let (w_in, w_out) = weights.split_at(2 * f * d);
         let (x_rows, dy) = (View::rows(x_values, d), View::rows(dy, d));
         let [gate, up, down] = &self.loras;
@@ -181,8 +198,9 @@ impl GatedFfnLora {
         let ddown = unsafe { down.backward(dy, Some(to))? };
         let mut hidden = output(n * f);
         let rows = products.par_chunks_exact_mut(2 * f).zip(dhidden.par_chunks_exact(f));
-        rows.zip(hidden.par_chunks_exact_mut(f))
-            .for_each(|((products, dhidden), hidden)| activate_backward(products, dhidden, hidden));
+        rows.zip(hidden.par_chunks_exact_mut(f)).for_each(|((products, dhidden), hidden)| {
+            self.activation.gate_backward(products, dhidden, hidden)
+        });
         down.backward_blocks([View::rows(&hidden, f), dy], [&inner[2], &ddown], gradients)?;
 
         let dproducts = View::rows(&products, 2 * f);
@@ -201,32 +219,15 @@ impl GatedFfnLora {
         };
         gate.backward_blocks([x_rows, halves[0]], [&inner[0], &dinner[0]], gradients)?;
         up.backward_blocks([x_rows, halves[1]], [&inner[1], &dinner[1]], gradients)?;
-        gradients.write(ffn, |dffn, into| {
-            let (dw_in, dw_out) = dffn.split_at_mut(2 * f * d);
+        if let Some(bias) = bias {
+            gradients.write(bias, |dbias, into| sum_of_rows(&products, (2 * f, 0..2 * f), dbias, into))?;
+        }
+        gradients.write(block, |gradient, into| {
+            let (dw_in, dw_out) = gradient.split_at_mut(2 * f * d);
             let sizes = (Size { m: 2 * f, n: d, k: n }, Size { m: f, n: d, k: n });
             let how = (into, Threads::All);
             gemm(self.precision, sizes.0, (dw_in, d), (View::transposed(&products, 2 * f), x_rows), how);
             gemm(self.precision, sizes.1, (dw_out, d), (View::transposed(&hidden, f), dy), how);
         })
-    }
-}
-
-/// hidden = silu(a) ⊙ b for a row `[a, b]` of products.
-fn activate(products: &[f32], hidden: &mut [f32]) {
-    let (a, b) = products.split_at(hidden.len());
-    for ((hidden, a), b) in hidden.iter_mut().zip(a).zip(b) {
-        *hidden = a * crate::math::sigmoid(*a) * b;
-    }
-}
-
-/// Replaces a row `[a, b]` of products by its gradient, and writes silu(a) ⊙ b to `hidden`.
-fn activate_backward(products: &mut [f32], dhidden: &[f32], hidden: &mut [f32]) {
-    let (a, b) = products.split_at_mut(hidden.len());
-    for (((hidden, dhidden), a), b) in hidden.iter_mut().zip(dhidden).zip(a).zip(b) {
-        let s = crate::math::sigmoid(*a);
-        let silu = *a * s;
-        *hidden = silu * *b;
-        *a = dhidden * *b * (s + silu * (1.0 - s));
-        *b = dhidden * silu;
     }
 }

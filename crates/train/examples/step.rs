@@ -58,6 +58,7 @@ impl Bench {
             max_seq_len: len,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         let train = TrainConfig {
             phase: Phase::Anchor,

@@ -1,9 +1,13 @@
 use std::sync::Arc;
 
-use ops::decode::{FfnRun, KvPages, Reading, SequenceCache, add_ffn, norm_rope_rows, rms_norm_rows};
+use ops::decode::{
+    Attending, FfnRun, KvPages, Reading, SequenceCache, add_ffn, add_rms_norm_rows, norm_rope_rows,
+    rms_norm_rows, soft_cap,
+};
 
 use super::{Decoder, Layer, PackedBlock, PathMemory};
-use crate::{Error, Result};
+use crate::model::scoring;
+use crate::{Error, LayerShape, Result};
 
 /// Which of a segment's tokens are scored: the scores of a token are those of the one after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,42 +129,68 @@ impl Decoder {
             }
             let first = segment.cache.len() as u32;
             rows.positions.extend(first..first + n_rows as u32);
+            if let Some(factor) = self.config.form.embedding_scale {
+                let embedded = &mut x[first_row * d..(first_row + n_rows) * d];
+                embedded.iter_mut().for_each(|x| *x *= factor as f32);
+            }
             rows.readings.push(Reading { cache: segment.cache, first_row, n_rows });
             rows.memories.push(segment.memory);
         }
         (rows, x)
     }
 
-    /// x += attention(norm(x))
+    /// x += attention(norm(x)), normed once more before it is added where the form has it so.
     fn attend(&self, (index, layer): (usize, &Layer), pages: &mut KvPages, rows: &Rows, x: &mut [f32]) {
-        let (n, a, eps) = (rows.positions.len(), self.config.attention_width(), self.config.norm_eps);
+        let LayerShape { heads, window, .. } = layer.shape;
+        let (n, eps) = (rows.positions.len(), self.config.norm_eps);
+        let (a, e) = (layer.shape.query_width(), layer.shape.kv_width());
         let mut normed = vec![0.0; x.len()];
         rms_norm_rows(x, &layer.attention_norm, eps, &mut normed);
-        let mut qkv = vec![0.0; n * 3 * a];
+        let mut qkv = vec![0.0; n * (a + 2 * e)];
         layer.qkv.multiply(&normed, &mut qkv);
-        let part = |which: usize| {
+        let part = |first: usize, width: usize| {
             let qkv = &qkv;
-            move |row: usize| &qkv[(3 * row + which) * a..][..a]
+            move |row: usize| &qkv[row * (a + 2 * e) + first..][..width]
         };
-        let (mut q, mut k) = (vec![0.0; n * a], vec![0.0; n * a]);
-        let rope = (&self.rope, eps);
-        norm_rope_rows(part(0), &layer.query_norm, rope, &rows.positions, &mut q);
-        norm_rope_rows(part(1), &layer.key_norm, rope, &rows.positions, &mut k);
-        pages.append(index, &rows.readings, |row| &k[row * a..][..a], part(2));
+        let (mut q, mut k) = (vec![0.0; n * a], vec![0.0; n * e]);
+        let rope = (self.rope.of_layer(layer.shape), eps);
+        norm_rope_rows(part(0, a), layer.query_norm.as_deref(), rope, &rows.positions, &mut q);
+        norm_rope_rows(part(a, e), layer.key_norm.as_deref(), rope, &rows.positions, &mut k);
+        pages.append(index, &rows.readings, |row| &k[row * e..][..e], part(a + e, e));
         let mut mixed = vec![0.0; n * a];
-        pages.attend(index, &rows.readings, &q, &mut mixed);
-        layer.attention_output.multiply_add(&mixed, x);
+        let attending = Attending { layer: index, heads, window, scoring: scoring(&self.config) };
+        pages.attend(attending, &rows.readings, &q, &mut mixed);
+        match &layer.attention_post_norm {
+            None => layer.attention_output.multiply_add(&mixed, x),
+            Some(gain) => {
+                layer.attention_output.multiply(&mixed, &mut normed);
+                add_rms_norm_rows(&normed, gain, eps, x);
+            }
+        }
     }
 
-    /// x += FFN(norm(x)) + Σ_levels memory(norm(x))
+    /// x += FFN(norm(x)) + Σ_levels memory(norm(x)), the sum normed once more before it is added where the form has
+    /// it so.
     fn feed_forward(&self, (index, layer): (usize, &Layer), rows: &Rows, x: &mut [f32]) {
-        let (n, d) = (rows.positions.len(), self.config.d_model);
         let mut normed = vec![0.0; x.len()];
         rms_norm_rows(x, &layer.ffn_norm, self.config.norm_eps, &mut normed);
-        add_ffn(&normed, x, d, &[FfnRun { weights: &layer.ffn, rows: 0..n }]);
+        match &layer.ffn_post_norm {
+            None => self.add_ffns((index, layer), rows, &normed, x),
+            Some(gain) => {
+                let mut added = vec![0.0; x.len()];
+                self.add_ffns((index, layer), rows, &normed, &mut added);
+                add_rms_norm_rows(&added, gain, self.config.norm_eps, x);
+            }
+        }
+    }
+
+    /// y += FFN(normed) + Σ_levels memory(normed)
+    fn add_ffns(&self, (index, layer): (usize, &Layer), rows: &Rows, normed: &[f32], y: &mut [f32]) {
+        let (n, d, activation) = (rows.positions.len(), self.config.d_model, self.config.form.activation);
+        add_ffn(normed, y, d, activation, &[FfnRun { weights: &layer.ffn, rows: 0..n }]);
         let n_levels = rows.memories.iter().map(|memory| memory.blocks().len()).max().unwrap_or(0);
         for level in 0..n_levels {
-            add_ffn(&normed, x, d, &rows.runs(level, index));
+            add_ffn(normed, y, d, activation, &rows.runs(level, index));
         }
     }
 
@@ -183,6 +213,9 @@ impl Decoder {
         rms_norm_rows(&scored, &self.final_norm, self.config.norm_eps, &mut hidden);
         let mut values = vec![0.0; scored.len() / d * vocab_size];
         self.output.multiply(&hidden, &mut values);
+        if let Some(cap) = self.config.form.logit_cap {
+            soft_cap(&mut values, 1.0, cap as f32);
+        }
         Logits { values, vocab_size }
     }
 }

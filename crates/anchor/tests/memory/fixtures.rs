@@ -28,6 +28,7 @@ pub(crate) fn config(tied_embeddings: bool) -> AnchorConfig {
         max_seq_len: 32,
         rope_base: 10_000.0,
         norm_eps: 1e-5,
+        form: anchor::Form::default(),
     }
 }
 

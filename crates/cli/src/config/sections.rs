@@ -338,6 +338,7 @@ impl AnchorSection {
             max_seq_len: self.max_seq_len,
             rope_base: self.rope_base,
             norm_eps: self.norm_eps,
+            form: anchor::Form::default(),
         }
     }
 }

@@ -3,12 +3,11 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Held;
-use crate::Precision;
 use crate::buffer::Shared;
 use crate::gemm::{
     Addend, Output, Right, Short, Threads, View, bf16, multiply_all, panels_of_columns, panels_of_rows,
 };
-use crate::math::sigmoid;
+use crate::{Activation, Precision};
 
 /// The weights of a gated FFN of width R, packed once: M1, M2 and M3, [3, R, D], M3 being stored transposed.
 pub struct FfnWeights {
@@ -16,6 +15,8 @@ pub struct FfnWeights {
     w_out: Right, // [R, D]
     /// Of each of the 3R rows, when they are integers.
     scales: Option<Vec<f32>>,
+    /// What is added to the products of the first two [2R] and of the third [D].
+    biases: Option<(Vec<f32>, Vec<f32>)>,
     width: usize,
 }
 
@@ -34,6 +35,7 @@ impl FfnWeights {
                     w_in: pack(View::transposed(w_in, d), (d, 2 * r)),
                     w_out: pack(View::rows(w_out, d), (r, d)),
                     scales: None,
+                    biases: None,
                     width: r,
                 }
             }
@@ -55,6 +57,7 @@ impl FfnWeights {
             w_in: Right::hold(Short::Bf16(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
             w_out: Right::hold(Short::Bf16(panels_of_columns(w_out, (r, d))), (r, d)),
             scales: None,
+            biases: None,
             width: r,
         }
     }
@@ -71,8 +74,19 @@ impl FfnWeights {
             w_in: Right::hold(Short::Int8(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
             w_out: Right::hold(Short::Int8(panels_of_columns(w_out, (r, d))), (r, d)),
             scales: Some(scales.to_vec()),
+            biases: None,
             width: r,
         }
+    }
+
+    /// With biases, of M1 and M2 [2R] and of M3 [D]; not of integers.
+    ///
+    /// # Panics
+    /// When they have other lengths, or the weights are integers.
+    pub fn with_biases(self, inner: Vec<f32>, outer: Vec<f32>) -> Self {
+        let expected = (2 * self.width, self.w_out.columns());
+        assert!(self.scales.is_none() && (inner.len(), outer.len()) == expected, "biases of {expected:?}");
+        Self { biases: Some((inner, outer)), ..self }
     }
 
     /// Bytes of its numbers.
@@ -80,23 +94,11 @@ impl FfnWeights {
         self.w_in.bytes() + self.w_out.bytes() + self.scales.as_ref().map_or(0, |scales| 4 * scales.len())
     }
 
-    /// hidden = silu(x·M1ᵀ) ⊙ (x·M2ᵀ) of a row of products [2R], with the scales of all three matrices.
-    fn activate(&self, products: &[f32], hidden: &mut [f32]) {
-        let (a, b) = products.split_at(self.width);
+    /// hidden = f(x·M1ᵀ) ⊙ (x·M2ᵀ) of a row of products [2R], with the scales of all three matrices.
+    fn activate(&self, activation: Activation, products: &[f32], hidden: &mut [f32]) {
         match &self.scales {
-            None => {
-                for ((hidden, &a), b) in hidden.iter_mut().zip(a).zip(b) {
-                    *hidden = a * sigmoid(a) * b;
-                }
-            }
-            Some(scales) => {
-                let (of_in, of_out) = scales.split_at(2 * self.width);
-                let (of_a, of_b) = of_in.split_at(self.width);
-                for (i, hidden) in hidden.iter_mut().enumerate() {
-                    let a = a[i] * of_a[i];
-                    *hidden = a * sigmoid(a) * (b[i] * of_b[i]) * of_out[i];
-                }
-            }
+            None => activation.gate(products, hidden),
+            Some(scales) => activation.gate_scaled(products, scales, hidden),
         }
     }
 }
@@ -116,12 +118,12 @@ pub struct FfnRun<'a> {
     pub rows: Range<usize>,
 }
 
-/// y += (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run, `x` and `y` [N, D] (arXiv 2510.02375 §3). Weights are
-/// read once a run, however many rows it has.
+/// y += (f(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run, `x` and `y` [N, D] (arXiv 2510.02375 §3), f being the
+/// activation. Weights are read once a run, however many rows it has.
 ///
 /// # Panics
 /// When runs overlap, are out of order or reach beyond N, and when the shapes do not fit.
-pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, runs: &[FfnRun]) {
+pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, runs: &[FfnRun]) {
     assert_eq!(x.len(), y.len(), "elements of x and y");
     let mut end = 0;
     for FfnRun { weights, rows } in runs {
@@ -136,14 +138,24 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, runs: &[FfnRun]) {
         let row = r.next_multiple_of(32) + 16;
         products.resize(m * 2 * r, 0.0);
         hidden.resize(m * row, 0.0);
-        let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from: Addend::Zero };
+        let from = match &weights.biases {
+            // Every row adds the same one: the rows of the addend lie 0 apart.
+            Some((inner, _)) => Addend::Other { values: Shared::of(inner), offset: 0, row: 0 },
+            None => Addend::Zero,
+        };
+        let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from };
         // SAFETY: the products are [m, 2r] and this call's own.
         unsafe { multiply_all((m, View::rows(&x[first..], d)), weights.w_in.all(), to, threads) }
         let rows = products.chunks_exact(2 * r).zip(hidden.chunks_exact_mut(row));
-        rows.for_each(|(products, hidden)| weights.activate(products, &mut hidden[..r]));
+        rows.for_each(|(products, hidden)| weights.activate(activation, products, &mut hidden[..r]));
         let to = Output { to: y, offset: first, row: d, from: Addend::Itself };
         // SAFETY: the rows of runs do not overlap and lie in y, which is uniquely borrowed (above).
         unsafe { multiply_all((m, View::rows(hidden, row)), weights.w_out.all(), to, threads) }
+        if let Some((_, outer)) = &weights.biases {
+            // SAFETY: as above.
+            let y = unsafe { y.slice(first, m * d) };
+            y.chunks_exact_mut(d).for_each(|y| y.iter_mut().zip(outer).for_each(|(y, bias)| *y += bias));
+        }
     };
     if runs.len() < rayon::current_num_threads() {
         let mut buffers = (vec![], vec![]);

@@ -64,6 +64,7 @@ impl World {
             max_seq_len: 16,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         Anchor::new(config, 3, CPU).unwrap()
     }

@@ -1,4 +1,4 @@
-//! A fused body against the composed body in f64, forward and backward, and that against central differences.
+//! A case of an operation: its bodies against each other, and against differences.
 
 use candle_core::{DType, Device, Result, Tensor};
 use ops::{Gradients, Precision, Tape, Traced};

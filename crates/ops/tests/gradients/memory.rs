@@ -1,12 +1,9 @@
-//! The operations of LoRA and KV memory, as `gradients.rs` tests the others.
-
-#[path = "../case/mod.rs"]
-mod case;
-mod decode;
+//! The operations of LoRA and KV memory.
 
 use candle_core::{DType, Device, Tensor};
-use case::Case;
-use ops::{FfnLora, FfnPart, KvMemoryShape, KvPart, LoraPart, Precision, Run, Tape, Traced};
+use ops::{Activation, FfnLora, FfnPart, KvMemoryShape, KvPart, LoraPart, Precision, Run, Tape, Traced};
+
+use crate::case::{self, Case};
 
 fn run(block: usize, first_row: usize, n_rows: usize) -> Run {
     Run { block, first_row, n_rows }
@@ -71,23 +68,26 @@ fn lora_refuses_runs_that_overlap_and_blocks_of_other_sizes() {
 
 #[test]
 fn an_ffn_with_lora_on_all_of_its_matrices() {
-    let additions = |blocks: &[Traced]| FfnLora {
+    let ffn = |block: &Traced, blocks: &[Traced]| FfnLora {
+        block: block.clone(),
+        bias: blocks.get(12).cloned(),
+        activation: if blocks.len() > 12 { Activation::GeluTanh } else { Activation::Silu },
         gate: parts(&blocks[..4]),
         up: parts(&blocks[4..8]),
-        down: parts(&blocks[8..]),
+        down: parts(&blocks[8..12]),
         alpha: 2.0,
     };
-    let with_base = |tape: &mut Tape, x: &[Traced]| {
-        ops::gated_ffn_lora(tape, Some(&x[0]), &x[1], &x[2], &additions(&x[3..]))
-    };
+    let with_base =
+        |tape: &mut Tape, x: &[Traced]| ops::gated_ffn_lora(tape, Some(&x[0]), &x[1], &ffn(&x[2], &x[3..]));
     let without =
-        |tape: &mut Tape, x: &[Traced]| ops::gated_ffn_lora(tape, None, &x[0], &x[1], &additions(&x[2..]));
+        |tape: &mut Tape, x: &[Traced]| ops::gated_ffn_lora(tape, None, &x[0], &ffn(&x[1], &x[2..]));
     for (d, f) in [(6, 11), (34, 40)] {
         let x = vec![3, 25, d];
         let block = |r: usize| vec![r * (d + f)];
         let mut shapes = vec![x.clone(), x, vec![3, f, d]];
         (0..3).for_each(|_| shapes.extend([block(5), block(5), block(5), block(2)]));
-        Case { shapes: shapes[1..].to_vec(), n_activations: 1, op: &without }.check("ffn with lora");
+        let biased = [&shapes[1..], &[vec![2 * f]]].concat();
+        Case { shapes: biased, n_activations: 1, op: &without }.check("ffn with lora and a bias");
         Case { shapes, n_activations: 2, op: &with_base }.check("ffn with lora on a base");
     }
 }
@@ -117,11 +117,22 @@ fn lora_that_was_never_trained_changes_no_bit() {
             let part = |sizes| vec![LoraPart { blocks: vec![fresh(5, sizes)], runs: vec![run(0, 0, n)] }];
             let y = ops::lora(&mut Tape::off(precision), &base, &x, &part((d, d)), 2.0).unwrap();
             assert_eq!(bits(&y), bits(&base));
-            let additions = FfnLora { gate: part((d, f)), up: part((d, f)), down: part((f, d)), alpha: 2.0 };
-            let found = ops::gated_ffn_lora(&mut Tape::off(precision), Some(&base), &x, &ffn, &additions);
-            let parts = vec![FfnPart::everywhere(ffn, n)];
-            let plain = ops::gated_ffn(&mut Tape::off(precision), &base, &x, parts).unwrap();
-            assert_eq!(bits(&found.unwrap()), bits(&plain), "{n} rows in {precision:?}");
+            for bias in [None, Some(numbers(&[2 * f], 5))] {
+                let lora = FfnLora {
+                    block: ffn.clone(),
+                    bias: bias.clone(),
+                    activation: Activation::Silu,
+                    gate: part((d, f)),
+                    up: part((d, f)),
+                    down: part((f, d)),
+                    alpha: 2.0,
+                };
+                let found = ops::gated_ffn_lora(&mut Tape::off(precision), Some(&base), &x, &lora);
+                let parts = vec![FfnPart { bias, ..FfnPart::everywhere(ffn.clone(), n) }];
+                let plain =
+                    ops::gated_ffn(&mut Tape::off(precision), Some(&base), &x, Activation::Silu, parts);
+                assert_eq!(bits(&found.unwrap()), bits(&plain.unwrap()), "{n} rows in {precision:?}");
+            }
         }
     }
 }
