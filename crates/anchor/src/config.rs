@@ -1,3 +1,4 @@
+use memory_bank::{BlockSpec, LayerWidths, MemoryKind, MemoryLayers};
 use serde::{Deserialize, Serialize};
 
 use crate::{AttentionBias, Error, Form, LayerSizes, QkNorm, Result};
@@ -56,6 +57,16 @@ impl LayerShape {
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_width
     }
+
+    /// What sizes of memory in this layer follow from.
+    pub fn widths(&self) -> LayerWidths {
+        LayerWidths {
+            query: self.query_width(),
+            key_value: self.kv_width(),
+            head: self.head_width,
+            ffn: self.ffn_width,
+        }
+    }
 }
 
 impl AnchorConfig {
@@ -78,6 +89,23 @@ impl AnchorConfig {
         LayerShape { heads, kv_heads, head_width: self.head_width, ffn_width, window }
     }
 
+    /// The sizes of a bank for this anchor: memory of a kind in some layers, of these widths and branchings by level.
+    pub fn block_spec(
+        &self,
+        kind: MemoryKind,
+        layers: MemoryLayers,
+        (width, branching): (Vec<usize>, Vec<usize>),
+    ) -> BlockSpec {
+        let mut inner: Vec<LayerWidths> = match kind {
+            MemoryKind::Ffn => vec![],
+            _ => self.layers().map(|layer| layer.widths()).collect(),
+        };
+        if inner.windows(2).all(|pair| pair[0] == pair[1]) {
+            inner.truncate(1);
+        }
+        BlockSpec { kind, layers, inner, ..BlockSpec::ffn(self.n_layers, self.d_model, width, branching) }
+    }
+
     /// All layers, in order.
     pub fn layers(&self) -> impl Iterator<Item = LayerShape> + '_ {
         (0..self.n_layers).map(|index| self.layer(index))
@@ -92,19 +120,19 @@ impl AnchorConfig {
 
     /// FLOPs of the matrix products of forward and backward for one token, in sequences of `len` tokens of one
     /// document each: 6 per weight, and of attention 6·L·(len + 1)·H·K, the causal half of its scores, or what a
-    /// window leaves of it (Kaplan et al., arXiv 2001.08361 §2.1; PaLM, arXiv 2204.02311 App. B). `memory_width` is
-    /// the sum of the widths of the blocks that a token fetches.
-    pub fn training_flops(&self, len: usize, memory_width: usize) -> u64 {
+    /// window leaves of it (Kaplan et al., arXiv 2001.08361 §2.1; PaLM, arXiv 2204.02311 App. B). `fetch_len` is the
+    /// number of parameters of the memory that a token fetches ([`BlockSpec::fetch_len`]), each of which is a weight
+    /// like others.
+    pub fn training_flops(&self, len: usize, fetch_len: u64) -> u64 {
         let (v, d) = (self.vocab_size as u64, self.d_model as u64);
         let layer = |shape: LayerShape| {
-            let [a, e, f] =
-                [shape.query_width(), shape.kv_width(), shape.ffn_width + memory_width].map(|x| x as u64);
+            let [a, e, f] = [shape.query_width(), shape.kv_width(), shape.ffn_width].map(|x| x as u64);
             let (t, w) = (len as u64, shape.window.map_or(len, |window| window.min(len)) as u64);
             // Twice the positions that a token sees on average.
             let seen = if w == t { t + 1 } else { (w * (w + 1) + 2 * (t - w) * w) / t };
             6 * (2 * d * a + 2 * d * e + 3 * d * f) + 6 * seen * a
         };
-        6 * v * d + self.layers().map(layer).sum::<u64>()
+        6 * (v * d + fetch_len) + self.layers().map(layer).sum::<u64>()
     }
 
     /// Checks that a model can be built.

@@ -2,12 +2,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use memory_bank::Block;
+use memory_bank::{Block, LORA_ALPHA, LoraMatrix};
 use ops::{
-    AttentionShape, CrossEntropy, FfnPart, Gradients, NormRope, Precision, RopeTable, Scoring, Tape,
-    TokenLoss, Traced,
+    AttentionShape, CrossEntropy, FfnLora, FfnPart, Gradients, KvMemoryShape, KvPart, NormRope, Precision,
+    RopeTable, Scoring, Tape, TokenLoss, Traced,
 };
 
+use crate::memory::LayerMemory;
 use crate::{AnchorConfig, AttentionBias, Error, FetchedMemory, KvCache, LayerShape, QkNorm, Result, init};
 
 /// A batch of token ids, row-major [B, T].
@@ -139,6 +140,8 @@ impl Layer {
 struct Pass {
     config: AnchorConfig,
     rope: Rotations,
+    /// Rotations by nothing, of positions of KV memory.
+    unturned: Option<RopeTable>,
     starts: Arc<[u32]>,
     /// Those of local layers.
     local_starts: Arc<[u32]>,
@@ -215,7 +218,8 @@ impl Anchor {
             };
             let mut x = self.embed(&mut tape, input)?;
             for (i, layer) in self.weights.layers.iter().enumerate() {
-                x = pass.block(&mut tape, &x, layer, memory.parts(i, input.len, None), Some((i, cache)))?;
+                let memory = memory.of_layer(i, input.len, None);
+                x = pass.block(&mut tape, &x, layer, &memory, Some((i, cache)))?;
             }
             let hidden = pass.norm(&mut tape, &x, &self.weights.final_norm)?;
             cache.advance(input.len);
@@ -299,7 +303,7 @@ impl Anchor {
         if tokens.is_empty() {
             return Err(Error::Batch { batch, len, what: "tokens", found: 0 });
         }
-        memory.check((self.config.n_layers, self.config.d_model), (batch, len))?;
+        memory.check(&self.config, (batch, len))?;
         let config = self.config.clone();
         let starts: Arc<[u32]> = starts.into();
         let local_starts = match &config.form.local {
@@ -309,7 +313,9 @@ impl Anchor {
                 starts.iter().enumerate().map(|(i, &start)| start.max(reach(i))).collect()
             }
         };
-        Ok(Pass { config, rope: self.rope.clone(), starts, local_starts, batch, len })
+        let unturned =
+            memory.is_kv().then(|| RopeTable::of_frequencies(len, &vec![0.0; config.head_width / 2], false));
+        Ok(Pass { config, rope: self.rope.clone(), unturned, starts, local_starts, batch, len })
     }
 
     /// Hidden states after the final norm.
@@ -326,13 +332,13 @@ impl Anchor {
         let mut x = self.embed(tape, input)?;
         for (i, layer) in self.weights.layers.iter().enumerate() {
             layer.traced().for_each(|weight| tape.leaves_end(weight.slots()));
-            let memory = memory.parts(i, input.len, Some(self.parameters.len()));
+            let memory = memory.of_layer(i, input.len, Some(self.parameters.len()));
             x = match checkpoint {
                 true => {
                     let (pass, layer) = (pass.clone(), layer.clone());
-                    tape.checkpoint(&x, move |tape, x| pass.block(tape, x, &layer, memory.clone(), None))?
+                    tape.checkpoint(&x, move |tape, x| pass.block(tape, x, &layer, &memory, None))?
                 }
-                false => pass.block(tape, &x, layer, memory, None)?,
+                false => pass.block(tape, &x, layer, &memory, None)?,
             };
         }
         tape.leaves_end(self.weights.final_norm.slots());
@@ -364,11 +370,11 @@ impl Pass {
         tape: &mut Tape,
         x: &Traced,
         layer: &Layer,
-        memory: Vec<FfnPart>,
+        memory: &LayerMemory,
         cache: Option<(usize, &mut KvCache)>,
     ) -> candle_core::Result<Traced> {
-        let x = self.attend(tape, x, layer, cache)?;
-        self.feed_forward(tape, &x, layer, memory)
+        let x = self.attend(tape, x, (layer, memory), cache)?;
+        self.feed_forward(tape, &x, (layer, memory))
     }
 
     /// x + attention(norm(x)), normed once more before it is added where the form has it so.
@@ -376,13 +382,19 @@ impl Pass {
         &self,
         tape: &mut Tape,
         x: &Traced,
-        layer: &Layer,
+        (layer, memory): (&Layer, &LayerMemory),
         cache: Option<(usize, &mut KvCache)>,
     ) -> candle_core::Result<Traced> {
         let first_position = cache.as_ref().map_or(0, |(_, cache)| cache.len());
         let normed = self.norm(tape, x, &layer.attention_norm)?;
-        let mut project = |projection: &Projection| projection.apply(tape, None, &normed);
-        let (q, k, v) = (project(&layer.query)?, project(&layer.key)?, project(&layer.value)?);
+        let mut project = |projection: &Projection, matrix| {
+            let y = projection.apply(tape, None, &normed)?;
+            ops::lora(tape, &y, &normed, memory.lora(matrix), LORA_ALPHA)
+        };
+        let q = project(&layer.query, LoraMatrix::Query)?;
+        let k = project(&layer.key, LoraMatrix::Key)?;
+        let v = project(&layer.value, LoraMatrix::Value)?;
+        let q_projected = q.clone();
         let table = self.rope.of_layer(layer.shape);
         let rotation = NormRope { table, first_position, eps: self.config.norm_eps };
         let q = ops::norm_rope(tape, &q, layer.query_norm.as_ref(), rotation)?;
@@ -402,14 +414,36 @@ impl Pass {
             scoring: scoring(&self.config),
         };
         let starts = if window.is_some() { &self.local_starts } else { &self.starts };
-        let mixed = ops::attention(tape, [&q, &k, &v], starts, shape)?;
+        let mut mixed = ops::attention(tape, [&q, &k, &v], starts, shape)?;
+        if let LayerMemory::Kv(parts) = memory {
+            mixed = self.attend_memory(tape, (&mixed, &q_projected), layer, parts)?;
+        }
+        let output = |tape: &mut Tape, base: Option<&Traced>| {
+            let y = layer.attention_output.apply(tape, base, &mixed)?;
+            ops::lora(tape, &y, &mixed, memory.lora(LoraMatrix::Output), LORA_ALPHA)
+        };
         match &layer.attention_post_norm {
-            None => layer.attention_output.apply(tape, Some(x), &mixed),
+            None => output(tape, Some(x)),
             Some(gain) => {
-                let added = layer.attention_output.apply(tape, None, &mixed)?;
+                let added = output(tape, None)?;
                 ops::add_rms_norm(tape, x, &added, gain, self.config.norm_eps)
             }
         }
+    }
+
+    /// What attention mixed, and what KV memory adds to it: its queries are normed as others are, but no position
+    /// turns them.
+    fn attend_memory(
+        &self,
+        tape: &mut Tape,
+        (mixed, q): (&Traced, &Traced),
+        layer: &Layer,
+        parts: &[KvPart],
+    ) -> candle_core::Result<Traced> {
+        let Some(table) = &self.unturned else { return Ok(mixed.clone()) };
+        let unturned = NormRope { table, first_position: 0, eps: self.config.norm_eps };
+        let q = ops::norm_rope(tape, q, layer.query_norm.as_ref(), unturned)?;
+        ops::kv_memory(tape, mixed, &q, parts, kv_memory_shape(&self.config, layer.shape))
     }
 
     /// x + FFN(norm(x)) + Σ_levels memory(norm(x)), the sum normed once more before it is added where the form has it
@@ -418,15 +452,31 @@ impl Pass {
         &self,
         tape: &mut Tape,
         x: &Traced,
-        layer: &Layer,
-        memory: Vec<FfnPart>,
+        (layer, memory): (&Layer, &LayerMemory),
     ) -> candle_core::Result<Traced> {
         let normed = self.norm(tape, x, &layer.ffn_norm)?;
         let bias = layer.ffn_inner_bias.clone();
-        let anchor = FfnPart { bias, ..FfnPart::everywhere(layer.ffn.clone(), self.batch * self.len) };
-        let parts = [vec![anchor], memory].concat();
-        let base = layer.ffn_post_norm.is_none().then_some(x);
-        let mut y = ops::gated_ffn(tape, base, &normed, self.config.form.activation, parts)?;
+        let (base, activation) = (layer.ffn_post_norm.is_none().then_some(x), self.config.form.activation);
+        let mut y = if memory.has_ffn_lora() {
+            let of = |matrix| memory.lora(matrix).to_vec();
+            let ffn = FfnLora {
+                block: layer.ffn.clone(),
+                bias,
+                activation,
+                gate: of(LoraMatrix::Gate),
+                up: of(LoraMatrix::Up),
+                down: of(LoraMatrix::Down),
+                alpha: LORA_ALPHA,
+            };
+            ops::gated_ffn_lora(tape, base, &normed, &ffn)?
+        } else {
+            let mut parts =
+                vec![FfnPart { bias, ..FfnPart::everywhere(layer.ffn.clone(), self.batch * self.len) }];
+            if let LayerMemory::Ffn(memory) = memory {
+                parts.extend_from_slice(memory);
+            }
+            ops::gated_ffn(tape, base, &normed, activation, parts)?
+        };
         if let Some(bias) = &layer.ffn_outer_bias {
             y = ops::add_bias(tape, &y, bias)?;
         }
@@ -440,6 +490,12 @@ impl Pass {
 /// What products of queries and keys become.
 pub(crate) fn scoring(config: &AnchorConfig) -> Scoring {
     Scoring { factor: config.form.attention.factor, cap: config.form.attention.cap }
+}
+
+/// How KV memory of a layer is attended to: its scores have the factor of others, but are not capped.
+pub(crate) fn kv_memory_shape(config: &AnchorConfig, layer: LayerShape) -> KvMemoryShape {
+    let LayerShape { heads, kv_heads, head_width, .. } = layer;
+    KvMemoryShape { heads, kv_heads, head_width, scale: scoring(config).factor(head_width) }
 }
 
 impl Weights {

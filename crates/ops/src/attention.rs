@@ -50,7 +50,7 @@ pub struct Scoring {
 
 impl Scoring {
     /// The factor for heads of this width.
-    pub(crate) fn factor(&self, head_width: usize) -> f32 {
+    pub fn factor(&self, head_width: usize) -> f32 {
         self.factor.map_or(1.0 / (head_width as f32).sqrt(), |factor| factor as f32)
     }
 

@@ -3,6 +3,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Held;
+use super::lora::{LoraRun, Place, add_lora};
 use crate::buffer::Shared;
 use crate::gemm::{
     Addend, Output, Right, Short, Threads, View, bf16, multiply_all, panels_of_columns, panels_of_rows,
@@ -94,6 +95,21 @@ impl FfnWeights {
         self.w_in.bytes() + self.w_out.bytes() + self.scales.as_ref().map_or(0, |scales| 4 * scales.len())
     }
 
+    /// What is added to the products of M1 and M2.
+    fn before(&self) -> Addend {
+        match &self.biases {
+            // Every row adds the same one: the rows of the addend lie 0 apart.
+            Some((inner, _)) => Addend::Other { values: Shared::of(inner), offset: 0, row: 0 },
+            None => Addend::Zero,
+        }
+    }
+
+    fn add_outer_bias(&self, y: &mut [f32]) {
+        let Some((_, outer)) = &self.biases else { return };
+        let rows = y.chunks_exact_mut(outer.len());
+        rows.for_each(|y| y.iter_mut().zip(outer).for_each(|(y, bias)| *y += bias));
+    }
+
     /// hidden = f(x·M1ᵀ) ⊙ (x·M2ᵀ) of a row of products [2R], with the scales of all three matrices.
     fn activate(&self, activation: Activation, products: &[f32], hidden: &mut [f32]) {
         match &self.scales {
@@ -138,12 +154,7 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, runs:
         let row = r.next_multiple_of(32) + 16;
         products.resize(m * 2 * r, 0.0);
         hidden.resize(m * row, 0.0);
-        let from = match &weights.biases {
-            // Every row adds the same one: the rows of the addend lie 0 apart.
-            Some((inner, _)) => Addend::Other { values: Shared::of(inner), offset: 0, row: 0 },
-            None => Addend::Zero,
-        };
-        let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from };
+        let to = Output { to: Shared::new(products), offset: 0, row: 2 * r, from: weights.before() };
         // SAFETY: the products are [m, 2r] and this call's own.
         unsafe { multiply_all((m, View::rows(&x[first..], d)), weights.w_in.all(), to, threads) }
         let rows = products.chunks_exact(2 * r).zip(hidden.chunks_exact_mut(row));
@@ -151,11 +162,8 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, runs:
         let to = Output { to: y, offset: first, row: d, from: Addend::Itself };
         // SAFETY: the rows of runs do not overlap and lie in y, which is uniquely borrowed (above).
         unsafe { multiply_all((m, View::rows(hidden, row)), weights.w_out.all(), to, threads) }
-        if let Some((_, outer)) = &weights.biases {
-            // SAFETY: as above.
-            let y = unsafe { y.slice(first, m * d) };
-            y.chunks_exact_mut(d).for_each(|y| y.iter_mut().zip(outer).for_each(|(y, bias)| *y += bias));
-        }
+        // SAFETY: as above.
+        weights.add_outer_bias(unsafe { y.slice(first, m * d) });
     };
     if runs.len() < rayon::current_num_threads() {
         let mut buffers = (vec![], vec![]);
@@ -163,4 +171,50 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, runs:
     } else {
         runs.par_iter().for_each_init(Default::default, |buffers, one| run(buffers, one, Threads::One));
     }
+}
+
+/// Additions to the three matrices of an FFN, of each in parts, and the rows that they serve.
+#[derive(Clone, Default)]
+pub struct FfnLoraRuns<'a> {
+    /// To M1, under the activation.
+    pub gate: Vec<Vec<LoraRun<'a>>>,
+    /// To M2, beside it.
+    pub up: Vec<Vec<LoraRun<'a>>>,
+    /// To M3.
+    pub down: Vec<Vec<LoraRun<'a>>>,
+    /// What they are multiplied by.
+    pub alpha: f32,
+}
+
+/// [`add_ffn`] of one FFN for all rows, with additions to its matrices; rows that these do not serve have the bits
+/// that it gives them.
+///
+/// # Panics
+/// As [`add_ffn`] and [`add_lora`], and when the weights are integers.
+pub fn add_ffn_lora(
+    (x, y, d): (&[f32], &mut [f32], usize),
+    activation: Activation,
+    weights: &FfnWeights,
+    lora: &FfnLoraRuns,
+) {
+    assert!(x.len() == y.len() && weights.w_out.columns() == d, "elements of x and y, in rows of {d}");
+    assert!(weights.scales.is_none(), "an FFN of integers");
+    let (m, r) = (x.len() / d, weights.width);
+    let mut products = vec![0.0; m * 2 * r];
+    let to = Output { to: Shared::new(&mut products), offset: 0, row: 2 * r, from: weights.before() };
+    // SAFETY: the products are [m, 2r] and this call's own.
+    unsafe { multiply_all((m, View::rows(x, d)), weights.w_in.all(), to, Threads::All) }
+    for (column, parts) in [(0, &lora.gate), (r, &lora.up)] {
+        let place = Place { column, row: 2 * r };
+        parts.iter().for_each(|runs| add_lora(x, (&mut products, place), lora.alpha, runs));
+    }
+    let mut hidden = vec![0.0; m * r];
+    let rows = products.par_chunks_exact(2 * r).zip(hidden.par_chunks_exact_mut(r));
+    rows.for_each(|(products, hidden)| weights.activate(activation, products, hidden));
+    let to = Output { to: Shared::new(y), offset: 0, row: d, from: Addend::Itself };
+    // SAFETY: y is [m, d] and uniquely borrowed.
+    unsafe { multiply_all((m, View::rows(&hidden, r)), weights.w_out.all(), to, Threads::All) }
+    let place = Place { column: 0, row: d };
+    lora.down.iter().for_each(|runs| add_lora(&hidden, (y, place), lora.alpha, runs));
+    weights.add_outer_bias(y);
 }

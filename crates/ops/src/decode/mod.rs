@@ -13,7 +13,7 @@ mod norm;
 
 pub use crate::math::soft_cap;
 pub use attention::{Attending, KvPages, KvShape, Reading, SequenceCache};
-pub use ffn::{FfnRun, FfnWeights, add_ffn};
+pub use ffn::{FfnLoraRuns, FfnRun, FfnWeights, add_ffn, add_ffn_lora};
 pub use kv_memory::{KvRun, KvWeights, add_kv_memory};
 pub use lora::{LoraRun, LoraWeights, Place, add_lora};
 pub use matrix::{Held, Matrix};
