@@ -38,6 +38,18 @@ pub enum Error {
         /// "missing" or "not part of this anchor".
         problem: &'static str,
     },
+    /// A setting of a model folder that is wrong, or not supported.
+    #[error("{}: {key}: expected {expected}, found {found}", path.display())]
+    Setting {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// A file that is not a readable anchor checkpoint.
     #[error("{}: {problem}", path.display())]
     File {

@@ -12,7 +12,9 @@ mod decoder;
 mod error;
 mod file;
 mod form;
+pub mod hf;
 mod init;
+pub mod llama2c;
 mod memory;
 mod model;
 
