@@ -10,8 +10,7 @@ use std::sync::Arc;
 use cluster_tree::{ClusterId, ClusterTree, Level};
 use embed::{Embedder, Hashed, HashedOptions};
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step,
-    TierOptions,
+    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step, TierOptions,
 };
 use memory_service::{RetrievalOptions, serve_retrieval};
 use retrieve::{Beam, Retriever};

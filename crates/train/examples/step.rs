@@ -248,8 +248,8 @@ fn run(options: &Options) -> Result<Line> {
         .iter()
         .map(|&bytes| u32::from_le_bytes(bytes))
         .collect();
-    let memory_width = if bank.is_some() { widths(anchor.d_model).iter().sum() } else { 0 };
-    let flops = anchor.training_flops(len, memory_width) * (batch * len) as u64;
+    let fetch_len = bank.as_ref().map_or(0, |bank| bank.store().spec().fetch_len());
+    let flops = anchor.training_flops(len, fetch_len) * (batch * len) as u64;
     let scratch = tempfile::tempdir()?;
     let parts = Parts {
         attempt: Attempt::begin(scratch.path(), None)?,

@@ -121,9 +121,12 @@ fn packed(blocks: &[Block], paths: &[cluster_tree::ClusterPath], spec: &BlockSpe
 #[test]
 fn gradients_of_every_kind_are_those_of_finite_differences() {
     for config in configs() {
-        for spec in specs(&config).into_iter().filter(|spec| spec.layers != MemoryLayers::Late) {
-            let batch = Batch::random(4, 5, 6);
-            let paths = [leaf(0), leaf(1), generic(), leaf(0)];
+        // Some layers are left out where they are alike.
+        let layers =
+            if config.form.is_native() { MemoryLayers::List(vec![0, 2]) } else { MemoryLayers::Uniform };
+        for spec in specs(&config).into_iter().filter(|spec| spec.layers == layers) {
+            let batch = Batch::random(3, 4, 6);
+            let paths = [leaf(0), generic(), leaf(0)];
             let blocks = trained_blocks(&spec, &paths);
             let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
             let gradients = block_gradients(&anchor, &batch, &memory(&blocks, &paths, &spec));
@@ -136,7 +139,7 @@ fn gradients_of_every_kind_are_those_of_finite_differences() {
                 exact.loss(batch.input(), batch.targets(), &memory).unwrap().0
             };
             for (i, gradient) in gradients.iter().enumerate().step_by(2) {
-                let step = gradient.values.len().div_ceil(24) | 1;
+                let step = gradient.values.len().div_ceil(12) | 1;
                 let sample: Vec<usize> = (0..gradient.values.len()).step_by(step).collect();
                 let difference = |&position: &usize| {
                     let mut moved = blocks.clone();

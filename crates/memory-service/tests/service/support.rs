@@ -2,9 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
-use memory_bank::{
-    AdamW, Block, BlockSpec, Live, Placement, Schedule, Shard, ShardOptions, Step,
-};
+use memory_bank::{AdamW, Block, BlockSpec, Live, Placement, Schedule, Shard, ShardOptions, Step};
 use memory_service::{Compression, Identity, Limits, RemoteOptions, ServeOptions, Source, serve};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

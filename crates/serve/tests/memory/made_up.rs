@@ -7,8 +7,7 @@ use std::sync::Arc;
 use cluster_tree::{ClusterId, ClusterTree, Level};
 use embed::Embedder;
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step,
-    TierOptions,
+    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step, TierOptions,
 };
 use retrieve::{Beam, Retriever};
 use serve::memory::{BankSource, MemoryOptions, Reach, Retrieval, RetrievalParts};
