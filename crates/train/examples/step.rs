@@ -15,7 +15,7 @@ use anchor::{Anchor, AnchorConfig, Precision, unique_ids};
 use candle_core::{DType, Device, Tensor};
 use cluster_tree::ClusterPath;
 use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, Step};
 use ops::{AdamW, Tape, Traced};
 use serde::{Deserialize, Serialize};
 use train::{Attempt, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
@@ -318,13 +318,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
     if !["different", "shared"].contains(&kind) {
         return Err(format!("--memory {kind}: expected different or shared").into());
     }
-    let spec = BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: anchor.n_layers,
-        d_model: anchor.d_model,
-        width: widths(anchor.d_model),
-        branching: vec![16; 4],
-    };
+    let spec = BlockSpec::ffn(anchor.n_layers, anchor.d_model, widths(anchor.d_model), vec![16; 4]);
     let options = BankOptions {
         staleness: 0,
         seed: 1,
