@@ -154,7 +154,7 @@ def test_memory_of_another_model_is_refused(model: Model) -> None:
     with attach(model, [blocks(1, d_model=4)]):
         with pytest.raises(ValueError, match="memory of d_model 4, expected 8 as of the model"):
             run(model, batch(1))
-    with pytest.raises(ValueError, match=r"expected one shape \[L, 3, R, D\], found"):
+    with pytest.raises(ValueError, match=r"expected one width of all levels together, found \[4, 6\]"):
         attach(model, [blocks(1), blocks(2)[:1]])
     assert not any(module._forward_hooks for module in model.modules())
 
