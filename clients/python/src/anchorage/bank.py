@@ -231,7 +231,8 @@ class BankFile:
         spec, path = self.spec, self._file.path
         expected = {f"level{level}" for level, width in enumerate(spec.width) if width}
         if set(self._file.tensors) != expected:
-            raise InvalidArgument(f"{path}: expected the tensors {sorted(expected)}, found {sorted(self._file.tensors)}")
+            found = sorted(self._file.tensors)
+            raise InvalidArgument(f"{path}: expected the tensors {sorted(expected)}, found {found}")
         for name in sorted(expected):
             tensor, rows = self._file.tensors[name], math.prod(spec.branching[: int(name[5:]) + 1]) + 1
             if tensor["dtype"] not in _DTYPES:

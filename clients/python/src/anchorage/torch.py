@@ -1,5 +1,5 @@
-"""Fetched memory in a PyTorch model. Of kind FFN, y += (f(x M1ᵀ) ⊙ (x M2ᵀ)) M3 beside each layer's FFN, f being its
-activation; of a LoRA kind, W + 2·BA; of kind KV, more pairs of keys and values with a softmax of their own.
+"""Fetched memory in a PyTorch model. Of kind ffn, y += (f(x M1ᵀ) ⊙ (x M2ᵀ)) M3 beside each layer's FFN, f being its
+activation; of a lora kind, W + 2·BA; of kind kv, more pairs of keys and values with a softmax of their own.
 
 Shapes: B rows of a batch, T positions, R memory width of all levels together, U different memories.
 """
@@ -79,7 +79,8 @@ class Attached:
             key = _key(memory, blocks)
             if key not in known:
                 known[key] = len(unique)
-                unique.append(self._joined(row, blocks, places))
+                width = memory.spec.width if isinstance(memory, Retrieved) else ()
+                unique.append(self._joined(row, blocks, places, width))
             rows.append(known[key])
         shapes = {tuple(array.shape for arrays in memory for array in arrays) for memory in unique}
         if len(shapes) > 1:
@@ -140,8 +141,10 @@ class Attached:
         for index, part in enumerate(places):
             self._handles += part.install(self._add(index))
 
-    def _joined(self, row: int, blocks: Sequence[Block], places: Sequence[Part]) -> list[_Arrays]:
-        """Of each part its arrays, the blocks of a path beside each other."""
+    def _joined(
+        self, row: int, blocks: Sequence[Block], places: Sequence[Part], width: Sequence[int]
+    ) -> list[_Arrays]:
+        """Of each part its arrays, the blocks of a path beside each other. `width` is that of each level, if known."""
         if self._kind == "ffn":
             widths = self._ffn_widths(row, blocks, len(places))
         else:
@@ -150,11 +153,11 @@ class Attached:
         by_block: list[list[_Arrays]] = []
         for block in blocks:
             numbers = block.numpy().ravel()
-            r, rest = divmod(len(numbers), unit)
-            if rest or not r:
+            r = width[block.level] if width else len(numbers) // unit
+            if not r or r * unit != len(numbers):
                 raise ValueError(
-                    f"memory of row {row}: block {block.level}/{block.index} of {len(numbers)} numbers, expected a "
-                    f"multiple of {unit}, as of memory of kind {self._kind} in {len(places)} parts of this model"
+                    f"memory of row {row}: block {block.level}/{block.index} of {len(numbers)} numbers, expected "
+                    f"{r or 'some'} times {unit}, as of memory of kind {self._kind} in this model"
                 )
             by_block.append(_cut(numbers, widths, r))
         return [[np.concatenate(arrays) for arrays in zip(*part)] for part in zip(*by_block)]
