@@ -7,7 +7,7 @@ MODEL is a Hugging Face folder, BANK a folder with bank.safetensors and spec.jso
 safetensors file with `tokens` [B, T] (integers) and `logits` [B, T, V] (f32), and in its metadata `paths`, those of the
 rows with spaces between ("3/49 generic off"), unless they are given: one for each row, or one for all. Without paths
 all rows are without memory. Answers by a line of JSON, and fails when logits are further apart than --tolerance. Needs
-torch, transformers and clients/python, which is taken from this tree.
+torch, transformers, and what clients/python needs, which is taken from this tree: grpcio and protobuf.
 """
 
 import argparse

@@ -55,6 +55,9 @@ def test_bf16_and_specs_elsewhere(tmp_path: pathlib.Path) -> None:
     spec = {"kind": "lora_qk", "n_layers": 6, "d_model": 4, "width": [1], "branching": [2], "layers": "late"}
     safetensors(tmp_path / "other.safetensors", {"level0": values}, {"spec": json.dumps(spec)})
     assert BankFile(tmp_path / "other.safetensors").spec == Spec(6, 4, (1,), (2,), "lora_qk", (4, 5))
+    (tmp_path / "manifest.json").write_text(json.dumps({"step": 7, "spec": dict(spec, layers=[3])}))
+    named = BankFile(tmp_path / "bank.safetensors", spec=tmp_path / "manifest.json")
+    assert named.spec == Spec(6, 4, (1,), (2,), "lora_qk", (3,))
     pairs = np.zeros((3, 5, 2, 7, 4), "<f4")
     safetensors(tmp_path / "kv.safetensors", {"level0": pairs})
     assert BankFile(tmp_path / "kv.safetensors").spec == Spec(5, 0, (7,), (2,), "kv")

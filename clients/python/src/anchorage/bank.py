@@ -124,9 +124,9 @@ class BankFile:
         """`path` is the file, or a folder with `bank.safetensors` and what else there is of `spec.json` and
         `tree.safetensors`.
 
-        The spec is that of the file's metadata or of `spec.json`; without both, that of FFN or KV memory in all
-        layers, by the shapes. `embed` is what the tree was made with; texts are routed by it and the tree, by a beam
-        of so many clusters a level.
+        The spec is that of the file's metadata, of `spec.json`, or of a checkpoint's manifest that is named; without
+        all of them, that of FFN or KV memory in all layers, by the shapes. `embed` is what the tree was made with;
+        texts are routed by it and the tree, by a beam of so many clusters a level.
         """
         file = pathlib.Path(path)
         if file.is_dir():
@@ -203,7 +203,9 @@ class BankFile:
 
     def _spec_of(self, path: str | pathlib.Path | None) -> Spec:
         if path is not None:
-            return _spec_from(json.loads(pathlib.Path(path).read_text()))
+            found = json.loads(pathlib.Path(path).read_text())
+            # A manifest of a checkpoint has it among other things.
+            return _spec_from(found.get("spec", found))
         if "spec" in self._file.metadata:
             return _spec_from(json.loads(self._file.metadata["spec"]))
         return self._spec_by_shapes()
