@@ -4,8 +4,8 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
@@ -30,6 +30,7 @@ pub struct Tokenizer {
     hash: String,
     eot: u32,
     vocab_size: usize,
+    longest: Option<usize>,
 }
 
 impl Tokenizer {
@@ -80,7 +81,17 @@ impl Tokenizer {
         // The highest id counts, not the number of entries: files with holes in their ids exist.
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let hash = hex(&Sha256::digest(&json));
-        Ok(Self { inner, json, hash, eot, vocab_size })
+        let is_whole =
+            |model: &ModelWrapper| matches!(model, ModelWrapper::BPE(bpe) if bpe.get_unk_token().is_none());
+        let keeps_all = inner.get_normalizer().is_none() && is_whole(inner.get_model());
+        let longest = keeps_all.then(|| inner.get_vocab(true).into_keys().map(|token| token.len()).max());
+        Ok(Self { inner, json, hash, eot, vocab_size, longest: longest.flatten() })
+    }
+
+    /// No token stands for more bytes of text than this. None where text may be shortened before it is divided, or
+    /// unknown text of any length become one token.
+    pub fn longest(&self) -> Option<usize> {
+        self.longest
     }
 
     /// The token ids of `text`, without any special token; text that spells one is plain text.
@@ -207,6 +218,27 @@ mod tests {
         assert!(matches!(sample(std::iter::empty(), 9), Err(Error::NoTrainingText)));
         let failing = [Ok("a".to_owned()), Err(Error::NoMatch { pattern: "x".to_owned() })].into_iter();
         assert!(matches!(sample(failing, 9), Err(Error::NoMatch { .. })));
+    }
+
+    #[test]
+    fn the_longest_token_bounds_how_few_tokens_a_text_has() {
+        let tokenizer = train(290);
+        let longest = tokenizer.longest().unwrap();
+        for text in TEXTS.iter().map(|text| text.repeat(20)).chain([END_OF_TEXT.repeat(9)]) {
+            assert!(tokenizer.encode(&text).unwrap().len() >= text.len() / longest, "{text}");
+        }
+        let shortening = [
+            (r#""normalizer":null"#, r#""normalizer":{"type":"Strip","strip_left":true,"strip_right":true}"#),
+            (r#""unk_token":null"#, r#""unk_token":"a""#),
+        ];
+        let json = String::from_utf8(tokenizer.json).unwrap();
+        for (from, to) in shortening {
+            let changed = json.replace(from, to);
+            assert_ne!(changed, json);
+            let tokenizer =
+                Tokenizer::new(changed.into_bytes(), Path::new("made up"), &[END_OF_TEXT]).unwrap();
+            assert_eq!(tokenizer.longest(), None, "{to}");
+        }
     }
 
     #[test]

@@ -31,8 +31,8 @@ impl Activation {
         }
     }
 
-    /// hidden = f(a) ⊙ b for a row `[a, b]` of products.
-    pub(crate) fn gate(self, products: &[f32], hidden: &mut [f32]) {
+    /// hidden = f(a) ⊙ b for the products (a, b) of a row.
+    pub(crate) fn gate(self, products: (&[f32], &[f32]), hidden: &mut [f32]) {
         match self {
             Self::Silu => gate(products, hidden, silu),
             Self::Gelu => gate(products, hidden, gelu),
@@ -43,7 +43,7 @@ impl Activation {
 
     /// [`Activation::gate`] of products of integers, whose scales and those of the matrix that follows are
     /// `[of a, of b, of it]`.
-    pub(crate) fn gate_scaled(self, products: &[f32], scales: &[f32], hidden: &mut [f32]) {
+    pub(crate) fn gate_scaled(self, products: (&[f32], &[f32]), scales: [&[f32]; 3], hidden: &mut [f32]) {
         match self {
             Self::Silu => gate_scaled(products, scales, hidden, silu),
             Self::Gelu => gate_scaled(products, scales, hidden, gelu),
@@ -92,18 +92,18 @@ impl Activation {
     }
 }
 
-fn gate(products: &[f32], hidden: &mut [f32], f: impl Fn(f32) -> f32) {
-    let (a, b) = products.split_at(hidden.len());
+fn gate((a, b): (&[f32], &[f32]), hidden: &mut [f32], f: impl Fn(f32) -> f32) {
     for ((hidden, a), b) in hidden.iter_mut().zip(a).zip(b) {
         *hidden = f(*a) * b;
     }
 }
 
-fn gate_scaled(products: &[f32], scales: &[f32], hidden: &mut [f32], f: impl Fn(f32) -> f32) {
-    let width = hidden.len();
-    let (a, b) = products.split_at(width);
-    let (of_in, of_out) = scales.split_at(2 * width);
-    let (of_a, of_b) = of_in.split_at(width);
+fn gate_scaled(
+    (a, b): (&[f32], &[f32]),
+    [of_a, of_b, of_out]: [&[f32]; 3],
+    hidden: &mut [f32],
+    f: impl Fn(f32) -> f32,
+) {
     for (i, hidden) in hidden.iter_mut().enumerate() {
         *hidden = f(a[i] * of_a[i]) * (b[i] * of_b[i]) * of_out[i];
     }

@@ -157,7 +157,7 @@ impl GatedFfnLora {
         };
         let mut hidden = output(n * f);
         let rows = products.par_chunks_exact(2 * f).zip(hidden.par_chunks_exact_mut(f));
-        rows.for_each(|(products, hidden)| self.activation.gate(products, hidden));
+        rows.for_each(|(products, hidden)| self.activation.gate(products.split_at(hidden.len()), hidden));
         let mut y = output(n * d);
         let from = match &base {
             Some(base) => Addend::Other { values: Shared::of(base), offset: 0, row: d },

@@ -248,7 +248,7 @@ impl GatedFfn {
                     multiply((m, x_rows), w_in.all(), products);
                     for (i, hidden) in hidden.chunks_exact_mut(r).enumerate() {
                         let products = products_shared.slice(offset + i * 2 * total, 2 * r);
-                        self.activation.gate(products, hidden);
+                        self.activation.gate(products.split_at(hidden.len()), hidden);
                     }
                     multiply((m, View::rows(hidden, r)), w_out.all(), to);
                 }

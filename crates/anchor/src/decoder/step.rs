@@ -195,15 +195,17 @@ impl Decoder {
     /// y += FFN(normed) + Σ_levels memory(normed)
     fn add_ffns(&self, (index, layer): (usize, &Layer), rows: &Rows, normed: &[f32], y: &mut [f32]) {
         let (n, d, activation) = (rows.positions.len(), self.config.d_model, self.config.form.activation);
-        match rows.ffn_lora(index) {
-            Some(lora) => add_ffn_lora((normed, y, d), activation, &layer.ffn, &lora),
-            None => add_ffn(normed, y, d, activation, &[FfnRun { weights: &layer.ffn, rows: 0..n }]),
-        }
-        for level in 0..rows.n_levels() {
-            let run = |(weights, rows)| FfnRun { weights, rows };
-            let runs: Vec<FfnRun> = rows.runs(level, |block| block.ffn(index)).into_iter().map(run).collect();
-            add_ffn(normed, y, d, activation, &runs);
-        }
+        let mut levels = match rows.ffn_lora(index) {
+            Some(lora) => {
+                add_ffn_lora((normed, y, d), activation, &layer.ffn, &lora);
+                vec![]
+            }
+            None => vec![vec![FfnRun { weights: &layer.ffn, rows: 0..n }]],
+        };
+        let run = |(weights, rows)| FfnRun { weights, rows };
+        let of_level = |level| rows.runs(level, |block| block.ffn(index)).into_iter().map(run).collect();
+        levels.extend((0..rows.n_levels()).map(of_level));
+        add_ffn(normed, y, d, activation, &levels);
     }
 
     /// The scores that are asked for, in the order of the segments.

@@ -16,7 +16,7 @@ use crate::buffer::output_lanes;
 pub(super) const FEW: usize = 32;
 
 /// Panels that are multiplied together.
-const PANELS: usize = 4;
+pub(super) const PANELS: usize = 4;
 
 /// Lanes between rows that are copied: an odd number of cache lines.
 const PADDING: usize = 16;

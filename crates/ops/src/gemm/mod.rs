@@ -38,6 +38,9 @@ const TASK_ROWS: usize = 128;
 /// Up to so many rows are one task's, so that the right operand is read from memory once.
 const TOGETHER: usize = 64;
 
+/// Columns of one row that are best multiplied together.
+pub(crate) const TOGETHER_COLUMNS: usize = few::PANELS * COLUMNS;
+
 /// Products with fewer rows than this do not repay packing the right operand.
 const FEW_ROWS: usize = 5;
 
@@ -230,24 +233,28 @@ pub(crate) unsafe fn multiply_all((m, a): (usize, View), right: Part, output: Ou
         // SAFETY: the caller's promise.
         return unsafe { multiply((m, a), right, output) };
     }
-    let n_threads = rayon::current_num_threads();
-    let rows = match m <= TOGETHER {
-        true => m,
-        false => TASK_ROWS.min(m.div_ceil(n_threads).next_multiple_of(ROWS)),
-    };
-    let n_row_tasks = m.div_ceil(rows);
-    // Few rows: the columns are split too.
     let n_columns = right.columns.len();
-    let n_panels = n_columns.div_ceil(COLUMNS);
-    let n_column_tasks = (4 * n_threads).div_ceil(n_row_tasks).min(n_panels);
-    let columns = n_panels.div_ceil(n_column_tasks) * COLUMNS;
-    let n_column_tasks = n_columns.div_ceil(columns);
+    let [rows, columns] = task_size(m, n_columns);
+    let (n_row_tasks, n_column_tasks) = (m.div_ceil(rows), n_columns.div_ceil(columns));
     (0..n_row_tasks * n_column_tasks).into_par_iter().for_each(|task| {
         let (row, column) = (task / n_column_tasks * rows, task % n_column_tasks * columns);
         let part = right.clone().columns(column..n_columns.min(column + columns));
         // SAFETY: tasks write disjoint rows and columns; the rest is the caller's promise.
         unsafe { multiply((rows.min(m - row), a.skip_rows(row)), part, output.skip(row, column)) }
     });
+}
+
+/// Rows and columns of a task, of `m` rows and `n_columns`.
+pub(crate) fn task_size(m: usize, n_columns: usize) -> [usize; 2] {
+    let n_threads = rayon::current_num_threads();
+    let rows = match m <= TOGETHER {
+        true => m,
+        false => TASK_ROWS.min(m.div_ceil(n_threads).next_multiple_of(ROWS)),
+    };
+    // Few rows: the columns are split too.
+    let n_panels = n_columns.div_ceil(COLUMNS);
+    let n_column_tasks = (4 * n_threads).div_ceil(m.div_ceil(rows)).min(n_panels);
+    [rows, n_panels.div_ceil(n_column_tasks) * COLUMNS]
 }
 
 /// The product of `m` rows with a part of a packed operand, on this thread.

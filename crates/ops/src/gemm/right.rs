@@ -150,7 +150,7 @@ pub(crate) struct Part<'a> {
 
 impl Part<'_> {
     /// Some of its columns, the first being a multiple of 32.
-    pub(super) fn columns(self, columns: Range<usize>) -> Self {
+    pub(crate) fn columns(self, columns: Range<usize>) -> Self {
         let first = self.columns.start;
         Self { columns: first + columns.start..first + columns.end, ..self }
     }

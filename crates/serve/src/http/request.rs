@@ -235,7 +235,7 @@ fn check_sequences(prompts: usize, n: usize, most: usize) -> Answer<()> {
 
 fn check_prompt(prompt: &Prompt, bounds: &Bounds) -> Answer<()> {
     let Prompt::Ids(ids) = prompt else { return Ok(()) };
-    check_length(ids.len(), bounds)?;
+    check_length(ids.len(), "", bounds)?;
     match ids.iter().find(|&&id| id as usize >= bounds.vocab_size) {
         Some(id) => {
             let message = format!("expected token ids below {}, found {id}", bounds.vocab_size);
@@ -245,12 +245,12 @@ fn check_prompt(prompt: &Prompt, bounds: &Bounds) -> Answer<()> {
     }
 }
 
-/// That a prompt of so many tokens is allowed.
-pub(super) fn check_length(n_tokens: usize, bounds: &Bounds) -> Answer<()> {
+/// That a prompt of so many tokens, "at least" or exactly, is allowed.
+pub(super) fn check_length(n_tokens: usize, how: &str, bounds: &Bounds) -> Answer<()> {
     if n_tokens <= bounds.prompt_tokens {
         return Ok(());
     }
-    let message = format!("expected at most {} tokens, found {n_tokens}", bounds.prompt_tokens);
+    let message = format!("expected at most {} tokens, found {how}{n_tokens}", bounds.prompt_tokens);
     Err(ApiError { code: Some("context_length_exceeded"), ..ApiError::field("prompt", message) })
 }
 

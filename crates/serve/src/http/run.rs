@@ -70,13 +70,18 @@ fn tokenised(served: &Served, prompt: Prompt) -> Answer<Tokenised> {
     let tokenizer = &served.tokenizer;
     let wrong = |error: corpus::Error| ApiError::field("prompt", error);
     let (ids, text) = match prompt {
-        Prompt::Text(text) => (tokenizer.encode(&text).map_err(wrong)?, text),
+        Prompt::Text(text) => {
+            // Tokens of a text take some hundred times its memory: one that must be too long is not divided.
+            let least = tokenizer.longest().map_or(0, |longest| text.len() / longest.max(1));
+            check_length(least, "at least ", &served.bounds)?;
+            (tokenizer.encode(&text).map_err(wrong)?, text)
+        }
         Prompt::Ids(ids) => {
             let text = tokenizer.decode(&ids).map_err(wrong)?;
             (ids, text)
         }
     };
-    check_length(ids.len(), &served.bounds)?;
+    check_length(ids.len(), "", &served.bounds)?;
     let n_added = usize::from(ids.first() != Some(&tokenizer.eot()));
     let tokens = match n_added {
         0 => ids,

@@ -16,6 +16,7 @@ pub struct Bank {
     spec: Arc<BlockSpec>,
     version: BankVersion,
     tiers: Tiered,
+    has_caches: bool,
     updates: Option<HashMap<ClusterId, u64>>,
     packed: Arc<Packed>,
     fetches: Arc<Fetches>,
@@ -27,6 +28,8 @@ pub(super) struct BankParts {
     pub(super) spec: Arc<BlockSpec>,
     pub(super) version: BankVersion,
     pub(super) tiers: Tiered,
+    /// Whether the tiers keep what they have read, in RAM or on a disk.
+    pub(super) has_caches: bool,
     pub(super) updates: Option<HashMap<ClusterId, u64>>,
     pub(super) packed: Arc<Packed>,
     pub(super) fetches: Arc<Fetches>,
@@ -54,8 +57,8 @@ pub struct LevelFetch {
 
 impl Bank {
     pub(super) fn new(parts: BankParts) -> Self {
-        let BankParts { info, spec, version, tiers, updates, packed, fetches } = parts;
-        Self { info, spec, version, tiers, updates, packed, fetches }
+        let BankParts { info, spec, version, tiers, has_caches, updates, packed, fetches } = parts;
+        Self { info, spec, version, tiers, has_caches, updates, packed, fetches }
     }
 
     /// What it is.
@@ -123,6 +126,19 @@ impl Bank {
         let ids: Vec<ClusterId> = path.ids().filter(has_memory).collect();
         ids.iter().try_for_each(|&id| self.spec.check(id))?;
         Ok(ids)
+    }
+
+    /// Brings a block nearer that nobody has asked for, if there is room; whether there was.
+    pub(super) async fn fetch_ahead(self: &Arc<Self>, id: ClusterId) -> Result<bool> {
+        let bytes = self.info.dtype.block_bytes(&self.spec, usize::from(id.level));
+        if self.packed.has_room(bytes) {
+            self.packed.fetch_ahead(self, id).await?;
+        } else if self.has_caches {
+            self.fetch(&[id]).await?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
     }
 
     /// As [`Bank::blocks`], not counted.

@@ -107,7 +107,9 @@ impl Banks {
             n_parameters: spec.bank_len(),
         };
         let (packed, fetches) = (Arc::clone(&self.packed), Arc::clone(&self.fetches));
-        let bank = BankParts { info: info.clone(), spec, version, tiers, updates, packed, fetches };
+        let has_caches = opened.tiers.ram_mib > 0 || opened.tiers.disk.is_some();
+        let bank =
+            BankParts { info: info.clone(), spec, version, tiers, has_caches, updates, packed, fetches };
         let bank = Arc::new(Bank::new(bank));
         bank.warm().await?;
         let replaced = self.write(|loaded| loaded.insert(name.to_owned(), bank));

@@ -65,13 +65,29 @@ impl Packed {
     /// The packed blocks of a bank, in the order of `ids`, each of which is there once. What is missing is fetched in
     /// one request, which goes on when the caller does not.
     pub(super) async fn fetch(self: &Arc<Self>, bank: &Arc<Bank>, ids: &[ClusterId]) -> Result<Vec<Got>> {
+        self.bring(bank, ids, true).await
+    }
+
+    /// Packs a block that nobody has asked for, which counts as neither found nor missing.
+    pub(super) async fn fetch_ahead(self: &Arc<Self>, bank: &Arc<Bank>, id: ClusterId) -> Result<()> {
+        self.bring(bank, &[id], false).await.map(|_| ())
+    }
+
+    /// Whether a block of so many bytes fits in without another having to go.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        self.state().bytes + bytes <= self.limit
+    }
+
+    async fn bring(self: &Arc<Self>, bank: &Arc<Bank>, ids: &[ClusterId], asked: bool) -> Result<Vec<Got>> {
         let mut found: Vec<Option<Got>> = Vec::with_capacity(ids.len());
         let (mut own, mut joined) = (vec![], Vec::<Joined>::new());
         {
             let mut state = self.state();
             for &id in ids {
                 let block = state.get((bank.load(), id));
-                state.asked(id, block.is_some());
+                if asked {
+                    state.asked(id, block.is_some());
+                }
                 if block.is_none() {
                     match state.flights.get(&(bank.load(), id)) {
                         Some(flight) if joined.iter().any(|other| other.same_channel(flight)) => {}

@@ -6,7 +6,8 @@ use tokio::sync::{Notify, Semaphore};
 
 use super::Bank;
 
-/// Blocks that are likely next, brought into the tiers of their bank while no request fetches.
+/// Blocks that are likely next, packed while no request fetches; once the packed ones fill their room, brought into
+/// the caches of their bank if it has any.
 ///
 /// One block at a time, and none begins while a request waits for its own: a request is behind one such block at
 /// most, in a tier that answers one after the other. What does not fit among those that wait is left.
@@ -72,8 +73,9 @@ impl Prefetch {
                 let Ok(_turn) = this.turn.acquire().await else { return };
                 this.until_idle().await;
                 let Some(bank) = bank.upgrade().filter(|bank| !bank.packed().has(bank, id)) else { return };
-                let counter = match bank.fetch(&[id]).await {
-                    Ok(_) => &this.fetched,
+                let counter = match bank.fetch_ahead(id).await {
+                    Ok(true) => &this.fetched,
+                    Ok(false) => &this.dropped,
                     // Who asks for the block sees the error.
                     Err(_) => &this.failed,
                 };

@@ -9,7 +9,7 @@ pub struct MemoryStats {
     pub banks: Vec<BankStats>,
     /// Blocks fetched before anyone asked for them.
     pub prefetched: u64,
-    /// Blocks that were not, since too many waited already.
+    /// Blocks that were not, since too many waited already or there was no room to keep them.
     pub prefetch_dropped: u64,
     /// Prefetches that failed; a request would see the same error.
     pub prefetch_failed: u64,

@@ -143,18 +143,37 @@ async fn packed_blocks_stay_within_their_limit_and_pinned_levels_stay() {
 }
 
 #[tokio::test]
-async fn likely_blocks_are_fetched_ahead_unless_it_is_off() {
+async fn likely_blocks_are_packed_ahead_unless_it_is_off() {
     let dir = tempfile::tempdir().unwrap();
     let bank = save(dir.path(), &identity(), 1, &[id(0, 0)]).await;
-    let source = BankSource { tiers: TierOptions { ram_mib: 1, ..TierOptions::default() }, ..folder(&bank) };
     for (prefetch, expected) in [(64, 2), (1, 1), (0, 0)] {
         let served = retrieval(MemoryOptions { prefetch, ..MemoryOptions::default() });
-        served.banks().load(Banks::DEFAULT, source.clone()).await.unwrap();
+        served.banks().load(Banks::DEFAULT, folder(&bank)).await.unwrap();
         // The other candidate is leaf 1, and leaf 0 is beside.
         served.select(ask(Memory::Auto, "1 0.09")).await.unwrap();
         let stats = until(&served, |stats| stats.prefetched == expected).await;
         assert_eq!(stats.prefetch_dropped + stats.prefetched, if prefetch == 0 { 0 } else { 2 });
-        if prefetch == 64 {
+        let asked = |level: usize| stats.packed.levels[level].n_hits + stats.packed.levels[level].n_misses;
+        assert_eq!([asked(0), asked(1)], [1, 1], "what nobody asked for was counted as asked for");
+        if prefetch != 1 {
+            let selected = served.select(ask(path(1), "")).await.unwrap();
+            assert_eq!(selected.cached[1].cached, prefetch > 0);
+        }
+    }
+}
+
+#[tokio::test]
+async fn likely_blocks_go_to_the_caches_of_a_bank_when_packed_ones_have_no_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let bank = save(dir.path(), &identity(), 1, &[id(0, 0)]).await;
+    let cached = BankSource { tiers: TierOptions { ram_mib: 1, ..TierOptions::default() }, ..folder(&bank) };
+    for (source, expected) in [(cached, [2, 0]), (folder(&bank), [0, 2])] {
+        let served = retrieval(MemoryOptions { packed_mib: 0, ..MemoryOptions::default() });
+        served.banks().load(Banks::DEFAULT, source).await.unwrap();
+        served.select(ask(Memory::Auto, "1 0.09")).await.unwrap();
+        let stats = until(&served, |stats| stats.prefetched + stats.prefetch_dropped == 2).await;
+        assert_eq!([stats.prefetched, stats.prefetch_dropped], expected);
+        if expected[0] > 0 {
             let ram = |stats: &MemoryStats| stats.banks[0].tiers.tiers[0].levels[1].n_hits;
             assert_eq!(ram(&stats), 0);
             served.select(ask(path(1), "")).await.unwrap();
