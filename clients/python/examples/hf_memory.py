@@ -3,8 +3,9 @@
 
     pip install 'anchorage-client[examples]'
     python hf_memory.py --server 127.0.0.1:7800 --model path/or/name "Jupiter is" "The heart pumps"
+    python hf_memory.py --bank folder --path 3/49 --model path/or/name "Jupiter is"
 
-The model must be the anchor that the served memory was trained with: as many layers, and as wide.
+The model must be the anchor that the memory was trained with: as many layers, and as wide.
 """
 
 from __future__ import annotations
@@ -15,8 +16,20 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anchorage import Client, Error, format_path
+from anchorage import BankFile, Client, Error, Retrieved, format_path
 from anchorage.torch import attach
+
+
+def fetched(args: argparse.Namespace) -> list[Retrieved]:
+    """The memory of each text, or of the path that was given for all."""
+    if args.bank:
+        if not args.path:
+            sys.exit("error: --bank: expected --path too, as there is nothing to embed texts with")
+        return [BankFile(args.bank).retrieve(path=args.path)] * len(args.texts)
+    with Client(args.server, token=args.token) as client:
+        if args.path:
+            return [client.retrieve(path=args.path)] * len(args.texts)
+        return list(client.retrieve_each(args.texts))
 
 
 def main() -> int:
@@ -24,6 +37,8 @@ def main() -> int:
     parser.add_argument("texts", nargs="+", help="what is continued, and what memory is fetched by")
     parser.add_argument("--server", default="127.0.0.1:7800", help="host:port of retrieval.v1")
     parser.add_argument("--token", help="a bearer token")
+    parser.add_argument("--bank", help="a folder with bank.safetensors, or such a file, instead of a server")
+    parser.add_argument("--path", help="of all texts, such as 3/49 or generic, instead of one for each")
     parser.add_argument("--model", required=True, help="a folder or a name that transformers loads")
     parser.add_argument("--pattern", default="mlp", help="last name of the FFN modules, a regular expression")
     parser.add_argument("--new-tokens", type=int, default=40)
@@ -33,17 +48,7 @@ def main() -> int:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
 
-    with Client(args.server, token=args.token) as client:
-        spec = client.info().spec
-        expected = (model.config.num_hidden_layers, model.config.hidden_size)
-        if (spec.n_layers, spec.d_model) != expected:
-            print(
-                f"memory of {spec.n_layers} layers and d_model {spec.d_model}, expected {expected[0]} and {expected[1]}",
-                file=sys.stderr,
-            )
-            return 1
-        memories = list(client.retrieve_each(args.texts))
-
+    memories = fetched(args)
     batch = tokenizer(args.texts, return_tensors="pt", padding=True)
 
     def continued() -> list[str]:
@@ -66,5 +71,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Error as error:
+    except (Error, ValueError) as error:
         sys.exit(f"error: {error}")

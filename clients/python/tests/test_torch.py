@@ -9,7 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from anchorage import Block, Retrieved, Spec  # noqa: E402
+from fake import D_MODEL, N_LAYERS, Fake, serving  # noqa: E402
+
+from anchorage import Block, Client, Retrieved, Spec  # noqa: E402
 from anchorage.torch import attach, ffn_modules  # noqa: E402
 
 L, D, WIDTHS = 3, 8, (4, 2)
@@ -154,9 +156,26 @@ def test_memory_of_another_model_is_refused(model: Model) -> None:
     with attach(model, [blocks(1, d_model=4)]):
         with pytest.raises(ValueError, match="memory of d_model 4, expected 8 as of the model"):
             run(model, batch(1))
-    with pytest.raises(ValueError, match=r"expected one shape \[L, 3, R, D\], found"):
+    with pytest.raises(ValueError, match=r"expected one width of all levels together, found \[4, 6\]"):
         attach(model, [blocks(1), blocks(2)[:1]])
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_memory_of_texts_comes_from_a_server() -> None:
+    assert D_MODEL == D
+    torch.manual_seed(1)
+    model = Model().eval()
+    del model.layers[N_LAYERS:]
+    x, texts = batch(2), ["a", "three"]
+    with serving(Fake()) as address, Client(address) as client:
+        memories = [client.retrieve(text).blocks for text in texts]
+        with attach(model, client, texts=texts) as attached:
+            np.testing.assert_allclose(run(model, x), expected(model, x, memories), rtol=1e-3, atol=1e-4)
+            attached.fetch(paths=["1/4/9"])
+            one = [client.retrieve(path="1/4/9").blocks] * 2
+            np.testing.assert_allclose(run(model, x), expected(model, x, one), rtol=1e-3, atol=1e-4)
+            with pytest.raises(ValueError, match="expected texts or paths"):
+                attached.fetch()
 
 
 def test_a_model_of_transformers(tmp_path: Any) -> None:

@@ -15,7 +15,7 @@ use std::time::Instant;
 use anchor::{Anchor, AnchorConfig, Decoder, DecoderOptions, PackedBlock, PathMemory, Scores, Segment};
 use candle_core::{DType, Device};
 use cluster_tree::ClusterId;
-use memory_bank::{Block, BlockDtype, BlockSpec, Encoded, MemoryKind};
+use memory_bank::{Block, BlockDtype, BlockSpec, Encoded};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -54,18 +54,13 @@ impl Bench {
             max_seq_len: 2048,
             rope_base: 100_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         Ok(Self { anchor, width: vec![d_model / 2, d_model / 8, d_model / 32] })
     }
 
     fn spec(&self) -> BlockSpec {
-        BlockSpec {
-            kind: MemoryKind::Ffn,
-            n_layers: self.anchor.n_layers,
-            d_model: self.anchor.d_model,
-            width: self.width.clone(),
-            branching: vec![N_BLOCKS, 1, 1],
-        }
+        BlockSpec::ffn(self.anchor.n_layers, self.anchor.d_model, self.width.clone(), vec![N_BLOCKS, 1, 1])
     }
 }
 

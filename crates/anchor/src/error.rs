@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use cluster_tree::ClusterId;
+use memory_bank::LayerWidths;
 
 /// What can go wrong in the anchor crate.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,18 @@ pub enum Error {
         tensor: String,
         /// "missing" or "not part of this anchor".
         problem: &'static str,
+    },
+    /// A setting of a model folder that is wrong, or not supported.
+    #[error("{}: {key}: expected {expected}, found {found}", path.display())]
+    Setting {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it may be.
+        expected: String,
+        /// What it is.
+        found: String,
     },
     /// A file that is not a readable anchor checkpoint.
     #[error("{}: {problem}", path.display())]
@@ -78,6 +91,16 @@ pub enum Error {
         layers: usize,
         /// d_model of the anchor.
         width: usize,
+    },
+    /// Memory made for an anchor whose layers have other widths.
+    #[error("memory for a layer {layer} of {found:?}, the anchor's has {expected:?}")]
+    MemoryWidths {
+        /// The layer.
+        layer: usize,
+        /// Widths that the memory was made for.
+        found: LayerWidths,
+        /// Widths of the anchor's layer.
+        expected: LayerWidths,
     },
     /// A batch whose parts disagree.
     #[error("batch of {batch} x {len} tokens: {what} has {found} entries")]

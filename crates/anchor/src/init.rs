@@ -8,12 +8,15 @@ use crate::AnchorConfig;
 
 /// Values of the parameter `name` of `shape`.
 ///
-/// Norm gains are 1; matrices have σ = 1/√fan_in, and the two that write to the residual stream are
+/// Norm gains are 1, biases 0; matrices have σ = 1/√fan_in, and the two that write to the residual stream are
 /// smaller by √(2·(layer + 1)); the embedding has σ = 1/√D.
 pub(crate) fn values(config: &AnchorConfig, name: &str, shape: &[usize], seed: u64) -> Vec<f32> {
     let n: usize = shape.iter().product();
     if name.ends_with("norm") {
         return vec![1.0; n];
+    }
+    if name.ends_with("bias") {
+        return vec![0.0; n];
     }
     let mut random = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name));
     let d = config.d_model as f64;
@@ -24,7 +27,7 @@ pub(crate) fn values(config: &AnchorConfig, name: &str, shape: &[usize], seed: u
     };
     if name.ends_with(".ffn") {
         let in_and_gate = normal(n / 3 * 2, 1.0 / d.sqrt(), &mut random);
-        let out = normal(n / 3, into_residual / (config.ffn_width as f64).sqrt(), &mut random);
+        let out = normal(n / 3, into_residual / (shape[1] as f64).sqrt(), &mut random);
         return [in_and_gate, out].concat();
     }
     let fan_in = shape[shape.len() - 1] as f64;

@@ -11,17 +11,21 @@ mod config;
 mod decoder;
 mod error;
 mod file;
+mod form;
+pub mod hf;
 mod init;
+pub mod llama2c;
 mod memory;
 mod model;
 
 pub use bytes::{TrainingBytes, TrainingShape};
 pub use cache::KvCache;
-pub use config::AnchorConfig;
+pub use config::{AnchorConfig, LayerShape};
 pub use decoder::{
     Decoder, DecoderOptions, KvPages, Logits, PackedBlock, PathMemory, Scores, Segment, SequenceCache,
 };
 pub use error::{Error, Result};
+pub use form::{AttentionBias, AttentionForm, Form, LayerSizes, LocalLayers, QkNorm, RopeScaling, Rotation};
 pub use memory::{FetchedMemory, unique_ids};
 pub use model::{Anchor, Compute, Input, Targets};
-pub use ops::{Gradients, Precision};
+pub use ops::{Activation, Gradients, Precision};

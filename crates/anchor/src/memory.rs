@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Tensor};
 use cluster_tree::{ClusterId, ClusterPath};
-use memory_bank::{Block, BlockSpec};
-use ops::{FfnPart, Gradients, Run, Traced};
+use memory_bank::{Block, BlockPart, BlockSpec, LoraMatrix, MemoryKind, MemoryPart};
+use ops::{FfnPart, Gradients, KvPart, LoraPart, Run, Traced};
 
-use crate::{Error, Result};
+use crate::{AnchorConfig, Error, Result};
 
 /// The blocks that `paths` need, each once, levels in order: what to fetch for a batch.
 pub fn unique_ids(paths: &[ClusterPath], spec: &BlockSpec) -> Vec<ClusterId> {
@@ -23,15 +23,73 @@ pub fn unique_ids(paths: &[ClusterPath], spec: &BlockSpec) -> Vec<ClusterId> {
 pub struct FetchedMemory {
     levels: Vec<Level>,
     frozen: bool,
-    shape: Option<(usize, usize)>, // (n_layers, d_model)
+    spec: Option<BlockSpec>,
 }
 
 struct Level {
     ids: Vec<ClusterId>,
-    /// Per block its layers, each [3, R, D].
+    /// Per block its parts, in the order of [`BlockSpec::parts`].
     blocks: Vec<Vec<Tensor>>,
     /// Index into `ids` per sequence.
     block_of_sequence: Vec<usize>,
+}
+
+/// The memory of one layer, per level: weights, and the rows that they serve.
+#[derive(Clone)]
+pub(crate) enum LayerMemory {
+    /// None: the layer alone.
+    None,
+    /// What widens its FFN.
+    Ffn(Vec<FfnPart>),
+    /// What is added to some of its matrices.
+    Lora(Vec<(LoraMatrix, Vec<LoraPart>)>),
+    /// Pairs beside those of its attention.
+    Kv(Vec<KvPart>),
+}
+
+impl LayerMemory {
+    /// What is added to a matrix.
+    pub(crate) fn lora(&self, matrix: LoraMatrix) -> &[LoraPart] {
+        let Self::Lora(parts) = self else { return &[] };
+        parts.iter().find(|(of, _)| *of == matrix).map_or(&[], |(_, parts)| parts)
+    }
+
+    /// Whether something is added to the matrices of the FFN.
+    pub(crate) fn has_ffn_lora(&self) -> bool {
+        matches!(self, Self::Lora(parts) if parts.iter().any(|(of, _)| *of == LoraMatrix::Down))
+    }
+}
+
+/// Fails unless memory of this spec is for an anchor of this shape.
+pub(crate) fn check_fits(spec: &BlockSpec, config: &AnchorConfig) -> Result<()> {
+    if (spec.n_layers, spec.d_model) != (config.n_layers, config.d_model) {
+        return Err(Error::MemoryShape {
+            found_layers: spec.n_layers,
+            found_width: spec.d_model,
+            layers: config.n_layers,
+            width: config.d_model,
+        });
+    }
+    if spec.kind == MemoryKind::Ffn {
+        return Ok(());
+    }
+    let differs = |layer: &usize| spec.inner_of(*layer) != config.layer(*layer).widths();
+    match (0..config.n_layers).find(differs) {
+        None => Ok(()),
+        Some(layer) => {
+            let (found, expected) = (spec.inner_of(layer), config.layer(layer).widths());
+            Err(Error::MemoryWidths { layer, found, expected })
+        }
+    }
+}
+
+/// The shape of a part of a block of width `r`, as operations take it.
+fn part_shape(spec: &BlockSpec, BlockPart { layer, part, range }: &BlockPart, r: usize) -> Vec<usize> {
+    match part {
+        MemoryPart::Ffn => vec![3, r, spec.d_model],
+        MemoryPart::Lora(_) => vec![range.len()],
+        MemoryPart::Kv => vec![2, r, spec.inner_of(*layer).key_value],
+    }
 }
 
 impl FetchedMemory {
@@ -61,7 +119,7 @@ impl FetchedMemory {
             };
             let block_of_sequence: Vec<usize> = paths.iter().map(place).collect();
             let mut values = Vec::with_capacity(ids.len());
-            let shape = Shape::from((spec.n_layers, 3, spec.width[level], spec.d_model));
+            let parts = spec.parts(level);
             for (i, &id) in ids.iter().enumerate() {
                 let sequence = || block_of_sequence.iter().position(|&b| b == i).unwrap_or_default();
                 let block = by_id.get(&id).ok_or_else(|| Error::BlockNotFetched {
@@ -73,18 +131,22 @@ impl FetchedMemory {
                 if expected != found {
                     return Err(Error::BlockLength { id, expected, found });
                 }
-                values.push((&block.values[..], shape.clone()));
+                values.push((&block.values[..], expected.into()));
             }
-            let layers_of = |tensor: Tensor| {
+            let parts_of = |tensor: Tensor| {
                 let tensor = tensor.to_device(device)?.to_dtype(dtype)?;
-                (0..spec.n_layers).map(|layer| tensor.get(layer)).collect::<candle_core::Result<_>>()
+                let part = |part: &BlockPart| {
+                    let shape = part_shape(spec, part, spec.width[level]);
+                    tensor.narrow(0, part.range.start, part.range.len())?.reshape(shape)
+                };
+                parts.iter().map(part).collect::<candle_core::Result<_>>()
             };
             let tensors = ops::on_pool(|| ops::tensors_of(&values))?;
-            let blocks = tensors.into_iter().map(layers_of).collect::<candle_core::Result<_>>()?;
+            let blocks = tensors.into_iter().map(parts_of).collect::<candle_core::Result<_>>()?;
             Ok(Level { ids, blocks, block_of_sequence })
         };
         let levels = spec.levels().map(build).collect::<Result<_>>()?;
-        Ok(Self { levels, frozen: false, shape: Some((spec.n_layers, spec.d_model)) })
+        Ok(Self { levels, frozen: false, spec: Some(spec.clone()) })
     }
 
     /// The same memory without gradients: for evaluation and generation.
@@ -92,7 +154,7 @@ impl FetchedMemory {
         Self { frozen: true, ..self }
     }
 
-    /// Slots that the gradients of all blocks take: one a block and layer.
+    /// Slots that the gradients of all blocks take: one a part of a block.
     pub(crate) fn n_slots(&self) -> usize {
         self.levels.iter().flat_map(|level| &level.blocks).map(Vec::len).sum()
     }
@@ -102,7 +164,7 @@ impl FetchedMemory {
         let (mut ids, mut of_blocks) = (vec![], vec![]);
         let mut slots = first_slot..;
         for level in self.levels.iter().filter(|_| !self.frozen) {
-            for (&id, layers) in level.ids.iter().zip(&level.blocks) {
+            for (&id, parts) in level.ids.iter().zip(&level.blocks) {
                 let mut take = |slot| {
                     gradients.take(slot).ok_or_else(|| {
                         candle_core::Error::Msg(format!("an operation dropped the gradient of {id}"))
@@ -110,7 +172,7 @@ impl FetchedMemory {
                 };
                 ids.push(id);
                 of_blocks.push(
-                    slots.by_ref().take(layers.len()).map(&mut take).collect::<candle_core::Result<_>>()?,
+                    slots.by_ref().take(parts.len()).map(&mut take).collect::<candle_core::Result<_>>()?,
                 );
             }
         }
@@ -119,52 +181,74 @@ impl FetchedMemory {
     }
 
     /// Fails unless this is memory for an anchor of this shape and a batch of `batch` x `len` tokens.
-    pub(crate) fn check(
-        &self,
-        (n_layers, d_model): (usize, usize),
-        (batch, len): (usize, usize),
-    ) -> Result<()> {
-        match self.shape {
-            Some((layers, width)) if (layers, width) != (n_layers, d_model) => Err(Error::MemoryShape {
-                found_layers: layers,
-                found_width: width,
-                layers: n_layers,
-                width: d_model,
-            }),
-            _ => match self.levels.iter().find(|level| level.block_of_sequence.len() != batch) {
-                Some(level) => {
-                    let found = level.block_of_sequence.len();
-                    Err(Error::Batch { batch, len, what: "memory paths", found })
-                }
-                None => Ok(()),
-            },
+    pub(crate) fn check(&self, config: &AnchorConfig, (batch, len): (usize, usize)) -> Result<()> {
+        if let Some(spec) = &self.spec {
+            check_fits(spec, config)?;
+        }
+        match self.levels.iter().find(|level| level.block_of_sequence.len() != batch) {
+            Some(level) => {
+                let found = level.block_of_sequence.len();
+                Err(Error::Batch { batch, len, what: "memory paths", found })
+            }
+            None => Ok(()),
         }
     }
 
-    /// Per level, the weights of one layer and the rows they serve, `rows_per_sequence` a sequence. Their
-    /// gradients go to the slots from `first_slot` on, or nowhere.
-    pub(crate) fn parts(
+    /// Whether it is KV memory, which reads queries that no position has turned.
+    pub(crate) fn is_kv(&self) -> bool {
+        self.spec.as_ref().is_some_and(|spec| spec.kind == MemoryKind::Kv)
+    }
+
+    /// The weights of one layer and the rows they serve, `rows_per_sequence` a sequence. Their gradients go to the
+    /// slots from `first_slot` on, or nowhere.
+    pub(crate) fn of_layer(
         &self,
         layer: usize,
         rows_per_sequence: usize,
         first_slot: Option<usize>,
-    ) -> Vec<FfnPart> {
-        let mut slot = first_slot.filter(|_| !self.frozen);
-        let mut parts = vec![];
-        for level in &self.levels {
-            let mut block = |layers: &Vec<Tensor>| {
-                let weights = layers[layer].clone();
-                let traced = match slot {
-                    Some(slot) => Traced::leaf(weights, slot + layer),
-                    None => Traced::constant(weights),
+    ) -> LayerMemory {
+        let Some(spec) = &self.spec else { return LayerMemory::None };
+        let Some(place) = spec.memory_layers().position(|with| with == layer) else {
+            return LayerMemory::None;
+        };
+        let kinds = spec.kind.parts();
+        // Of each part of the layer, per level its blocks and their rows.
+        let of_part = |part: usize| {
+            let index = place * kinds.len() + part;
+            let mut slot = first_slot.filter(|_| !self.frozen);
+            let of_level = move |level: &Level| {
+                let block = |parts: &Vec<Tensor>| {
+                    let weights = parts[index].clone();
+                    let traced = match slot {
+                        Some(slot) => Traced::leaf(weights, slot + index),
+                        None => Traced::constant(weights),
+                    };
+                    slot = slot.map(|slot| slot + parts.len());
+                    traced
                 };
-                slot = slot.map(|slot| slot + layers.len());
-                traced
+                (level.blocks.iter().map(block).collect::<Vec<_>>(), level.runs(rows_per_sequence))
             };
-            let blocks = level.blocks.iter().map(&mut block).collect();
-            parts.push(FfnPart { blocks, runs: level.runs(rows_per_sequence) });
+            self.levels.iter().map(of_level)
+        };
+        match spec.kind {
+            MemoryKind::Ffn => {
+                let part = |(blocks, runs)| FfnPart { blocks, runs, bias: None };
+                LayerMemory::Ffn(of_part(0).map(part).collect())
+            }
+            MemoryKind::Kv => {
+                LayerMemory::Kv(of_part(0).map(|(blocks, runs)| KvPart { blocks, runs }).collect())
+            }
+            MemoryKind::Lora { .. } => {
+                let matrix = |(i, part): (usize, &MemoryPart)| match part {
+                    MemoryPart::Lora(matrix) => {
+                        let part = |(blocks, runs)| LoraPart { blocks, runs };
+                        Some((*matrix, of_part(i).map(part).collect()))
+                    }
+                    _ => None,
+                };
+                LayerMemory::Lora(kinds.iter().enumerate().filter_map(matrix).collect())
+            }
         }
-        parts
     }
 }
 

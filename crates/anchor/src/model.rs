@@ -2,12 +2,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use memory_bank::Block;
+use memory_bank::{Block, LORA_ALPHA, LoraMatrix};
 use ops::{
-    AttentionShape, CrossEntropy, FfnPart, Gradients, NormRope, Precision, RopeTable, Tape, TokenLoss, Traced,
+    AttentionShape, CrossEntropy, FfnLora, FfnPart, Gradients, KvMemoryShape, KvPart, NormRope, Precision,
+    RopeTable, Scoring, Tape, TokenLoss, Traced,
 };
 
-use crate::{AnchorConfig, Error, FetchedMemory, KvCache, Result, init};
+use crate::memory::LayerMemory;
+use crate::{AnchorConfig, AttentionBias, Error, FetchedMemory, KvCache, LayerShape, QkNorm, Result, init};
 
 /// A batch of token ids, row-major [B, T].
 #[derive(Clone, Copy, Debug)]
@@ -35,12 +37,38 @@ pub struct Compute {
     pub checkpoint: bool,
 }
 
-/// The decoder of method.md §4: pre-norm, RMSNorm, QK-norm over the full width, RoPE, SwiGLU, no biases.
+/// The decoder that a configuration describes; by default that of method.md §4: pre-norm, RMSNorm, QK-norm over the
+/// full width, RoPE, SwiGLU, no biases.
 pub struct Anchor {
     config: AnchorConfig,
     parameters: BTreeMap<String, Tensor>,
     weights: Weights,
-    rope: RopeTable,
+    rope: Rotations,
+}
+
+/// The rotations of all layers and of local ones, which may be the same.
+#[derive(Clone)]
+pub(crate) struct Rotations {
+    all: RopeTable,
+    local: RopeTable,
+}
+
+impl Rotations {
+    pub(crate) fn of(config: &AnchorConfig) -> Self {
+        let (n, width, rotation) = (config.max_seq_len, config.head_width, config.form.rope);
+        let all = rotation.table(n, width, config.rope_base);
+        let local = match config.form.local.as_ref().and_then(|local| local.rope_base) {
+            Some(base) => {
+                crate::Rotation { single: rotation.single, ..Default::default() }.table(n, width, base)
+            }
+            None => all.clone(),
+        };
+        Self { all, local }
+    }
+
+    pub(crate) fn of_layer(&self, layer: LayerShape) -> &RopeTable {
+        if layer.window.is_some() { &self.local } else { &self.all }
+    }
 }
 
 /// The parameters again, by use; their slots are their places in the order of names.
@@ -53,23 +81,57 @@ struct Weights {
 
 #[derive(Clone)]
 struct Layer {
-    attention_norm: Traced,   // [D]
-    query: Traced,            // [H·K, D]
-    key: Traced,              // [H·K, D]
-    value: Traced,            // [H·K, D]
-    query_norm: Traced,       // [H·K]
-    key_norm: Traced,         // [H·K]
-    attention_output: Traced, // [D, H·K]
-    ffn_norm: Traced,         // [D]
-    ffn: Traced,              // [3, F, D]
+    shape: LayerShape,
+    attention_norm: Traced,              // [D]
+    query: Projection,                   // [H·K, D]
+    key: Projection,                     // [G·K, D]
+    value: Projection,                   // [G·K, D]
+    query_norm: Option<Traced>,          // [H·K] or [K]
+    key_norm: Option<Traced>,            // [G·K] or [K]
+    attention_output: Projection,        // [D, H·K]
+    attention_post_norm: Option<Traced>, // [D]
+    ffn_norm: Traced,                    // [D]
+    ffn: Traced,                         // [3, F, D]
+    ffn_inner_bias: Option<Traced>,      // [2·F]
+    ffn_outer_bias: Option<Traced>,      // [D]
+    ffn_post_norm: Option<Traced>,       // [D]
+}
+
+/// A matrix, and its bias if it has one.
+#[derive(Clone)]
+struct Projection {
+    weight: Traced,
+    bias: Option<Traced>,
+}
+
+impl Projection {
+    fn apply(&self, tape: &mut Tape, base: Option<&Traced>, x: &Traced) -> candle_core::Result<Traced> {
+        ops::affine(tape, base, x, &self.weight, self.bias.as_ref())
+    }
+
+    fn traced(&self) -> impl Iterator<Item = &Traced> {
+        [&self.weight].into_iter().chain(&self.bias)
+    }
 }
 
 impl Layer {
     /// All of its weights.
-    fn traced(&self) -> [&Traced; 9] {
-        let Self { attention_norm, query, key, value, query_norm, key_norm, attention_output, ffn_norm, ffn } =
-            self;
-        [attention_norm, query, key, value, query_norm, key_norm, attention_output, ffn_norm, ffn]
+    fn traced(&self) -> impl Iterator<Item = &Traced> {
+        let Self { attention_norm, query, key, value, attention_output, ffn_norm, ffn, .. } = self;
+        let projections = [query, key, value, attention_output];
+        let optional = [
+            &self.query_norm,
+            &self.key_norm,
+            &self.attention_post_norm,
+            &self.ffn_inner_bias,
+            &self.ffn_outer_bias,
+            &self.ffn_post_norm,
+        ];
+        let always = [attention_norm, ffn_norm, ffn];
+        always
+            .into_iter()
+            .chain(projections.into_iter().flat_map(Projection::traced))
+            .chain(optional.into_iter().flatten())
     }
 }
 
@@ -77,8 +139,12 @@ impl Layer {
 #[derive(Clone)]
 struct Pass {
     config: AnchorConfig,
-    rope: RopeTable,
+    rope: Rotations,
+    /// Rotations by nothing, of positions of KV memory.
+    unturned: Option<RopeTable>,
     starts: Arc<[u32]>,
+    /// Those of local layers.
+    local_starts: Arc<[u32]>,
     batch: usize,
     len: usize,
 }
@@ -102,7 +168,7 @@ impl Anchor {
     /// `parameters` are those of `config.parameters()`; their gradients are computed.
     pub(crate) fn from_parameters(config: AnchorConfig, parameters: BTreeMap<String, Tensor>) -> Self {
         let weights = Weights::of(&config, &parameters, |slot, tensor| Traced::leaf(tensor, slot));
-        let rope = RopeTable::new(config.max_seq_len, config.head_width, config.rope_base);
+        let rope = Rotations::of(&config);
         Self { config, parameters, weights, rope }
     }
 
@@ -143,7 +209,8 @@ impl Anchor {
         memory: &FetchedMemory,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
-        let pass = self.pass(input, memory)?;
+        let first_position = cache.as_ref().map_or(0, |cache| cache.len());
+        let pass = self.pass(input, memory, first_position)?;
         let hidden = ops::on_pool(|| {
             let mut tape = Tape::off(Precision::F32);
             let Some(cache) = cache else {
@@ -151,7 +218,8 @@ impl Anchor {
             };
             let mut x = self.embed(&mut tape, input)?;
             for (i, layer) in self.weights.layers.iter().enumerate() {
-                x = pass.block(&mut tape, &x, layer, memory.parts(i, input.len, None), Some((i, cache)))?;
+                let memory = memory.of_layer(i, input.len, None);
+                x = pass.block(&mut tape, &x, layer, &memory, Some((i, cache)))?;
             }
             let hidden = pass.norm(&mut tape, &x, &self.weights.final_norm)?;
             cache.advance(input.len);
@@ -168,7 +236,10 @@ impl Anchor {
         let hidden = Traced::constant(hidden.contiguous()?);
         let output = self.output();
         let logits = ops::on_pool(|| ops::linear(&mut Tape::off(Precision::F32), None, &hidden, output))?;
-        Ok(logits.value().clone())
+        match self.config.form.logit_cap {
+            None => Ok(logits.value().clone()),
+            Some(cap) => Ok(((logits.value() / cap)?.tanh()? * cap)?),
+        }
     }
 
     /// The loss of a batch and of each of its B·T tokens.
@@ -176,11 +247,11 @@ impl Anchor {
     /// # Errors
     /// As [`Anchor::hidden`], and when the targets do not match the batch.
     pub fn loss(&self, input: Input, targets: Targets, memory: &FetchedMemory) -> Result<(f64, TokenLoss)> {
-        let pass = self.pass(input, memory)?;
+        let pass = self.pass(input, memory, 0)?;
         ops::on_pool(|| {
             let mut tape = Tape::off(Precision::F32);
             let hidden = self.decoder(&mut tape, input, &pass, memory, false)?;
-            Ok(ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?)
+            Ok(self.cross_entropy(&mut tape, &hidden, targets)?)
         })
     }
 
@@ -197,7 +268,7 @@ impl Anchor {
         compute: Compute,
         gradients: &mut Gradients,
     ) -> Result<(f64, Vec<Block>)> {
-        let pass = self.pass(input, memory)?;
+        let pass = self.pass(input, memory, 0)?;
         let n_parameters = self.parameters.len();
         ops::on_pool(|| {
             let mut tape = Tape::recording(compute.precision, gradients, n_parameters + memory.n_slots());
@@ -205,15 +276,24 @@ impl Anchor {
             if let Some(output) = &self.weights.output {
                 tape.leaves_end(output.slots());
             }
-            let (loss, _) = ops::linear_cross_entropy(&mut tape, &hidden, self.output(), targets)?;
+            let (loss, _) = self.cross_entropy(&mut tape, &hidden, targets)?;
             drop(hidden);
             tape.backward()?;
             Ok((loss, memory.take_gradients(gradients, n_parameters)?))
         })
     }
 
+    fn cross_entropy(
+        &self,
+        tape: &mut Tape,
+        hidden: &Traced,
+        targets: Targets,
+    ) -> candle_core::Result<(f64, TokenLoss)> {
+        ops::linear_cross_entropy(tape, hidden, self.output(), self.config.form.logit_cap, targets)
+    }
+
     /// Fails when the parts of the batch disagree.
-    fn pass(&self, input: Input, memory: &FetchedMemory) -> Result<Pass> {
+    fn pass(&self, input: Input, memory: &FetchedMemory, first_position: usize) -> Result<Pass> {
         let Input { tokens, starts, batch, len } = input;
         for (what, found) in [("tokens", tokens.len()), ("document starts", starts.len())] {
             if found != batch * len {
@@ -223,9 +303,19 @@ impl Anchor {
         if tokens.is_empty() {
             return Err(Error::Batch { batch, len, what: "tokens", found: 0 });
         }
-        memory.check((self.config.n_layers, self.config.d_model), (batch, len))?;
+        memory.check(&self.config, (batch, len))?;
         let config = self.config.clone();
-        Ok(Pass { config, rope: self.rope.clone(), starts: starts.into(), batch, len })
+        let starts: Arc<[u32]> = starts.into();
+        let local_starts = match &config.form.local {
+            None => starts.clone(),
+            Some(local) => {
+                let reach = |i: usize| (first_position + i % len + 1).saturating_sub(local.window) as u32;
+                starts.iter().enumerate().map(|(i, &start)| start.max(reach(i))).collect()
+            }
+        };
+        let unturned =
+            memory.is_kv().then(|| RopeTable::of_frequencies(len, &vec![0.0; config.head_width / 2], false));
+        Ok(Pass { config, rope: self.rope.clone(), unturned, starts, local_starts, batch, len })
     }
 
     /// Hidden states after the final norm.
@@ -241,14 +331,14 @@ impl Anchor {
         tape.leaves_end(0..self.parameters.len());
         let mut x = self.embed(tape, input)?;
         for (i, layer) in self.weights.layers.iter().enumerate() {
-            layer.traced().into_iter().for_each(|weight| tape.leaves_end(weight.slots()));
-            let memory = memory.parts(i, input.len, Some(self.parameters.len()));
+            layer.traced().for_each(|weight| tape.leaves_end(weight.slots()));
+            let memory = memory.of_layer(i, input.len, Some(self.parameters.len()));
             x = match checkpoint {
                 true => {
                     let (pass, layer) = (pass.clone(), layer.clone());
-                    tape.checkpoint(&x, move |tape, x| pass.block(tape, x, &layer, memory.clone(), None))?
+                    tape.checkpoint(&x, move |tape, x| pass.block(tape, x, &layer, &memory, None))?
                 }
-                false => pass.block(tape, &x, layer, memory, None)?,
+                false => pass.block(tape, &x, layer, &memory, None)?,
             };
         }
         tape.leaves_end(self.weights.final_norm.slots());
@@ -256,7 +346,12 @@ impl Anchor {
     }
 
     fn embed(&self, tape: &mut Tape, input: Input) -> candle_core::Result<Traced> {
-        ops::embedding(tape, &self.weights.token_embedding, input.tokens, (input.batch, input.len))
+        let shape = (input.batch, input.len);
+        let x = ops::embedding(tape, &self.weights.token_embedding, input.tokens, shape)?;
+        match self.config.form.embedding_scale {
+            None => Ok(x),
+            Some(factor) => ops::scale(tape, &x, factor),
+        }
     }
 
     fn output(&self) -> &Traced {
@@ -275,55 +370,132 @@ impl Pass {
         tape: &mut Tape,
         x: &Traced,
         layer: &Layer,
-        memory: Vec<FfnPart>,
+        memory: &LayerMemory,
         cache: Option<(usize, &mut KvCache)>,
     ) -> candle_core::Result<Traced> {
-        let x = self.attend(tape, x, layer, cache)?;
-        self.feed_forward(tape, &x, layer, memory)
+        let x = self.attend(tape, x, (layer, memory), cache)?;
+        self.feed_forward(tape, &x, (layer, memory))
     }
 
-    /// x + attention(norm(x))
+    /// x + attention(norm(x)), normed once more before it is added where the form has it so.
     fn attend(
         &self,
         tape: &mut Tape,
         x: &Traced,
-        layer: &Layer,
+        (layer, memory): (&Layer, &LayerMemory),
         cache: Option<(usize, &mut KvCache)>,
     ) -> candle_core::Result<Traced> {
         let first_position = cache.as_ref().map_or(0, |(_, cache)| cache.len());
         let normed = self.norm(tape, x, &layer.attention_norm)?;
-        let mut linear = |weight: &Traced| ops::linear(tape, None, &normed, weight);
-        let (q, k, v) = (linear(&layer.query)?, linear(&layer.key)?, linear(&layer.value)?);
-        let rotation = NormRope { table: &self.rope, first_position, eps: self.config.norm_eps };
-        let q = ops::norm_rope(tape, &q, &layer.query_norm, rotation)?;
-        let k = ops::norm_rope(tape, &k, &layer.key_norm, rotation)?;
+        let mut project = |projection: &Projection, matrix| {
+            let y = projection.apply(tape, None, &normed)?;
+            ops::lora(tape, &y, &normed, memory.lora(matrix), LORA_ALPHA)
+        };
+        let q = project(&layer.query, LoraMatrix::Query)?;
+        let k = project(&layer.key, LoraMatrix::Key)?;
+        let v = project(&layer.value, LoraMatrix::Value)?;
+        let q_projected = q.clone();
+        let table = self.rope.of_layer(layer.shape);
+        let rotation = NormRope { table, first_position, eps: self.config.norm_eps };
+        let q = ops::norm_rope(tape, &q, layer.query_norm.as_ref(), rotation)?;
+        let k = ops::norm_rope(tape, &k, layer.key_norm.as_ref(), rotation)?;
         let (k, v) = match cache {
             Some((index, cache)) => cache.append(index, &k, &v)?,
             None => (k, v),
         };
+        let LayerShape { heads, kv_heads, head_width, window, .. } = layer.shape;
         let shape = AttentionShape {
             batch: self.batch,
             queries: self.len,
             keys: k.value().dim(1)?,
-            heads: self.config.n_heads,
-            head_width: self.config.head_width,
+            heads,
+            kv_heads,
+            head_width,
+            scoring: scoring(&self.config),
         };
-        let mixed = ops::attention(tape, [&q, &k, &v], &self.starts, shape)?;
-        ops::linear(tape, Some(x), &mixed, &layer.attention_output)
+        let starts = if window.is_some() { &self.local_starts } else { &self.starts };
+        let mut mixed = ops::attention(tape, [&q, &k, &v], starts, shape)?;
+        if let LayerMemory::Kv(parts) = memory {
+            mixed = self.attend_memory(tape, (&mixed, &q_projected), layer, parts)?;
+        }
+        let output = |tape: &mut Tape, base: Option<&Traced>| {
+            let y = layer.attention_output.apply(tape, base, &mixed)?;
+            ops::lora(tape, &y, &mixed, memory.lora(LoraMatrix::Output), LORA_ALPHA)
+        };
+        match &layer.attention_post_norm {
+            None => output(tape, Some(x)),
+            Some(gain) => {
+                let added = output(tape, None)?;
+                ops::add_rms_norm(tape, x, &added, gain, self.config.norm_eps)
+            }
+        }
     }
 
-    /// x + FFN(norm(x)) + Σ_levels memory(norm(x))
+    /// What attention mixed, and what KV memory adds to it: its queries are normed as others are, but no position
+    /// turns them.
+    fn attend_memory(
+        &self,
+        tape: &mut Tape,
+        (mixed, q): (&Traced, &Traced),
+        layer: &Layer,
+        parts: &[KvPart],
+    ) -> candle_core::Result<Traced> {
+        let Some(table) = &self.unturned else { return Ok(mixed.clone()) };
+        let unturned = NormRope { table, first_position: 0, eps: self.config.norm_eps };
+        let q = ops::norm_rope(tape, q, layer.query_norm.as_ref(), unturned)?;
+        ops::kv_memory(tape, mixed, &q, parts, kv_memory_shape(&self.config, layer.shape))
+    }
+
+    /// x + FFN(norm(x)) + Σ_levels memory(norm(x)), the sum normed once more before it is added where the form has it
+    /// so.
     fn feed_forward(
         &self,
         tape: &mut Tape,
         x: &Traced,
-        layer: &Layer,
-        memory: Vec<FfnPart>,
+        (layer, memory): (&Layer, &LayerMemory),
     ) -> candle_core::Result<Traced> {
         let normed = self.norm(tape, x, &layer.ffn_norm)?;
-        let anchor = FfnPart::everywhere(layer.ffn.clone(), self.batch * self.len);
-        ops::gated_ffn(tape, x, &normed, [vec![anchor], memory].concat())
+        let bias = layer.ffn_inner_bias.clone();
+        let (base, activation) = (layer.ffn_post_norm.is_none().then_some(x), self.config.form.activation);
+        let mut y = if memory.has_ffn_lora() {
+            let of = |matrix| memory.lora(matrix).to_vec();
+            let ffn = FfnLora {
+                block: layer.ffn.clone(),
+                bias,
+                activation,
+                gate: of(LoraMatrix::Gate),
+                up: of(LoraMatrix::Up),
+                down: of(LoraMatrix::Down),
+                alpha: LORA_ALPHA,
+            };
+            ops::gated_ffn_lora(tape, base, &normed, &ffn)?
+        } else {
+            let mut parts =
+                vec![FfnPart { bias, ..FfnPart::everywhere(layer.ffn.clone(), self.batch * self.len) }];
+            if let LayerMemory::Ffn(memory) = memory {
+                parts.extend_from_slice(memory);
+            }
+            ops::gated_ffn(tape, base, &normed, activation, parts)?
+        };
+        if let Some(bias) = &layer.ffn_outer_bias {
+            y = ops::add_bias(tape, &y, bias)?;
+        }
+        match &layer.ffn_post_norm {
+            None => Ok(y),
+            Some(gain) => ops::add_rms_norm(tape, x, &y, gain, self.config.norm_eps),
+        }
     }
+}
+
+/// What products of queries and keys become.
+pub(crate) fn scoring(config: &AnchorConfig) -> Scoring {
+    Scoring { factor: config.form.attention.factor, cap: config.form.attention.cap }
+}
+
+/// How KV memory of a layer is attended to: its scores have the factor of others, but are not capped.
+pub(crate) fn kv_memory_shape(config: &AnchorConfig, layer: LayerShape) -> KvMemoryShape {
+    let LayerShape { heads, kv_heads, head_width, .. } = layer;
+    KvMemoryShape { heads, kv_heads, head_width, scale: scoring(config).factor(head_width) }
 }
 
 impl Weights {
@@ -334,18 +506,31 @@ impl Weights {
     ) -> Self {
         let slots: BTreeMap<&str, usize> = parameters.keys().map(String::as_str).zip(0..).collect();
         let get = |name: &str| traced(slots[name], parameters[name].clone());
+        let form = &config.form;
         let layer = |i: usize| {
             let get = |name: &str| get(&format!("layers.{i}.{name}"));
+            let maybe = |there: bool, name: &str| there.then(|| get(name));
+            let projection = |name: &str, biased: bool| Projection {
+                weight: get(name),
+                bias: maybe(biased, &format!("{name}_bias")),
+            };
+            let biased = form.attention.bias != AttentionBias::None;
+            let normed = form.attention.qk_norm != QkNorm::None;
             Layer {
+                shape: config.layer(i),
                 attention_norm: get("attention_norm"),
-                query: get("query"),
-                key: get("key"),
-                value: get("value"),
-                query_norm: get("query_norm"),
-                key_norm: get("key_norm"),
-                attention_output: get("attention_output"),
+                query: projection("query", biased),
+                key: projection("key", biased),
+                value: projection("value", biased),
+                query_norm: maybe(normed, "query_norm"),
+                key_norm: maybe(normed, "key_norm"),
+                attention_output: projection("attention_output", form.attention.bias == AttentionBias::All),
+                attention_post_norm: maybe(form.post_norms, "attention_post_norm"),
                 ffn_norm: get("ffn_norm"),
                 ffn: get("ffn"),
+                ffn_inner_bias: maybe(form.ffn_bias, "ffn_inner_bias"),
+                ffn_outer_bias: maybe(form.ffn_bias, "ffn_outer_bias"),
+                ffn_post_norm: maybe(form.post_norms, "ffn_post_norm"),
             }
         };
         Self {

@@ -8,6 +8,7 @@ use anchor::{
     Anchor, AnchorConfig, Compute, FetchedMemory, Gradients, Input, Precision, Targets, TrainingShape,
 };
 use candle_core::{DType, Device};
+use memory_bank::MemoryKind;
 
 const CASES: [(&str, Compute); 3] = [
     ("f32", Compute { precision: Precision::F32, checkpoint: false }),
@@ -52,12 +53,19 @@ fn check(compute: Compute) {
         max_seq_len: 256,
         rope_base: 10_000.0,
         norm_eps: 1e-5,
+        form: anchor::Form::default(),
     };
     let (batch, len) = (16, 256);
     let tokens: Vec<u32> = (0..batch * len).map(|i| (i * 31 % 8000) as u32).collect();
     let starts = vec![0; batch * len];
     let anchor = Anchor::new(config.clone(), 1, (&Device::Cpu, DType::F32)).unwrap();
-    let shape = TrainingShape { micro_batch: batch, len, memory_width: 0, block_parameters: 0 };
+    let shape = TrainingShape {
+        micro_batch: batch,
+        len,
+        memory_kind: MemoryKind::Ffn,
+        memory_width: 0,
+        block_parameters: 0,
+    };
     let input = Input { tokens: &tokens, starts: &starts, batch, len };
     let targets = Targets { targets: &tokens, scale: 1e-3, z_loss: 0.0 };
     let mut gradients = Gradients::default();

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use corpus::{Format, SourceOptions};
+use memory_bank::BlockSpec;
 use serde::{Deserialize, Serialize};
 use train::{Phase, Subtree, TrainConfig};
 
@@ -120,6 +121,12 @@ impl Config {
         if self.train.phase.has_memory() && widths != levels {
             bail!("memory.width: expected one width per level of tree.branching ({levels}), found {widths}");
         }
+        if self.train.phase.has_memory()
+            && let Err(memory_bank::Error::Setting { field: "layers", expected, found }) =
+                self.block_spec(self.tree.branching.clone()).validate()
+        {
+            bail!("memory.layers: expected {expected}, found {found}");
+        }
         if let (Some(Subtree::Cluster(found)), Some(n)) = (self.train.subtree, self.tree.branching.first())
             && found as usize >= *n
         {
@@ -161,6 +168,14 @@ impl Config {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The sizes of the run's bank, over a tree of these branchings.
+    pub(crate) fn block_spec(&self, branching: Vec<usize>) -> BlockSpec {
+        let memory = &self.memory;
+        let sizes = (memory.width.clone(), branching);
+        // No size of a bank follows from the vocabulary.
+        self.anchor.config(1).block_spec(memory.kind, memory.layers.clone(), sizes)
     }
 
     pub(crate) fn to_toml(&self) -> Result<String> {
@@ -271,6 +286,18 @@ mod tests {
             message.contains("memory.width: expected one width per level of tree.branching (4), found 2")
         );
         assert!(error("[run]\ndir=\"r\"\n", &[]).contains("corpus.prepared: expected"));
+        let message = error(SMALL, &["memory.kind=lora"]);
+        let kinds = "ffn, lora_qk, lora_vo, lora_ffn, kv";
+        assert!(
+            message.contains(&format!("memory.kind: expected one of {kinds}, found \"lora\"")),
+            "{message}"
+        );
+        let message = error(SMALL, &["memory.layers=deep"]);
+        let layers = "uniform, early, middle, late or a list of layers";
+        assert!(message.contains(&format!("memory.layers: expected {layers}, found \"deep\"")), "{message}");
+        let message = error(SMALL, &["train.phase=joint", "memory.layers=[1, 35]"]);
+        let expected = "memory.layers: expected at least one layer, ascending, below 35, found [1, 35]";
+        assert!(message.contains(expected), "{message}");
         assert!(error(SMALL, &["steps=3"]).contains("found no section"));
     }
 
@@ -281,5 +308,12 @@ mod tests {
         assert_eq!((config.train.seed, config.eval.none.as_deref()), (7, Some(Path::new("runs/x"))));
         let again = Config::parse(&config.to_toml().unwrap(), "again", &[]).unwrap();
         assert_eq!(config, again);
+        for layers in ["late", "[0, 7]"] {
+            let settings = ["memory.kind=lora_ffn".into(), format!("memory.layers={layers}")];
+            let config = Config::parse(SMALL, "run.toml", &settings).unwrap();
+            assert_eq!(config.memory.kind.name(), "lora_ffn");
+            assert_eq!(config.memory.layers.to_string(), layers);
+            assert_eq!(Config::parse(&config.to_toml().unwrap(), "again", &[]).unwrap(), config);
+        }
     }
 }

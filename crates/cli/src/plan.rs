@@ -130,13 +130,7 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<()> {
     };
     let spec = match (&corpus, has_memory) {
         (Some(_), true) => Some(block_spec(&config, &ClusterTree::load(&prepared.tree())?)),
-        (None, true) => Some(BlockSpec {
-            kind: config.memory.kind,
-            n_layers: config.anchor.n_layers,
-            d_model: config.anchor.d_model,
-            width: config.memory.width.clone(),
-            branching: config.tree.branching.clone(),
-        }),
+        (None, true) => Some(config.block_spec(config.tree.branching.clone())),
         (_, false) => None,
     };
     let vocab_size = match (&corpus, &config.corpus.tokenizer) {
@@ -253,7 +247,8 @@ fn compute(
     let Moved { fetched, pushed, naive, exchanged } = moved(config, &levels, workers, anchor_parameters);
 
     let tokens_per_step = (train.batch_size * len) as f64;
-    let flops = tokens_per_step * train.phase.flops_per_token(&anchor, len, memory_width);
+    let flops =
+        tokens_per_step * train.phase.flops_per_token(&anchor, len, spec.map_or(0, BlockSpec::fetch_len));
     let peak = workers * site.worker.tflops * 1e12;
     let compute_s = flops / (peak * site.worker.efficiency);
     let exchange_s = exchanged / (site.worker.network_gb_s * 1e9);
@@ -278,6 +273,7 @@ fn compute(
     let shape = TrainingShape {
         micro_batch: train.micro_batch.min(train.batch_size),
         len,
+        memory_kind: config.memory.kind,
         memory_width,
         block_parameters: sum(&|level| level.by_worker / workers * bytes(level) / 4.0) as u64,
     };

@@ -160,18 +160,13 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     let mut pass = TrainingShape {
         micro_batch: config.train.micro_batch.min(config.train.batch_size),
         len: config.corpus.seq_len as usize,
+        memory_kind: config.memory.kind,
         memory_width: 0,
         block_parameters: 0,
     };
     let mut bank_bytes = 0;
     if config.train.phase.has_memory() {
-        let spec = memory_bank::BlockSpec {
-            kind: config.memory.kind,
-            n_layers: config.anchor.n_layers,
-            d_model: config.anchor.d_model,
-            width: config.memory.width.clone(),
-            branching: config.tree.branching.clone(),
-        };
+        let spec = config.block_spec(config.tree.branching.clone());
         spec.validate()?;
         println!("memory: {} parameters fetched of a bank of {}", spec.fetch_len(), spec.bank_len());
         bank_bytes = spec.bank_len() * 12;

@@ -41,6 +41,7 @@ fn anchor(tokenizer: &Tokenizer) -> Anchor {
         max_seq_len: 32,
         rope_base: 10_000.0,
         norm_eps: 1e-5,
+        form: anchor::Form::default(),
     };
     Anchor::new(config, 1, CPU).unwrap()
 }

@@ -37,6 +37,7 @@ impl Fixture {
             max_seq_len: 48,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         let anchor = Anchor::new(config, 5, (&Device::Cpu, DType::F32)).unwrap().freeze();
         Self { tokenizer, anchor, bank: bank(16, [8, 4], 0.3) }

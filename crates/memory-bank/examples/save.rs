@@ -7,14 +7,14 @@ use std::time::Instant;
 
 use cluster_tree::ClusterId;
 use memory_bank::{
-    AdamW, BankStore, BlockSpec, Identity, MappedBank, MemoryKind, Placement, Row, Schedule, Shard,
-    ShardOptions, Step, StoreOptions, init_block,
+    AdamW, BankStore, BlockSpec, Identity, MappedBank, Placement, Row, Schedule, Shard, ShardOptions, Step,
+    StoreOptions, init_block,
 };
 
 fn spec(mib: usize) -> BlockSpec {
     // Blocks of 3 MiB of weights, and 6 MiB of moments.
     let (width, branching) = (vec![32], vec![mib.div_ceil(9)]);
-    BlockSpec { kind: MemoryKind::Ffn, n_layers: 16, d_model: 512, width, branching }
+    BlockSpec::ffn(16, 512, width, branching)
 }
 
 fn shard(spec: &BlockSpec, options: ShardOptions) -> Shard {

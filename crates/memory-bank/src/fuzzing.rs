@@ -8,9 +8,7 @@ use crate::bank_store::of_records;
 use crate::checkpoint::check_index;
 use crate::manifest::sha256;
 use crate::segment::{Layout, LevelIndex, Part, block_bytes};
-use crate::{
-    BlockSpec, Error, FileRecord, Identity, Manifest, MemoryKind, Placement, Segment, ShardRecord, Step,
-};
+use crate::{BlockSpec, Error, FileRecord, Identity, Manifest, Placement, Segment, ShardRecord, Step};
 
 /// A parser, and bytes that it takes.
 pub struct Target {
@@ -160,13 +158,7 @@ fn check_manifest(manifest: &Manifest) {
 
 /// Levels with memory, and one without.
 fn spec() -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 5,
-        width: vec![3, 0, 2],
-        branching: vec![2, 3, 2],
-    }
+    BlockSpec::ffn(2, 5, vec![3, 0, 2], vec![2, 3, 2])
 }
 
 /// The records of two shards that have saved step 7, the first in two segments.

@@ -1,6 +1,6 @@
 //! The memory bank: blocks of parameters, one per cluster of a tree, with the optimizer beside them.
 //!
-//! [`BlockSpec`] says how large every block is; [`Shard`] owns blocks and updates them, as a plain
+//! [`BlockSpec`] says what every block is and how large; [`Shard`] owns blocks and updates them, as a plain
 //! value, and [`Offload`] has its rows on disk beyond a part of memory; [`LocalBank`] puts a shard
 //! behind the [`BlockStore`] trait that training and generation see, and writes and reads its files.
 //! [`BankStore`] keeps the saves of a bank of many shards in an object store, and a [`Checkpoint`] is
@@ -22,6 +22,8 @@ mod gradients;
 mod init;
 mod keep;
 mod kept;
+mod kind;
+mod layers;
 mod live;
 mod local;
 mod manifest;
@@ -52,6 +54,8 @@ pub use gradients::{Gradients, MAX_GRADIENT, Values};
 pub use init::init_block;
 pub use keep::Pruned;
 pub use kept::Kept;
+pub use kind::{LORA_ALPHA, LayerWidths, LoraMatrix, LoraOn, MemoryKind, MemoryPart};
+pub use layers::MemoryLayers;
 pub use live::{Live, Pushed, Versioned};
 pub use local::{BankOptions, LocalBank};
 pub use manifest::{FORMAT, FileRecord, Identity, Manifest, Segment, ShardRecord, Verify};
@@ -62,7 +66,7 @@ pub use replicated::Replicated;
 pub use row::{Array, Row, Snapshot};
 pub use schedule::Schedule;
 pub use shard::{MAX_STALENESS, Shard, ShardOptions, Update};
-pub use spec::{BlockSpec, MemoryKind};
+pub use spec::{BlockPart, BlockSpec};
 pub use store::{Block, BlockStore, Step, Traffic};
 pub use store_bank::StoreBank;
 pub use tiers::{

@@ -119,13 +119,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{
-        AdamW, Block, BlockSpec, Gradients, Live, MemoryKind, Placement, Schedule, ShardOptions, Step,
-    };
+    use crate::{AdamW, Block, BlockSpec, Gradients, Live, Placement, Schedule, ShardOptions, Step};
 
     /// Rows of 590 KB: one fits.
     fn spec() -> BlockSpec {
-        BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 128, width: vec![64], branching: vec![4] }
+        BlockSpec::ffn(2, 128, vec![64], vec![4])
     }
 
     fn live(file: File) -> Live {

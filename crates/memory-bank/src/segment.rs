@@ -16,7 +16,7 @@ use crate::{BlockSpec, Placement, Result};
 /// One of a segment's two files.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Part {
-    /// `level0.rows`…, `level0.crc32c`…, `padding`, then `level0`… `[n, L, 3, r, d]`.
+    /// `level0.rows`…, `level0.crc32c`…, `padding`, then `level0`… `[n, …]`, … being the shape of a block.
     Values,
     /// `level0.steps`…, `level0.rows`…, `level0.m.crc32c`…, `level0.v.crc32c`…, `padding`, then
     /// `level0.m`, `level0.v`, `level1.m`…
@@ -93,7 +93,7 @@ impl Layout {
         let mut levels = vec![(0, 0, Vec::new()); n_rows.len()];
         for (level, n) in with_rows() {
             let mut starts = Vec::new();
-            let sizes = [spec.n_layers, 3, spec.width[level], spec.d_model].map(|size| size as u64);
+            let sizes: Vec<u64> = spec.block_shape(level).iter().map(|&size| size as u64).collect();
             for suffix in part.suffixes() {
                 let shape = [&[n], &sizes[..]].concat();
                 let tensor = Tensor { name: format!("level{level}{suffix}"), dtype: Dtype::F32, shape };

@@ -1,16 +1,10 @@
+use std::ops::Range;
+
 use cluster_tree::ClusterId;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Result};
-
-/// What a block's parameters are.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MemoryKind {
-    /// Extra FFN width in every layer: M1, M2 `[r, d]` and M3 `[d, r]` (paper section 3).
-    Ffn,
-}
+use crate::{Error, LayerWidths, MemoryKind, MemoryLayers, MemoryPart, Result};
 
 /// The sizes of a bank: one block per cluster, and one generic block per level.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -26,9 +20,33 @@ pub struct BlockSpec {
     pub width: Vec<usize>,
     /// Branching k per level of the cluster tree, coarse to fine.
     pub branching: Vec<usize>,
+    /// Layers of the anchor that have memory; left out of JSON when it is all of them.
+    #[serde(default, skip_serializing_if = "MemoryLayers::is_uniform")]
+    pub layers: MemoryLayers,
+    /// Widths within the anchor's layers, which the sizes of every kind but FFN memory follow from, which has
+    /// none: one for all layers, or one for each of the L.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inner: Vec<LayerWidths>,
+}
+
+/// A part of a block, and where its numbers are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BlockPart {
+    /// The layer of the anchor.
+    pub layer: usize,
+    /// What it is.
+    pub part: MemoryPart,
+    /// Its numbers among those of the block.
+    pub range: Range<usize>,
 }
 
 impl BlockSpec {
+    /// FFN memory in every layer of an anchor of `n_layers` and `d_model`.
+    pub fn ffn(n_layers: usize, d_model: usize, width: Vec<usize>, branching: Vec<usize>) -> Self {
+        let layers = MemoryLayers::Uniform;
+        Self { kind: MemoryKind::Ffn, n_layers, d_model, width, branching, layers, inner: vec![] }
+    }
+
     /// Fails on a spec that describes no bank: a size of 0, other than a width, widths and
     /// branchings of different numbers of levels, no memory at all, or a bank too large to count.
     pub fn validate(&self) -> Result<()> {
@@ -55,6 +73,8 @@ impl BlockSpec {
         if self.branching.contains(&0) {
             return wrong("branching", "at least 1 at every level", format!("{:?}", self.branching));
         }
+        self.layers.validate(self.n_layers)?;
+        self.validate_inner()?;
         if !self.is_countable() {
             let expected = "less than 2^32 blocks a level and 2^60 parameters";
             return wrong(
@@ -66,11 +86,125 @@ impl BlockSpec {
         Ok(())
     }
 
-    /// Parameters per unit of memory width: c0 = 3·L·d (paper section 3).
+    /// Fails on widths within layers that the kind has no use for, or lacks.
+    fn validate_inner(&self) -> Result<()> {
+        let n = self.inner.len();
+        let expected = match self.kind {
+            MemoryKind::Ffn if n == 0 => return Ok(()),
+            MemoryKind::Ffn => "none with kind ffn".to_owned(),
+            _ if n == 1 || n == self.n_layers => match self.inner.iter().find(|widths| !widths.fit()) {
+                None => return Ok(()),
+                Some(widths) => {
+                    let expected =
+                        "widths of at least 1, those of queries and keys of whole heads".to_owned();
+                    return Err(Error::Setting { field: "inner", expected, found: format!("{widths:?}") });
+                }
+            },
+            kind => format!("1 or {} with kind {kind}", self.n_layers),
+        };
+        Err(Error::Setting { field: "inner", expected, found: format!("of {n} layers") })
+    }
+
+    /// Parameters per unit of memory width, c0: of FFN memory 3·L·d (paper section 3), L being the layers with
+    /// memory; of LoRA memory Σ (I + O) over its matrices, and of KV memory Σ 2·width of keys.
     pub fn unit(&self) -> u64 {
-        match self.kind {
-            MemoryKind::Ffn => 3 * self.n_layers as u64 * self.d_model as u64,
+        u64::try_from(self.unit_wide()).unwrap_or(u64::MAX)
+    }
+
+    fn unit_wide(&self) -> u128 {
+        let n = self.n_memory_layers();
+        match self.inner.len() {
+            // Not by layer: a spec may be another's, and of any number of them.
+            0 | 1 => self.layer_unit(0).saturating_mul(n as u128),
+            _ => self.memory_layers().map(|layer| self.layer_unit(layer)).fold(0, u128::saturating_add),
         }
+    }
+
+    /// Parameters of a layer per unit of memory width.
+    fn layer_unit(&self, layer: usize) -> u128 {
+        self.kind.parts().iter().map(|&part| self.part_unit(part, layer)).sum()
+    }
+
+    /// Parameters of a part of a layer per unit of memory width.
+    fn part_unit(&self, part: MemoryPart, layer: usize) -> u128 {
+        let wide = |n: usize| n as u128;
+        match part {
+            MemoryPart::Ffn => 3 * wide(self.d_model),
+            MemoryPart::Lora(matrix) => {
+                let (from, to) = matrix.widths(self.d_model, self.inner_of(layer));
+                wide(from) + wide(to)
+            }
+            MemoryPart::Kv => 2 * wide(self.inner_of(layer).key_value),
+        }
+    }
+
+    /// The widths within a layer; of FFN memory, whose sizes do not follow from them, zeros.
+    pub fn inner_of(&self, layer: usize) -> LayerWidths {
+        let none = LayerWidths { query: 0, key_value: 0, head: 0, ffn: 0 };
+        self.inner.get(layer).or(self.inner.first()).copied().unwrap_or(none)
+    }
+
+    /// How many layers of the anchor have memory.
+    pub fn n_memory_layers(&self) -> usize {
+        self.layers.count(self.n_layers)
+    }
+
+    /// The layers of the anchor that have memory, ascending.
+    pub fn memory_layers(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.n_memory_layers()).map(|index| self.layers.at(self.n_layers, index))
+    }
+
+    /// The parts of a block of a level, in the order of its numbers: layer by layer, and in each those of
+    /// [`MemoryKind::parts`].
+    ///
+    /// # Panics
+    /// If `level >= n_levels`, as a slice does.
+    pub fn parts(&self, level: usize) -> Vec<BlockPart> {
+        let (width, mut start) = (self.width[level], 0);
+        let mut parts = Vec::new();
+        for layer in self.memory_layers() {
+            for &part in self.kind.parts() {
+                let len = self.part_unit(part, layer) as usize * width;
+                parts.push(BlockPart { layer, part, range: start..start + len });
+                start += len;
+            }
+        }
+        parts
+    }
+
+    /// The shape of a block of a level, as files and messages give it, L being the layers with memory: of FFN
+    /// memory `[L, 3, r, d]`. Of other kinds, where all layers are of the same widths, `[L, 2, r, width of keys]`
+    /// of KV memory and `[L, numbers of a layer]` of LoRA memory; otherwise the number of its numbers.
+    ///
+    /// # Panics
+    /// If `level >= n_levels`, as a slice does.
+    pub fn block_shape(&self, level: usize) -> Vec<usize> {
+        let (n, r) = (self.n_memory_layers(), self.width[level]);
+        match self.kind {
+            MemoryKind::Ffn => vec![n, 3, r, self.d_model],
+            _ if self.inner.len() != 1 => vec![self.block_len(level)],
+            MemoryKind::Kv => vec![n, 2, r, self.inner_of(0).key_value],
+            MemoryKind::Lora { .. } => vec![n, self.layer_unit(0) as usize * r],
+        }
+    }
+
+    /// Numbers that share a scale where blocks are held as int8: of FFN memory a row of d, of other kinds as many
+    /// as divide the rows of all of its matrices.
+    pub fn row_len(&self) -> usize {
+        if self.kind == MemoryKind::Ffn {
+            return self.d_model;
+        }
+        let rows = |widths: &LayerWidths| {
+            self.kind.parts().iter().fold(0, |all, part| match part {
+                MemoryPart::Ffn => gcd(all, self.d_model),
+                MemoryPart::Kv => gcd(all, widths.key_value),
+                MemoryPart::Lora(matrix) => {
+                    let (from, to) = matrix.widths(self.d_model, *widths);
+                    gcd(gcd(all, from), to)
+                }
+            })
+        };
+        self.inner.iter().map(rows).fold(0, gcd).max(1)
     }
 
     /// Number of levels of the tree, with memory or without.
@@ -131,13 +265,17 @@ impl BlockSpec {
 
     /// SHA-256, in hex, of the spec: two banks with the same hash hold the same blocks.
     pub fn hash(&self) -> String {
-        let mut hasher = Sha256::new();
-        hasher.update(match self.kind {
-            MemoryKind::Ffn => b"ffn".as_slice(),
-        });
+        let mut hasher = Sha256::new_with_prefix(self.kind.name());
+        let mut add = |size: usize| hasher.update((size as u64).to_le_bytes());
         let sizes = [self.n_layers, self.d_model, self.n_levels()];
-        for &size in sizes.iter().chain(&self.width).chain(&self.branching) {
-            hasher.update((size as u64).to_le_bytes());
+        sizes.iter().chain(&self.width).chain(&self.branching).for_each(|&size| add(size));
+        // FFN memory in all layers has the hash that it had before there was anything else.
+        if self.n_memory_layers() != self.n_layers {
+            add(self.n_memory_layers());
+            self.memory_layers().for_each(&mut add);
+        }
+        for LayerWidths { query, key_value, head, ffn } in &self.inner {
+            [*query, *key_value, *head, *ffn].into_iter().for_each(&mut add);
         }
         crate::manifest::hex(&hasher.finalize())
     }
@@ -149,7 +287,7 @@ impl BlockSpec {
     }
 
     fn is_countable(&self) -> bool {
-        let unit = 3u128.saturating_mul(self.n_layers as u128).saturating_mul(self.d_model as u128);
+        let unit = self.unit_wide();
         let (mut n_blocks, mut total) = (1u128, 0u128);
         for (&branching, &width) in self.branching.iter().zip(&self.width) {
             n_blocks = n_blocks.saturating_mul(branching as u128);
@@ -161,4 +299,17 @@ impl BlockSpec {
         }
         true
     }
+}
+
+impl LayerWidths {
+    fn fit(&self) -> bool {
+        let Self { query, key_value, head, ffn } = *self;
+        let heads = head > 0 && key_value > 0 && query > 0 && key_value.is_multiple_of(head);
+        heads && query.is_multiple_of(key_value) && ffn > 0
+    }
+}
+
+/// The greatest common divisor; that of 0 and x is x.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -8,13 +8,13 @@ use std::thread;
 
 use cluster_tree::ClusterId;
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, Blocking, Error, LocalBank, MemoryKind, Schedule, Step, init_block,
+    AdamW, BankOptions, Block, BlockSpec, Blocking, Error, LocalBank, Schedule, Step, init_block,
 };
 
 const ID: ClusterId = ClusterId { level: 0, index: 1 };
 
 fn spec() -> BlockSpec {
-    BlockSpec { kind: MemoryKind::Ffn, n_layers: 1, d_model: 4, width: vec![2], branching: vec![2] }
+    BlockSpec::ffn(1, 4, vec![2], vec![2])
 }
 
 fn bank(root: &Path) -> Arc<LocalBank> {

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, tensor, with_mut};
 use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply};
-use crate::math::{dot, exp, exp_sub_sum, max, scale};
+use crate::math::{dot, exp, exp_sub_sum, max, scale, soft_cap, tanh};
 use crate::tape::{Place, repeat_a_slot};
 use crate::{Gradients, Precision, Tape, Traced};
 
@@ -28,20 +28,63 @@ pub struct AttentionShape {
     pub queries: usize,
     /// Key positions, S ≥ T.
     pub keys: usize,
-    /// Heads, H.
+    /// Heads of queries, H.
     pub heads: usize,
+    /// Heads of keys and values, G, each for H/G heads of queries one after another (Ainslie et al.,
+    /// arXiv 2305.13245).
+    pub kv_heads: usize,
     /// Width of a head, K.
     pub head_width: usize,
+    /// What products of queries and keys become.
+    pub scoring: Scoring,
+}
+
+/// What products of queries and keys become before the softmax.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Scoring {
+    /// Their factor; without one it is 1/√K.
+    pub factor: Option<f64>,
+    /// Scores s become cap·tanh(s / cap).
+    pub cap: Option<f64>,
+}
+
+impl Scoring {
+    /// The factor for heads of this width.
+    pub fn factor(&self, head_width: usize) -> f32 {
+        self.factor.map_or(1.0 / (head_width as f32).sqrt(), |factor| factor as f32)
+    }
+
+    pub(crate) fn cap(&self) -> Option<f32> {
+        self.cap.map(|cap| cap as f32)
+    }
+
+    /// Whether they are those of most models.
+    #[cfg(feature = "cuda")]
+    fn are_plain(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl AttentionShape {
+    /// Width of queries.
     fn width(&self) -> usize {
         self.heads * self.head_width
     }
 
+    /// Width of keys and of values.
+    fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_width
+    }
+
+    /// Heads of queries that share keys and values.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
     fn check(&self, [q, k, v]: [&Tensor; 3], starts: &[u32]) -> Result<()> {
-        let (b, t, s, d) = (self.batch, self.queries, self.keys, self.width());
-        if q.dims() != [b, t, d] || k.dims() != [b, s, d] || v.dims() != [b, s, d] || s < t {
+        let (b, t, s, d, e) = (self.batch, self.queries, self.keys, self.width(), self.kv_width());
+        let whole = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        if q.dims() != [b, t, d] || k.dims() != [b, s, e] || v.dims() != [b, s, e] || s < t || !whole {
             candle_core::bail!(
                 "attention: {self:?} given q {:?}, k {:?}, v {:?}",
                 q.dims(),
@@ -72,9 +115,10 @@ impl AttentionShape {
 }
 
 /// softmax(q·kᵀ/√K)·v per head, where query t (at key position S − T + t) sees the keys
-/// `starts[b, t] ..= S − T + t`; starts do not fall within a sequence.
+/// `starts[b, t] ..= S − T + t`; starts do not fall within a sequence. A window of w positions is starts of no less
+/// than S − T + t − w + 1.
 ///
-/// `q` [B, T, H·K], `k`, `v` [B, S, H·K]; the result is shaped like q.
+/// `q` [B, T, H·K], `k`, `v` [B, S, G·K]; the result is shaped like q.
 ///
 /// # Errors
 /// When the shapes do not fit, a query would see no key, starts fall, or an operand that has a gradient is given
@@ -90,7 +134,9 @@ pub fn attention(
         candle_core::bail!("attention: queries, keys and values must be different tensors");
     }
     #[cfg(feature = "cuda")]
-    if crate::on_gpu(q.value()) && crate::cuda::attention_fits(q.value(), shape)? {
+    let plain = shape.group() == 1 && shape.scoring.are_plain();
+    #[cfg(feature = "cuda")]
+    if crate::on_gpu(q.value()) && plain && crate::cuda::attention_fits(q.value(), shape)? {
         return crate::cuda::attention(tape, [q, k, v], starts, shape);
     }
     if !crate::fused(q.value()) {
@@ -115,7 +161,7 @@ pub fn attention(
 }
 
 fn composed(inputs: &[Tensor], starts: &[u32], shape: AttentionShape) -> Result<Tensor> {
-    let AttentionShape { batch: b, queries: t, keys: s, heads: h, head_width } = shape;
+    let AttentionShape { batch: b, queries: t, keys: s, heads: h, kv_heads, head_width, scoring } = shape;
     let (device, dtype) = (inputs[0].device(), inputs[0].dtype());
     let mut mask = vec![0f32; b * t * s];
     for (row, (mask, &start)) in mask.chunks_exact_mut(s).zip(starts).enumerate() {
@@ -123,9 +169,21 @@ fn composed(inputs: &[Tensor], starts: &[u32], shape: AttentionShape) -> Result<
         mask[s - t + row % t + 1..].fill(f32::NEG_INFINITY);
     }
     let mask = Tensor::from_vec(mask, (b, 1, t, s), device)?.to_dtype(dtype)?;
-    let split = |x: &Tensor, n: usize| x.reshape((b, n, h, head_width))?.transpose(1, 2)?.contiguous();
-    let (q, k, v) = (split(&inputs[0], t)?, split(&inputs[1], s)?, split(&inputs[2], s)?);
-    let scores = (q.matmul(&k.t()?)? * (1.0 / (head_width as f64).sqrt()))?.broadcast_add(&mask)?;
+    let split = |x: &Tensor, n: usize, heads: usize| x.reshape((b, n, heads, head_width))?.transpose(1, 2);
+    // Keys and values once for every head of queries that shares them.
+    let shared = |x: &Tensor| {
+        let x = split(x, s, kv_heads)?.unsqueeze(2)?;
+        x.broadcast_as((b, kv_heads, h / kv_heads, s, head_width))?
+            .contiguous()?
+            .reshape((b, h, s, head_width))
+    };
+    let (q, k, v) = (split(&inputs[0], t, h)?.contiguous()?, shared(&inputs[1])?, shared(&inputs[2])?);
+    let factor = scoring.factor.unwrap_or(1.0 / (head_width as f64).sqrt());
+    let mut products = (q.matmul(&k.t()?)? * factor)?;
+    if let Some(cap) = scoring.cap {
+        products = ((products / cap)?.tanh()? * cap)?;
+    }
+    let scores = products.broadcast_add(&mask)?;
     let largest = scores.max_keepdim(D::Minus1)?.detach();
     let weights = scores.broadcast_sub(&largest)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
@@ -158,7 +216,7 @@ struct Scratch {
 
 impl Attention {
     fn scale(&self) -> f32 {
-        1.0 / (self.shape.head_width as f32).sqrt()
+        self.shape.scoring.factor(self.shape.head_width)
     }
 
     fn scratch(&self) -> Scratch {
@@ -187,18 +245,19 @@ impl Attention {
 
     /// The output, and the log-sum-exp of every query's scores [B, H, T].
     fn forward(&self, [q, k, v]: [&[f32]; 3]) -> (Vec<f32>, Vec<f32>) {
-        let AttentionShape { batch, queries: t, keys: s, heads, head_width } = self.shape;
-        let d = self.shape.width();
+        let AttentionShape { batch, queries: t, keys: s, heads, head_width, .. } = self.shape;
+        let (d, e) = (self.shape.width(), self.shape.kv_width());
+        let (scale_of_scores, cap) = (self.scale(), self.shape.scoring.cap());
         let mut y = output(q.len());
         let mut log_sum_exp = output(batch * heads * t);
         let y_shared = Shared::new(&mut y);
         let head_task = |scratch: &mut Scratch, (task, log_sum_exp): (usize, &mut [f32])| {
             let (sequence, head) = (task / heads, task % heads);
-            let (q_base, k_base) =
-                (sequence * t * d + head * head_width, sequence * s * d + head * head_width);
+            let q_base = sequence * t * d + head * head_width;
+            let k_base = sequence * s * e + head / self.shape.group() * head_width;
             let Scratch { scores, packed: [keys, values, _], .. } = scratch;
-            keys.repack(View::transposed(&k[k_base..], d), (head_width, s), Threads::One);
-            values.repack(View::rows(&v[k_base..], d), (s, head_width), Threads::One);
+            keys.repack(View::transposed(&k[k_base..], e), (head_width, s), Threads::One);
+            values.repack(View::rows(&v[k_base..], e), (s, head_width), Threads::One);
             for tile in self.tiles(sequence) {
                 let (m, n) = (tile.n_rows, tile.keys.len());
                 let scores = &mut scores[..m * n];
@@ -209,7 +268,10 @@ impl Attention {
                     row[..visible.start].fill(0.0);
                     row[visible.end..].fill(0.0);
                     let row = &mut row[visible];
-                    scale(row, self.scale());
+                    match cap {
+                        None => scale(row, scale_of_scores),
+                        Some(cap) => soft_cap(row, scale_of_scores, cap),
+                    }
                     let largest = max(row);
                     let sum = exp_sub_sum(row, largest);
                     scale(row, 1.0 / sum);
@@ -233,7 +295,7 @@ impl Attention {
         log_sum_exp: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let AttentionShape { batch, heads, .. } = self.shape;
+        let AttentionShape { batch, kv_heads, .. } = self.shape;
         let [q, k, v] = inputs;
         let (q, k, v, y, dy) = (read(q)?, read(k)?, read(v)?, read(y)?, read(dy)?);
         let mut places = vec![];
@@ -253,10 +315,10 @@ impl Attention {
                         }
                     }
                     let to = [Shared::new(dq), Shared::new(dk), Shared::new(dv)];
-                    (0..batch * heads).into_par_iter().for_each_init(
+                    (0..batch * kv_heads).into_par_iter().for_each_init(
                         || self.scratch(),
                         |scratch, task| {
-                            self.backward_head(
+                            self.backward_group(
                                 task,
                                 [&q, &k, &v, &y, &dy],
                                 log_sum_exp,
@@ -271,7 +333,8 @@ impl Attention {
         Ok(())
     }
 
-    fn backward_head(
+    /// One head of keys and values of a sequence, and the heads of queries that share it.
+    fn backward_group(
         &self,
         task: usize,
         [q, k, v, y, dy]: [&[f32]; 5],
@@ -279,23 +342,26 @@ impl Attention {
         ([dq, dk, dv], into): ([Shared; 3], Write),
         scratch: &mut Scratch,
     ) {
-        let AttentionShape { queries: t, keys: s, heads, head_width, .. } = self.shape;
-        let d = self.shape.width();
-        let (sequence, head) = (task / heads, task % heads);
-        let first_key = sequence * s * d + head * head_width;
+        let AttentionShape { queries: t, keys: s, kv_heads, head_width, .. } = self.shape;
+        let (d, e, group) = (self.shape.width(), self.shape.kv_width(), self.shape.group());
+        let (sequence, kv_head) = (task / kv_heads, task % kv_heads);
+        let first_key = sequence * s * e + kv_head * head_width;
         let Scratch { scores, dscores, packed: [key_columns, value_columns, keys], rows } = scratch;
-        key_columns.repack(View::transposed(&k[first_key..], d), (head_width, s), Threads::One);
-        value_columns.repack(View::transposed(&v[first_key..], d), (head_width, s), Threads::One);
-        keys.repack(View::rows(&k[first_key..], d), (s, head_width), Threads::One);
-        for tile in self.tiles(sequence) {
+        key_columns.repack(View::transposed(&k[first_key..], e), (head_width, s), Threads::One);
+        value_columns.repack(View::transposed(&v[first_key..], e), (head_width, s), Threads::One);
+        keys.repack(View::rows(&k[first_key..], e), (s, head_width), Threads::One);
+        for (member, tile) in
+            (0..group).flat_map(|member| self.tiles(sequence).map(move |tile| (member, tile)))
+        {
             let (m, n) = (tile.n_rows, tile.keys.len());
+            let head = kv_head * group + member;
             let row_base = (sequence * t + tile.first_row) * d + head * head_width;
-            let key_base = first_key + tile.keys.start * d;
+            let key_base = first_key + tile.keys.start * e;
             let (p, dp) = (&mut scores[..m * n], &mut dscores[..m * n]);
             let (q_rows, dy_rows) = (View::rows(&q[row_base..], d), View::rows(&dy[row_base..], d));
             product((m, q_rows), (key_columns, 0..head_width, tile.keys.clone()), p);
             product((m, dy_rows), (value_columns, 0..head_width, tile.keys.clone()), dp);
-            let log_sum_exp = &log_sum_exp[task * t + tile.first_row..][..m];
+            let log_sum_exp = &log_sum_exp[(task * group + member) * t + tile.first_row..][..m];
             for (i, (p, dp)) in p.chunks_exact_mut(n).zip(dp.chunks_exact_mut(n)).enumerate() {
                 let visible = self.visible(sequence, &tile, i);
                 for row in [&mut *p, &mut *dp] {
@@ -304,22 +370,38 @@ impl Attention {
                 }
                 let row = row_base + i * d;
                 let delta = dot(&y[row..row + head_width], &dy[row..row + head_width]);
-                let (scale, shift) = (self.scale(), log_sum_exp[i]);
-                for (p, dp) in p[visible.clone()].iter_mut().zip(&mut dp[visible]) {
+                self.row_backward((&mut p[visible.clone()], &mut dp[visible]), log_sum_exp[i], delta);
+            }
+            let to = |to: Shared, offset: usize, row: usize, from: Addend| Output { to, offset, row, from };
+            // SAFETY: one task holds a head of keys of a sequence and the heads of queries that share it, so its
+            // columns of dq, dk and dv are its own; all offsets lie in the buffers.
+            unsafe {
+                rows.repack(dy_rows, (m, head_width), Threads::One);
+                multiply((n, View::transposed(p, n)), rows.all(), to(dv, key_base, e, Addend::Itself));
+                rows.repack(q_rows, (m, head_width), Threads::One);
+                multiply((n, View::transposed(dp, n)), rows.all(), to(dk, key_base, e, Addend::Itself));
+                let keys = keys.part(tile.keys.clone(), 0..head_width);
+                multiply((m, View::rows(dp, n)), keys, to(dq, row_base, d, into.into()));
+            }
+        }
+    }
+
+    /// Of a row of products of a query and keys, the weights; and of their gradients that of the products.
+    fn row_backward(&self, (p, dp): (&mut [f32], &mut [f32]), shift: f32, delta: f32) {
+        let scale = self.scale();
+        match self.shape.scoring.cap() {
+            None => {
+                for (p, dp) in p.iter_mut().zip(dp) {
                     *p = exp(*p * scale - shift);
                     *dp = *p * (*dp - delta) * scale;
                 }
             }
-            let to = |to: Shared, offset: usize, from: Addend| Output { to, offset, row: d, from };
-            // SAFETY: one task holds a head of a sequence, so its columns of dq, dk and dv are its own; all
-            // offsets lie in the buffers.
-            unsafe {
-                rows.repack(dy_rows, (m, head_width), Threads::One);
-                multiply((n, View::transposed(p, n)), rows.all(), to(dv, key_base, Addend::Itself));
-                rows.repack(q_rows, (m, head_width), Threads::One);
-                multiply((n, View::transposed(dp, n)), rows.all(), to(dk, key_base, Addend::Itself));
-                let keys = keys.part(tile.keys.clone(), 0..head_width);
-                multiply((m, View::rows(dp, n)), keys, to(dq, row_base, into.into()));
+            Some(cap) => {
+                for (p, dp) in p.iter_mut().zip(dp) {
+                    let capped = tanh(*p * scale / cap);
+                    *p = exp(cap * capped - shift);
+                    *dp = *p * (*dp - delta) * scale * (1.0 - capped * capped);
+                }
             }
         }
     }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, with_mut};
 use crate::gemm::{Addend, Output, Right, Size, Threads, View, Write, gemm, multiply_all};
-use crate::math::{exp_sub_sum, max, scale};
+use crate::math::{exp_sub_sum, max, scale, soft_cap};
 use crate::{IGNORE, Tape, Traced};
 
 /// Rows whose logits exist at one time.
@@ -27,7 +27,7 @@ pub type TokenLoss = Vec<f32>;
 
 /// `scale · Σ (logsumexp(h·Wᵀ) − (h·Wᵀ)[target] + z_loss · logsumexp²)`, and the loss of each row.
 ///
-/// `hidden` [.., D] of N rows, `weight` [V, D]. On a recording tape the gradients are made in the same pass,
+/// `hidden` [.., D] of N rows, `weight` [V, D]; with a `cap`, logits l = h·Wᵀ become cap·tanh(l / cap) first. On a recording tape the gradients are made in the same pass,
 /// so that a backward pass can follow at once.
 ///
 /// # Errors
@@ -36,6 +36,7 @@ pub fn linear_cross_entropy(
     tape: &mut Tape,
     hidden: &Traced,
     weight: &Traced,
+    cap: Option<f64>,
     options: CrossEntropy,
 ) -> Result<(f64, TokenLoss)> {
     let (v, d) = weight.value().dims2()?;
@@ -50,15 +51,16 @@ pub fn linear_cross_entropy(
         return Ok((0.0, vec![]));
     }
     #[cfg(feature = "cuda")]
-    if crate::on_gpu(hidden.value()) {
+    if crate::on_gpu(hidden.value()) && cap.is_none() {
         return crate::cuda::linear_cross_entropy(tape, hidden, weight, options);
     }
     if crate::fused(hidden.value()) {
-        return fused(tape, hidden, weight, options);
+        return fused(tape, hidden, weight, (cap, options));
     }
     let mut rows = vec![];
     let inputs = [hidden, weight];
-    let loss = tape.composed(&inputs, |inputs| composed(&inputs[0], &inputs[1], options, &mut rows))?;
+    let loss =
+        tape.composed(&inputs, |inputs| composed(&inputs[0], &inputs[1], (cap, options), &mut rows))?;
     if let Some(gradients) = tape.gradients() {
         gradients.give(&loss, loss.value().ones_like()?)?;
     }
@@ -66,11 +68,19 @@ pub fn linear_cross_entropy(
 }
 
 /// The loss as a scalar, and into `rows` that of each row.
-fn composed(hidden: &Tensor, weight: &Tensor, options: CrossEntropy, rows: &mut TokenLoss) -> Result<Tensor> {
+fn composed(
+    hidden: &Tensor,
+    weight: &Tensor,
+    (cap, options): (Option<f64>, CrossEntropy),
+    rows: &mut TokenLoss,
+) -> Result<Tensor> {
     let (v, d) = weight.dims2()?;
     let n = hidden.elem_count() / d;
     let (device, dtype) = (hidden.device(), hidden.dtype());
-    let logits = hidden.reshape((n, d))?.matmul(&weight.t()?)?;
+    let mut logits = hidden.reshape((n, d))?.matmul(&weight.to_dtype(dtype)?.t()?)?;
+    if let Some(cap) = cap {
+        logits = ((logits / cap)?.tanh()? * cap)?;
+    }
     let largest = logits.max_keepdim(D::Minus1)?.detach();
     let shifted = logits.broadcast_sub(&largest)?;
     let log_sum_exp = (shifted.exp()?.sum_keepdim(D::Minus1)?.log()? + largest)?;
@@ -89,7 +99,7 @@ fn fused(
     tape: &mut Tape,
     hidden: &Traced,
     weight: &Traced,
-    options: CrossEntropy,
+    (cap, options): (Option<f64>, CrossEntropy),
 ) -> Result<(f64, TokenLoss)> {
     let (v, d) = weight.value().dims2()?;
     let n = options.targets.len();
@@ -115,7 +125,10 @@ fn fused(
         // SAFETY: the logits of m rows, uniquely borrowed.
         unsafe { multiply_all((m, rows), into_logits.all(), to, Threads::All) };
         let chunk = logits.par_chunks_mut(v).zip(&options.targets[first..first + m]);
-        losses.par_extend(chunk.map(|(logits, &target)| row(logits, target, options)));
+        losses.par_extend(chunk.map_init(Vec::new, |capped, (logits, &target)| match cap {
+            None => row(logits, target, options),
+            Some(cap) => capped_row(logits, target, (cap as f32, options), capped),
+        }));
         if let (Some((dhidden, into)), Some(right)) = (&dhidden, &out_of_logits) {
             with_mut(dhidden, |dhidden| {
                 let dhidden = &mut dhidden[first * d..][..m * d];
@@ -158,4 +171,23 @@ fn row(logits: &mut [f32], target: u32, options: CrossEntropy) -> (f32, f32) {
     logits[target] -= factor;
     let nll = log_sum_exp - target_logit;
     (nll, nll + z_loss * log_sum_exp * log_sum_exp)
+}
+
+/// [`row`] of logits that are capped first; `capped` is room for them.
+fn capped_row(
+    logits: &mut [f32],
+    target: u32,
+    (cap, options): (f32, CrossEntropy),
+    capped: &mut Vec<f32>,
+) -> (f32, f32) {
+    soft_cap(logits, 1.0, cap);
+    capped.clear();
+    capped.extend_from_slice(logits);
+    let losses = row(logits, target, options);
+    // d cap·tanh(l / cap) = 1 − tanh²
+    logits.iter_mut().zip(capped).for_each(|(gradient, capped)| {
+        let tanh = *capped / cap;
+        *gradient *= 1.0 - tanh * tanh;
+    });
+    losses
 }

@@ -7,7 +7,7 @@
 use crate::Precision;
 use crate::buffer::Shared;
 use crate::gemm::{Addend, Output, Right, Threads, View, multiply};
-use crate::math::{dot, exp, exp_of_differences, max, scale, sigmoid, sum};
+use crate::math::{dot, exp_of_differences, max, scale, sum};
 
 /// Query rows of a tile of attention.
 const ROWS: usize = 64;
@@ -50,55 +50,6 @@ impl Dense {
         // SAFETY: y is [n, outputs] (above) and uniquely borrowed, and the bias has `outputs` elements.
         unsafe { multiply((n, View::rows(x, self.inputs)), self.weight.all(), to) }
     }
-}
-
-/// What is applied to the inner layer of an FFN.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// x·Φ(x), Φ being the normal distribution function.
-    Gelu,
-    /// Its older approximation by tanh.
-    GeluTanh,
-    /// max(x, 0)
-    Relu,
-}
-
-impl Activation {
-    /// Replaces each element by its activation, to about 1e-6.
-    pub fn forward(self, x: &mut [f32]) {
-        match self {
-            Self::Gelu => x.iter_mut().for_each(|x| *x = gelu(*x)),
-            Self::GeluTanh => x.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
-            Self::Relu => x.iter_mut().for_each(|x| *x = relu(*x)),
-        }
-    }
-}
-
-#[inline(always)]
-fn relu(x: f32) -> f32 {
-    if x > 0.0 { x } else { 0.0 }
-}
-
-/// x·Φ(x) = max(x, 0) − |x|·Φ(−|x|), where no digits cancel. Φ(−|x|) = ½·erfc(|x|/√2) by Abramowitz & Stegun
-/// 7.1.26: a polynomial in 1 / (1 + p·|x|/√2) times e^(−x²/2), to 1e-7.
-#[inline(always)]
-fn gelu(x: f32) -> f32 {
-    const P: f32 = 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2;
-    let size = x.abs();
-    let t = 1.0 / (1.0 + P * size);
-    let p = 1.061_405_4_f32;
-    let p = p * t - 1.453_152_1;
-    let p = p * t + 1.421_413_8;
-    let p = p * t - 0.284_496_72;
-    let p = p * t + 0.254_829_6;
-    relu(x) - 0.5 * size * (p * t) * exp(-0.5 * x * x)
-}
-
-/// ½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), and ½·(1 + tanh(u)) is the sigmoid of 2u.
-#[inline(always)]
-fn gelu_tanh(x: f32) -> f32 {
-    use std::f32::consts::{FRAC_2_SQRT_PI, SQRT_2};
-    x * sigmoid(SQRT_2 * FRAC_2_SQRT_PI * (x + 0.044_715 * x * x * x))
 }
 
 /// (x − mean) / √(variance + eps) · gain + bias over rows (arXiv 1607.06450).
@@ -204,39 +155,6 @@ impl SelfAttention {
             // A row of values is shorter than one of scores.
             for (y, sum) in y.chunks_mut(d).zip(&sums[..m]) {
                 scale(&mut y[..width], 1.0 / sum);
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The integral of the normal density by Simpson's rule, which needs no erf of another library.
-    fn normal_distribution(x: f64) -> f64 {
-        let n = 2000;
-        let h = x / f64::from(n);
-        let density = |u: f64| (-0.5 * u * u).exp() / std::f64::consts::TAU.sqrt();
-        let weight = |i: i32| if i == 0 || i == n { 1.0 } else { 2.0 + 2.0 * f64::from(i % 2) };
-        0.5 + (0..=n).map(|i| weight(i) * density(h * f64::from(i))).sum::<f64>() * h / 3.0
-    }
-
-    #[test]
-    fn activations_are_close_to_their_definitions() {
-        for i in -1200..=1200 {
-            let x = f64::from(i) * 0.01;
-            let tanh = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
-            for (activation, expected) in [
-                (Activation::Gelu, x * normal_distribution(x)),
-                (Activation::GeluTanh, 0.5 * x * (1.0 + tanh.tanh())),
-                (Activation::Relu, x.max(0.0)),
-            ] {
-                let mut found = [x as f32];
-                activation.forward(&mut found);
-                // An f32 is within 6e-8 of its size.
-                let error = (f64::from(found[0]) - expected).abs();
-                assert!(error < 3e-7 * x.abs().max(1.0), "{activation:?}({x}): error {error}");
             }
         }
     }

@@ -1,20 +1,19 @@
-//! The gated FFN (SwiGLU, Shazeer, arXiv 2002.05202) that memory widens: the anchor's own weights serve all
+//! The gated FFN (SwiGLU and its kin, Shazeer, arXiv 2002.05202) that memory widens: the anchor's own weights serve all
 //! rows, those of a memory block the rows of the sequences that fetched it.
 //!
 //! One pass over x computes all of them. Rows are cut into tiles that use one block of each part; a task
 //! takes a tile from x to y, so that the hidden activations never leave its cache. The weights of a block are
 //! packed once, whatever the number of sequences that share it.
 
-use std::collections::BTreeMap;
-
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::buffer::{Shared, output, read, tensor, with_mut};
-use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply, multiply_all};
-use crate::math::sigmoid;
+use crate::gemm::{Addend, Output, Right, Threads, View, Write, multiply};
+use crate::linear::sum_of_rows;
+use crate::runs::{self, Tile};
 use crate::tape::{Place, repeat_a_slot};
-use crate::{Gradients, Precision, Tape, Traced};
+use crate::{Activation, Gradients, Precision, Tape, Traced};
 
 /// Rows of a tile, at most.
 const ROWS: usize = 128;
@@ -37,12 +36,14 @@ pub struct FfnPart {
     pub blocks: Vec<Traced>,
     /// In order of rows, without overlap; rows in no run are not served.
     pub runs: Vec<Run>,
+    /// What is added to x·M1ᵀ and to x·M2ᵀ, [2·R], of all blocks.
+    pub bias: Option<Traced>,
 }
 
 impl FfnPart {
     /// One block for all `n_rows` rows.
     pub fn everywhere(block: Traced, n_rows: usize) -> Self {
-        Self { blocks: vec![block], runs: vec![Run { block: 0, first_row: 0, n_rows }] }
+        Self { blocks: vec![block], runs: vec![Run { block: 0, first_row: 0, n_rows }], bias: None }
     }
 
     /// The width R, after a check against `n_rows` rows of width `d`.
@@ -54,90 +55,103 @@ impl FfnPart {
                 dims => candle_core::bail!("gated ffn: a block of {dims:?} for x of width {d}"),
             }
         }
-        let mut end = 0;
-        for run in &self.runs {
-            let last = run.first_row + run.n_rows;
-            if run.block >= self.blocks.len() || run.first_row < end || last > n_rows || run.n_rows == 0 {
-                candle_core::bail!(
-                    "gated ffn: {run:?} over {} blocks and {n_rows} rows, rows below {end} being taken",
-                    self.blocks.len()
-                );
-            }
-            end = last;
+        let of_bias = self.bias.as_ref().map(|bias| bias.value().dims());
+        if let Some(dims) = of_bias.filter(|dims| *dims != [2 * width.unwrap_or(0)]) {
+            candle_core::bail!("gated ffn: a bias of {dims:?} for blocks of width {}", width.unwrap_or(0));
         }
+        runs::check("gated ffn", &self.runs, self.blocks.len(), n_rows)?;
         Ok(width.unwrap_or(0))
-    }
-
-    /// The block of a row.
-    fn block_of(&self, row: usize) -> Option<usize> {
-        let next = self.runs.partition_point(|run| run.first_row <= row);
-        let run = self.runs[..next].last().filter(|run| row < run.first_row + run.n_rows)?;
-        Some(run.block)
     }
 }
 
-/// y = base + Σ_parts (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3, with [M1, M2, M3] the block of the row in each part
-/// (arXiv 2510.02375 §3: FFN memory).
+/// y = base + Σ_parts (f(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3, with [M1, M2, M3] the block of the row in each part
+/// (arXiv 2510.02375 §3: FFN memory) and f the activation. Without a base nothing is added.
 ///
-/// `base`, `x` [.., D]; y is shaped like base. The gradient of a block is summed over the runs that share it.
+/// `base`, `x` and y [.., D]. The gradient of a block is summed over the runs that share it.
 ///
 /// # Errors
 /// When a run names a block or rows that do not exist, runs overlap or are out of order, or blocks of a part
 /// differ in width.
-pub fn gated_ffn(tape: &mut Tape, base: &Traced, x: &Traced, parts: Vec<FfnPart>) -> Result<Traced> {
+pub fn gated_ffn(
+    tape: &mut Tape,
+    base: Option<&Traced>,
+    x: &Traced,
+    activation: Activation,
+    parts: Vec<FfnPart>,
+) -> Result<Traced> {
     let d = *x.value().dims().last().unwrap_or(&0);
-    if base.value().dims() != x.value().dims() || d == 0 {
-        candle_core::bail!("gated ffn: base {:?}, x {:?}", base.value().dims(), x.value().dims());
+    let base_dims = base.map_or(x.value().dims(), |base| base.value().dims());
+    if base_dims != x.value().dims() || d == 0 {
+        candle_core::bail!("gated ffn: base {base_dims:?}, x {:?}", x.value().dims());
     }
     let n_rows = x.value().elem_count() / d;
     let mut width = vec![];
     for part in &parts {
         width.push(part.check(n_rows, d)?);
     }
-    let blocks: Vec<&Traced> = parts.iter().flat_map(|part| &part.blocks).collect();
+    let blocks: Vec<&Traced> = parts.iter().flat_map(|part| part.blocks.iter().chain(&part.bias)).collect();
     if repeat_a_slot(blocks.iter().copied()) {
         candle_core::bail!("gated ffn: a block with a gradient is given twice");
     }
-    let inputs: Vec<&Traced> = [base, x].into_iter().chain(blocks).collect();
+    let inputs: Vec<&Traced> = [x].into_iter().chain(blocks).chain(base).collect();
     #[cfg(feature = "cuda")]
-    if crate::on_gpu(x.value()) {
+    let plain = activation == Activation::Silu && parts.iter().all(|part| part.bias.is_none());
+    #[cfg(feature = "cuda")]
+    if let (true, Some(base)) = (plain && crate::on_gpu(x.value()), base) {
         return crate::cuda::gated_ffn(tape, base, x, parts, &width);
     }
     if !crate::fused(x.value()) {
-        return tape.composed(&inputs, |inputs| composed(inputs, &parts));
+        return tape.composed(&inputs, |inputs| composed(inputs, activation, &parts));
     }
     let records = tape.records(&inputs);
-    let op = GatedFfn::new(tape.precision(), parts, (n_rows, d), width);
+    let op = GatedFfn::new((tape.precision(), activation), parts, (n_rows, d), width);
     let (y, products) = op.forward(base, x)?;
-    let y = tensor(y, base.value().shape())?;
+    let y = tensor(y, x.value().shape())?;
     if !records {
         return Ok(Traced::constant(y));
     }
-    let (base, kept, x) = (base.place(), x.keep(), x.place());
+    let (base, kept, x) = (base.map(Traced::place), x.keep(), x.place());
     Ok(tape.record(y, move |dy, gradients| {
         op.backward((&x, &kept.value()?), &dy, products, gradients)?;
-        gradients.give(&base, dy)
+        match base {
+            Some(base) => gradients.give(&base, dy),
+            None => Ok(()),
+        }
     }))
 }
 
-/// `inputs` are base, x and then all blocks.
-fn composed(inputs: &[Tensor], parts: &[FfnPart]) -> Result<Tensor> {
-    let [base, x, blocks @ ..] = inputs else { candle_core::bail!("gated ffn: base or x is missing") };
-    let d = x.dim(candle_core::D::Minus1)?;
+/// `inputs` are x, of each part the blocks and the bias if there is one, and the base if there is one.
+fn composed(inputs: &[Tensor], activation: Activation, parts: &[FfnPart]) -> Result<Tensor> {
+    let [x, blocks @ ..] = inputs else { candle_core::bail!("gated ffn: x is missing") };
+    let n_blocks = parts.iter().map(|part| part.blocks.len() + usize::from(part.bias.is_some())).sum();
+    let (blocks, base) = blocks.split_at(n_blocks);
+    let (d, dims) = (x.dim(candle_core::D::Minus1)?, x.dims());
     let rows = x.elem_count() / d;
-    let (x, mut y) = (x.reshape((rows, d))?, base.reshape((rows, d))?);
+    let x = x.reshape((rows, d))?;
+    let mut y = match base {
+        [base] => base.reshape((rows, d))?,
+        _ => x.zeros_like()?,
+    };
     let mut first_block = 0;
     for part in parts {
+        let next_part = first_block + part.blocks.len();
+        let bias = part.bias.as_ref().map(|_| blocks[next_part].to_dtype(x.dtype())).transpose()?;
         let mut pieces = vec![];
         let mut next = 0;
         for run in &part.runs {
             if run.first_row > next {
                 pieces.push(y.narrow(0, next, run.first_row - next)?);
             }
-            let block = &blocks[first_block + run.block];
+            let block = blocks[first_block + run.block].to_dtype(x.dtype())?;
             let matrix = |i: usize| block.narrow(0, i, 1)?.squeeze(0);
             let x = x.narrow(0, run.first_row, run.n_rows)?;
-            let hidden = (x.matmul(&matrix(0)?.t()?)?.silu()? * x.matmul(&matrix(1)?.t()?)?)?;
+            let product = |i: usize| -> Result<Tensor> {
+                let product = x.matmul(&matrix(i)?.t()?)?;
+                let Some(bias) = &bias else { return Ok(product) };
+                let r = bias.elem_count() / 2;
+                product.broadcast_add(&bias.narrow(0, i * r, r)?)
+            };
+            let hidden = (activation.composed(&product(0)?)? * product(1)?)?;
             pieces.push((y.narrow(0, run.first_row, run.n_rows)? + hidden.matmul(&matrix(2)?)?)?);
             next = run.first_row + run.n_rows;
         }
@@ -145,21 +159,14 @@ fn composed(inputs: &[Tensor], parts: &[FfnPart]) -> Result<Tensor> {
             pieces.push(y.narrow(0, next, rows - next)?);
         }
         y = Tensor::cat(&pieces, 0)?;
-        first_block += part.blocks.len();
+        first_block = next_part + usize::from(part.bias.is_some());
     }
-    y.reshape(base.dims())
-}
-
-/// Rows that use one block of each part.
-struct Tile {
-    first_row: usize,
-    n_rows: usize,
-    /// Per part.
-    blocks: Vec<Option<usize>>,
+    y.reshape(dims)
 }
 
 struct GatedFfn {
     precision: Precision,
+    activation: Activation,
     parts: Vec<FfnPart>,
     d: usize,
     /// Per part: its width, and the sum of the widths before it.
@@ -175,53 +182,31 @@ type Packed = Vec<Vec<[Right; 2]>>;
 
 impl GatedFfn {
     fn new(
-        precision: Precision,
+        (precision, activation): (Precision, Activation),
         parts: Vec<FfnPart>,
         (n_rows, d): (usize, usize),
         width: Vec<usize>,
     ) -> Self {
         let first = (0..width.len()).map(|i| width[..i].iter().sum()).collect();
         let total = width.iter().sum();
-        let runs = parts.iter().flat_map(|part| &part.runs);
-        let mut cuts: Vec<usize> = runs.flat_map(|run| [run.first_row, run.first_row + run.n_rows]).collect();
-        cuts.extend([0, n_rows]);
-        cuts.sort_unstable();
-        cuts.dedup();
-        let mut tiles = vec![];
-        for cut in cuts.windows(2) {
-            // Of equal size as far as possible, whole groups of 8 rows.
-            let n_tiles = (cut[1] - cut[0]).div_ceil(ROWS);
-            let rows = (cut[1] - cut[0]).div_ceil(n_tiles).next_multiple_of(8);
-            let blocks: Vec<Option<usize>> = parts.iter().map(|part| part.block_of(cut[0])).collect();
-            tiles.extend((cut[0]..cut[1]).step_by(rows).map(|first_row| Tile {
-                first_row,
-                n_rows: rows.min(cut[1] - first_row),
-                blocks: blocks.clone(),
-            }));
-        }
-        Self { precision, parts, d, width, first, total, tiles }
+        let runs: Vec<&[Run]> = parts.iter().map(|part| &part.runs[..]).collect();
+        let tiles = runs::tiles(&runs, n_rows, ROWS);
+        Self { precision, activation, parts, d, width, first, total, tiles }
     }
 
     /// Packs two operands of every block: `pack(part, weights of the block, threads)`.
     fn pack(&self, pack: impl Fn(usize, &[f32], Threads) -> [Right; 2] + Sync) -> Result<Packed> {
-        let mut packed = vec![];
-        for (i, part) in self.parts.iter().enumerate() {
-            // A single block is packed by all threads, many by one each.
-            let threads =
-                if part.blocks.len() < rayon::current_num_threads() { Threads::All } else { Threads::One };
-            let pack = |block: &Traced| Ok(pack(i, &read(block.value())?, threads));
-            packed.push(match threads {
-                Threads::All => part.blocks.iter().map(pack).collect::<Result<_>>()?,
-                Threads::One => part.blocks.par_iter().map(pack).collect::<Result<_>>()?,
-            });
-        }
-        Ok(packed)
+        let of_part = |(i, part): (usize, &FfnPart)| {
+            runs::pack_blocks(&part.blocks, |block, threads| Ok(pack(i, &read(block.value())?, threads)))
+        };
+        self.parts.iter().enumerate().map(of_part).collect()
     }
 
     /// y, and x·[M1; M2]ᵀ of all parts [N, 2·ΣR] for the backward.
-    fn forward(&self, base: &Traced, x: &Traced) -> Result<(Vec<f32>, Vec<f32>)> {
+    fn forward(&self, base: Option<&Traced>, x: &Traced) -> Result<(Vec<f32>, Vec<f32>)> {
         let (d, total) = (self.d, self.total);
-        let (base, x) = (&*read(base.value())?, &*read(x.value())?);
+        let base = base.map(|base| read(base.value())).transpose()?;
+        let (base, x) = (base.as_deref(), &*read(x.value())?);
         let packed = self.pack(|part, w, threads| {
             let r = self.width[part];
             let (w_in, w_out) = w.split_at(2 * r * d);
@@ -230,33 +215,52 @@ impl GatedFfn {
                 Right::pack(self.precision, View::rows(w_out, d), (r, d), threads),
             ]
         })?;
+        let biases =
+            self.parts.iter().map(|part| part.bias.as_ref().map(|bias| read(bias.value())).transpose());
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        let before: Vec<Addend> = biases
+            .iter()
+            .map(|bias| match bias {
+                // Every row adds the same one: the rows of the addend lie 0 apart.
+                Some(bias) => Addend::Other { values: Shared::of(bias), offset: 0, row: 0 },
+                None => Addend::Zero,
+            })
+            .collect();
         let (mut y, mut products) = (output(x.len()), output(x.len() / d * 2 * total));
         let (y_shared, products_shared) = (Shared::new(&mut y), Shared::new(&mut products));
         let tile = |hidden: &mut Vec<f32>, tile: &Tile| {
             let m = tile.n_rows;
             let first = tile.first_row * d;
             let x_rows = View::rows(&x[first..][..m * d], d);
-            let from = Addend::Other { values: Shared::of(base), offset: first, row: d };
+            let from = match base {
+                Some(base) => Addend::Other { values: Shared::of(base), offset: first, row: d },
+                None => Addend::Zero,
+            };
             let mut to = Output { to: y_shared, offset: first, row: d, from };
             for (part, block) in tile.blocks.iter().enumerate() {
                 let Some(block) = block else { continue };
                 let [w_in, w_out] = &packed[part][*block];
                 let (r, offset) = (self.width[part], self.products_of(tile, part));
-                let products = Output { to: products_shared, offset, row: 2 * total, from: Addend::Zero };
+                let products = Output { to: products_shared, offset, row: 2 * total, from: before[part] };
                 hidden.resize(m * r, 0.0);
                 // SAFETY: tiles do not overlap, so their rows of y and of the products are this task's own.
                 unsafe {
                     multiply((m, x_rows), w_in.all(), products);
                     for (i, hidden) in hidden.chunks_exact_mut(r).enumerate() {
-                        activate(products_shared.slice(offset + i * 2 * total, 2 * r), hidden);
+                        let products = products_shared.slice(offset + i * 2 * total, 2 * r);
+                        self.activation.gate(products.split_at(hidden.len()), hidden);
                     }
                     multiply((m, View::rows(hidden, r)), w_out.all(), to);
                 }
                 to.from = Addend::Itself;
             }
-            if let Addend::Other { .. } = to.from {
+            if tile.blocks.iter().all(Option::is_none) {
                 // SAFETY: as above.
-                unsafe { y_shared.slice(first, m * d) }.copy_from_slice(&base[first..][..m * d]);
+                let y = unsafe { y_shared.slice(first, m * d) };
+                match base {
+                    Some(base) => y.copy_from_slice(&base[first..][..m * d]),
+                    None => y.fill(0.0),
+                }
             }
         };
         self.tiles.par_iter().for_each_init(Vec::new, tile);
@@ -323,7 +327,8 @@ impl GatedFfn {
                     multiply((m, dy_rows), out_of_hidden.all(), dhidden_to);
                     for (i, dhidden) in dhidden.chunks_exact(r).enumerate() {
                         let products = products.slice(offset + i * 2 * total, 2 * r);
-                        activate_backward(products, dhidden, hidden.slice(offset / 2 + i * total, r));
+                        let hidden = hidden.slice(offset / 2 + i * total, r);
+                        self.activation.gate_backward(products, dhidden, hidden);
                     }
                     let dproducts = products.slice(offset, (m - 1) * 2 * total + 2 * r);
                     multiply((m, View::rows(dproducts, 2 * total)), out_of_products.all(), to);
@@ -344,88 +349,34 @@ impl GatedFfn {
         [x, dy, dproducts, hidden]: [&[f32]; 4],
         gradients: &mut Gradients,
     ) -> Result<()> {
+        let (d, total, n_rows) = (self.d, self.total, x.len() / self.d);
+        for (i, part) in self.parts.iter().enumerate() {
+            let Some(bias) = &part.bias else { continue };
+            let columns = 2 * self.first[i]..2 * (self.first[i] + self.width[i]);
+            gradients.write(bias, |dbias, mut into| {
+                for run in &part.runs {
+                    let rows = &dproducts[run.first_row * 2 * total..][..run.n_rows * 2 * total];
+                    sum_of_rows(rows, (2 * total, columns.clone()), dbias, into);
+                    into = Write::Add;
+                }
+            })?;
+        }
         if self.parts.iter().flat_map(|part| &part.blocks).all(Traced::is_constant) {
             return Ok(());
         }
-        let (d, total, n_rows) = (self.d, self.total, x.len() / self.d);
         let pack = |rows: &[f32]| Right::pack(self.precision, View::rows(rows, d), (n_rows, d), Threads::All);
         let (x_packed, dy_packed) = (pack(x), pack(dy));
-        for (i, part) in self.parts.iter().enumerate() {
-            let (r, first) = (self.width[i], self.first[i]);
-            let mut runs_of = BTreeMap::<usize, Vec<&Run>>::new();
-            for run in &part.runs {
-                runs_of.entry(run.block).or_default().push(run);
-            }
-            let mut tasks = vec![];
-            for (block, runs) in runs_of {
-                if let Some((gradient, into)) = gradients.buffer(&part.blocks[block])? {
-                    tasks.push((gradient, into, runs));
-                }
-            }
-            let block = |(gradient, into, runs): (Tensor, Write, Vec<&Run>), threads: Threads| {
-                with_mut(&gradient, |gradient| {
-                    let (dw_in, dw_out) = gradient.split_at_mut(2 * r * d);
-                    for (n, run) in runs.into_iter().enumerate() {
-                        let into = if n == 0 { into } else { Write::Add };
-                        let rows = run.first_row..run.first_row + run.n_rows;
-                        let left = |values, stride: usize, first: usize| {
-                            let values: &[f32] = values;
-                            View::transposed(&values[rows.start * stride + first..], stride)
-                        };
-                        let products = (2 * r, left(dproducts, 2 * total, 2 * first));
-                        sum_over_rows(products, (&x_packed, x, rows.clone()), (dw_in, into), threads);
-                        let hidden = (r, left(hidden, total, first));
-                        sum_over_rows(hidden, (&dy_packed, dy, rows.clone()), (dw_out, into), threads);
-                    }
-                })
-            };
-            match tasks.len() < rayon::current_num_threads() {
-                true => tasks.into_iter().try_for_each(|task| block(task, Threads::All))?,
-                false => tasks.into_par_iter().try_for_each(|task| block(task, Threads::One))?,
-            }
+        for (part, (&r, &first)) in self.parts.iter().zip(self.width.iter().zip(&self.first)) {
+            runs::add_to_blocks((&part.blocks, &part.runs), gradients, |gradient, into, rows, threads| {
+                let (dw_in, dw_out) = gradient.split_at_mut(2 * r * d);
+                let at = rows.start * total + first;
+                let products = (2 * r, View::transposed(&dproducts[2 * at..], 2 * total));
+                let right = (&x_packed, View::rows(x, d), rows.clone());
+                runs::sum_over_rows(products, right, (dw_in, into), threads);
+                let hidden = (r, View::transposed(&hidden[at..], total));
+                runs::sum_over_rows(hidden, (&dy_packed, View::rows(dy, d), rows), (dw_out, into), threads);
+            })?;
         }
         Ok(())
-    }
-}
-
-/// c [m, D] = or += left · right[rows], `right` being `values` packed.
-fn sum_over_rows(
-    (m, left): (usize, View),
-    (right, values, rows): (&Right, &[f32], std::ops::Range<usize>),
-    (c, into): (&mut [f32], Write),
-    threads: Threads,
-) {
-    let d = c.len() / m;
-    let to = Output { to: Shared::new(c), offset: 0, row: d, from: into.into() };
-    let own;
-    let right = match right.begins_a_lane(rows.start) {
-        true => right.part(rows, 0..d),
-        false => {
-            let view = View::rows(&values[rows.start * d..], d);
-            own = Right::pack(right.precision(), view, (rows.len(), d), Threads::One);
-            own.all()
-        }
-    };
-    // SAFETY: c is m rows of d, uniquely borrowed.
-    unsafe { multiply_all((m, left), right, to, threads) }
-}
-
-/// hidden = silu(a) ⊙ b for a row `[a, b]` of products.
-fn activate(products: &[f32], hidden: &mut [f32]) {
-    let (a, b) = products.split_at(hidden.len());
-    for ((hidden, a), b) in hidden.iter_mut().zip(a).zip(b) {
-        *hidden = a * sigmoid(*a) * b;
-    }
-}
-
-/// Replaces a row `[a, b]` of products by its gradient, and writes silu(a) ⊙ b to `hidden`.
-fn activate_backward(products: &mut [f32], dhidden: &[f32], hidden: &mut [f32]) {
-    let (a, b) = products.split_at_mut(hidden.len());
-    for (((hidden, dhidden), a), b) in hidden.iter_mut().zip(dhidden).zip(a).zip(b) {
-        let s = sigmoid(*a);
-        let silu = *a * s;
-        *hidden = silu * *b;
-        *a = dhidden * *b * (s + silu * (1.0 - s));
-        *b = dhidden * silu;
     }
 }

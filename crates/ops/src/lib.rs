@@ -6,9 +6,10 @@
 //! candle's own fused layers (`rms_norm`, `rope`, `softmax_last_dim`) are not used anywhere: they have
 //! no backward and drop gradients without an error.
 //!
-//! Shapes: B batch, T query positions, S key positions, N = B·T rows, D d_model, H heads, K head width,
-//! R width of a gated FFN, U unique blocks, V vocabulary.
+//! Shapes: B batch, T query positions, S key positions, N = B·T rows, D d_model, H heads, G of them with keys and
+//! values of their own, K head width, R width of a gated FFN, U unique blocks, V vocabulary.
 
+mod activation;
 mod adamw;
 mod attention;
 mod buffer;
@@ -18,24 +19,34 @@ mod cuda;
 pub mod decode;
 mod embedding;
 mod encoder;
+mod ffn_lora;
 mod gated_ffn;
 mod gemm;
+mod kv_memory;
 mod linear;
+mod lora;
 mod math;
 mod rms_norm;
 mod rope;
+mod runs;
+mod scale;
 mod tape;
 
+pub use activation::Activation;
 pub use adamw::{AdamW, adamw_step, sum_of_squares};
-pub use attention::{AttentionShape, attention};
+pub use attention::{AttentionShape, Scoring, attention};
 pub use buffer::{tensors_of, values_of};
 pub use cross_entropy::{CrossEntropy, LOGIT_ROWS, TokenLoss, linear_cross_entropy};
 pub use embedding::embedding;
-pub use encoder::{Activation, Dense, LayerNorm, SelfAttention};
+pub use encoder::{Dense, LayerNorm, SelfAttention};
+pub use ffn_lora::{FfnLora, gated_ffn_lora};
 pub use gated_ffn::{FfnPart, Run, gated_ffn};
-pub use linear::linear;
-pub use rms_norm::rms_norm;
+pub use kv_memory::{KvMemoryShape, KvPart, kv_memory};
+pub use linear::{add_bias, affine, linear};
+pub use lora::{LoraPart, lora};
+pub use rms_norm::{add_rms_norm, rms_norm};
 pub use rope::{NormRope, RopeTable, norm_rope};
+pub use scale::scale;
 pub use tape::{Gradients, Tape, Traced};
 
 use candle_core::{DType, Tensor};

@@ -42,6 +42,47 @@ pub fn rms_norm(tape: &mut Tape, x: &Traced, gain: &Traced, eps: f64) -> Result<
     Ok(y.made_again_by(move || norm.forward(&x_again, &gain_again)))
 }
 
+/// base + the norm of x, as [`rms_norm`] has it: what is added to the residual stream is normed first.
+///
+/// # Errors
+/// As [`rms_norm`], and when the base has another shape than x.
+pub fn add_rms_norm(tape: &mut Tape, base: &Traced, x: &Traced, gain: &Traced, eps: f64) -> Result<Traced> {
+    check(x, gain)?;
+    if base.value().dims() != x.value().dims() {
+        candle_core::bail!("rms norm: base {:?} for x {:?}", base.value().dims(), x.value().dims());
+    }
+    if !crate::fused(x.value()) {
+        return tape.composed(&[base, x, gain], |inputs| &inputs[0] + composed(&inputs[1], &inputs[2], eps)?);
+    }
+    let norm = RmsNorm { eps: eps as f32 };
+    let mut y = output(x.value().elem_count());
+    {
+        let (base, x, gain) = (read(base.value())?, read(x.value())?, read(gain.value())?);
+        let d = gain.len();
+        let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).zip(base.par_chunks(d * ROWS));
+        chunks.for_each(|((y, x), base)| {
+            for ((y, x), base) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(base.chunks_exact(d)) {
+                norm.row(x, &gain, y);
+                y.iter_mut().zip(base).for_each(|(y, base)| *y += base);
+            }
+        });
+    }
+    let y = tensor(y, x.value().shape())?;
+    if !tape.records(&[base, x, gain]) {
+        return Ok(Traced::constant(y));
+    }
+    let (base, x, gain) = (base.place(), x.clone(), gain.clone());
+    Ok(tape.record(y, move |dy, gradients| {
+        {
+            let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
+            norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
+                dy_row.copy_from_slice(&dy[row * g.len()..][..g.len()]);
+            })?;
+        }
+        gradients.give(&base, dy)
+    }))
+}
+
 pub(crate) fn check(x: &Traced, gain: &Traced) -> Result<()> {
     if gain.value().dims() != [x.value().dim(D::Minus1)?] {
         candle_core::bail!("rms norm: gain {:?} for x {:?}", gain.value().dims(), x.value().dims());
@@ -51,7 +92,7 @@ pub(crate) fn check(x: &Traced, gain: &Traced) -> Result<()> {
 
 pub(crate) fn composed(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     let inverse = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
-    x.broadcast_mul(&inverse)?.broadcast_mul(gain)
+    x.broadcast_mul(&inverse)?.broadcast_mul(&gain.to_dtype(x.dtype())?)
 }
 
 #[derive(Clone, Copy)]

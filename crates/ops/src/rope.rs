@@ -13,7 +13,7 @@ use crate::{Tape, Traced};
 /// Rows a task takes.
 const ROWS: usize = 32;
 
-/// cos and sin of position · base^(−2i/K), each [n_positions, K/2].
+/// cos and sin of the angles, position · frequency, by which pairs of dimensions turn, each [n_positions, K/2].
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     cos: Arc<Vec<f32>>,
@@ -31,11 +31,35 @@ impl RopeTable {
     /// When the width is odd or 0.
     pub fn new(n_positions: usize, head_width: usize, base: f64) -> Self {
         assert!(head_width > 0 && head_width.is_multiple_of(2), "rotary embedding turns pairs");
+        let frequency = |i: usize| base.powf(-2.0 * i as f64 / head_width as f64);
+        let frequencies: Vec<f64> = (0..head_width / 2).map(frequency).collect();
+        Self::of_angles(n_positions, head_width, |position, i| position as f64 * frequencies[i])
+    }
+
+    /// The table of these frequencies, one a pair of dimensions. With `single` they and the angles are rounded to
+    /// f32, as they were when most published models were trained.
+    ///
+    /// # Panics
+    /// When there are none.
+    pub fn of_frequencies(n_positions: usize, frequencies: &[f64], single: bool) -> Self {
+        let rounded: Vec<f32> = frequencies.iter().map(|&frequency| frequency as f32).collect();
+        let angle = |position: usize, i: usize| match single {
+            true => f64::from(position as f32 * rounded[i]),
+            false => position as f64 * frequencies[i],
+        };
+        Self::of_angles(n_positions, 2 * frequencies.len(), angle)
+    }
+
+    fn of_angles(n_positions: usize, head_width: usize, angle: impl Fn(usize, usize) -> f64 + Sync) -> Self {
+        assert!(head_width > 0, "rotary embedding turns pairs");
         let half = head_width / 2;
-        let angle = |i: usize| (i / half) as f64 * base.powf(-2.0 * (i % half) as f64 / head_width as f64);
+        let all = |of: fn(f64) -> f64| {
+            let one = |i: usize| of(angle(i / half, i % half)) as f32;
+            Arc::new((0..n_positions * half).into_par_iter().map(one).collect::<Vec<f32>>())
+        };
         Self {
-            cos: Arc::new((0..n_positions * half).map(|i| angle(i).cos() as f32).collect()),
-            sin: Arc::new((0..n_positions * half).map(|i| angle(i).sin() as f32).collect()),
+            cos: all(f64::cos),
+            sin: all(f64::sin),
             head_width,
             n_positions,
             #[cfg(feature = "cuda")]
@@ -104,15 +128,16 @@ pub struct NormRope<'a> {
     pub eps: f64,
 }
 
-/// RMSNorm over the full width with a gain, then every head rotated by its position: row t of `x` [B, T, H·K]
-/// stands at `first_position + t`. `gain` [H·K].
+/// RMSNorm with a gain, then every head rotated by its position: row t of `x` [B, T, H·K] stands at
+/// `first_position + t`. The `gain` is as long as what it norms: the whole row [H·K], or each head [K]; without one
+/// there is no norm.
 ///
 /// Attention depends on differences of positions only, so documents packed in one sequence need no
 /// position of their own.
 ///
 /// # Errors
-/// When a position lies outside the table, or x is not made of heads of its width.
-pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) -> Result<Traced> {
+/// When a position lies outside the table, x is not made of heads of its width, or the gain has another length.
+pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: Option<&Traced>, options: NormRope) -> Result<Traced> {
     let NormRope { table, first_position, eps } = options;
     let (_, t, d) = x.value().dims3()?;
     if first_position + t > table.n_positions {
@@ -125,21 +150,35 @@ pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) 
     if d % table.head_width != 0 {
         candle_core::bail!("rope: x {:?} is not of heads of width {}", x.value().dims(), table.head_width);
     }
-    rms_norm::check(x, gain)?;
+    let normed = match gain.map(|gain| gain.value().dims()) {
+        None => d,
+        Some(&[n]) if n == d || n == table.head_width => n,
+        Some(dims) => candle_core::bail!("rms norm: gain {dims:?} for x {:?}", x.value().dims()),
+    };
+    let parts = d / normed;
     #[cfg(feature = "cuda")]
-    if crate::on_gpu(x.value()) {
+    if let (true, Some(gain), 1) = (crate::on_gpu(x.value()), gain, parts) {
         let rotation = crate::cuda::Rotation { table, first_position, rows_per_sequence: t };
         return crate::cuda::norm(tape, x, gain, eps, Some(rotation));
     }
+    let inputs: Vec<&Traced> = [x].into_iter().chain(gain).collect();
     if !crate::fused(x.value()) {
-        return tape.composed(&[x, gain], |inputs| {
-            table.composed(&rms_norm::composed(&inputs[0], &inputs[1], eps)?, first_position)
+        return tape.composed(&inputs, |inputs| {
+            let x = match inputs {
+                [x, gain] => {
+                    let rows = x.reshape((x.elem_count() / normed, normed))?;
+                    &rms_norm::composed(&rows, gain, eps)?.reshape(x.shape())?
+                }
+                _ => &inputs[0],
+            };
+            table.composed(x, first_position)
         });
     }
+    let rotation = Rotation { table: table.clone(), first_position, rows_per_sequence: t, parts };
+    let Some(gain) = gain else { return rotate(tape, x, rotation) };
     let norm = RmsNorm { eps: eps as f32 };
-    let rotation = Rotation { table: table.clone(), first_position, rows_per_sequence: t };
     let y = rotation.forward(norm, x.value(), gain.value())?;
-    if !tape.records(&[x, gain]) {
+    if !tape.records(&inputs) {
         return Ok(Traced::constant(y));
     }
     let (x, gain, again) = (x.clone(), gain.clone(), rotation.clone());
@@ -147,24 +186,55 @@ pub fn norm_rope(tape: &mut Tape, x: &Traced, gain: &Traced, options: NormRope) 
     let y = tape.record(y, move |dy, gradients| {
         let (x_values, g, dy) = (read(x.value())?, read(gain.value())?, read(&dy)?);
         norm.backward((&x, &x_values), (&gain, &g), gradients, |row, dy_row| {
-            dy_row.copy_from_slice(&dy[row * d..][..d]);
+            dy_row.copy_from_slice(&dy[row * normed..][..normed]);
             rotation.turn(dy_row, row, true);
         })
     });
     Ok(y.made_again_by(move || again.forward(norm, &x_again, &gain_again)))
 }
 
-/// The rotation of the rows of a batch.
+/// The rotation alone.
+fn rotate(tape: &mut Tape, x: &Traced, rotation: Rotation) -> Result<Traced> {
+    let d = x.value().dim(D::Minus1)?;
+    let y = tensor(rotation.rows(&read(x.value())?, d, false), x.value().shape())?;
+    if !tape.records(&[x]) {
+        return Ok(Traced::constant(y));
+    }
+    let x = x.place();
+    Ok(tape.record(y, move |dy, gradients| {
+        let dx = rotation.rows(&read(&dy)?, d, true);
+        gradients.give(&x, tensor(dx, dy.shape())?)
+    }))
+}
+
+/// The rotation of what is normed together in the rows of a batch.
 #[derive(Clone)]
 struct Rotation {
     table: RopeTable,
     first_position: usize,
     rows_per_sequence: usize,
+    /// Parts of a row that are normed each by itself.
+    parts: usize,
 }
 
 impl Rotation {
-    fn turn(&self, values: &mut [f32], row: usize, inverse: bool) {
+    /// Turns part `part` of all rows.
+    fn turn(&self, values: &mut [f32], part: usize, inverse: bool) {
+        let row = part / self.parts;
         self.table.rotate(values, self.first_position + row % self.rows_per_sequence, inverse);
+    }
+
+    /// Rows of width `d`, turned as a whole.
+    fn rows(&self, x: &[f32], d: usize, inverse: bool) -> Vec<f32> {
+        let mut y = output(x.len());
+        let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate();
+        chunks.for_each(|(chunk, (y, x))| {
+            y.copy_from_slice(x);
+            for (row, y) in y.chunks_exact_mut(d).enumerate() {
+                self.turn(y, (chunk * ROWS + row) * self.parts, inverse);
+            }
+        });
+        y
     }
 
     fn forward(&self, norm: RmsNorm, x: &Tensor, gain: &Tensor) -> Result<Tensor> {
@@ -174,9 +244,9 @@ impl Rotation {
             let d = gain.len();
             let chunks = y.par_chunks_mut(d * ROWS).zip(x.par_chunks(d * ROWS)).enumerate();
             chunks.for_each(|(chunk, (y, x))| {
-                for (row, (y, x)) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
+                for (part, (y, x)) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)).enumerate() {
                     norm.row(x, &gain, y);
-                    self.turn(y, chunk * ROWS + row, false);
+                    self.turn(y, chunk * ROWS + part, false);
                 }
             });
         }

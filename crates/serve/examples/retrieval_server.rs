@@ -10,8 +10,7 @@ use std::sync::Arc;
 use cluster_tree::{ClusterId, ClusterTree, Level};
 use embed::{Embedder, Hashed, HashedOptions};
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, MemoryKind, Schedule, Step,
-    TierOptions,
+    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step, TierOptions,
 };
 use memory_service::{RetrievalOptions, serve_retrieval};
 use retrieve::{Beam, Retriever};
@@ -33,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let embedder = Hashed::fit(HashedOptions::default(), TOPICS.concat())?;
     let tree = Arc::new(tree(&embedder)?);
     let width = vec![16, 8];
-    let spec = BlockSpec { kind: MemoryKind::Ffn, n_layers: 4, d_model: 256, width, branching: vec![3, 2] };
+    let spec = BlockSpec::ffn(4, 256, width, vec![3, 2]);
     let hashes = BTreeMap::from([("tree".to_owned(), tree.hash())]);
     let identity = Identity { spec, seed: 1, hashes };
     let dir = tempfile::tempdir()?;

@@ -15,7 +15,7 @@ use anchor::{Anchor, AnchorConfig, Precision, unique_ids};
 use candle_core::{DType, Device, Tensor};
 use cluster_tree::ClusterPath;
 use corpus::{Batch, Corpus, PackOptions, Sequence, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind, Step};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, Step};
 use ops::{AdamW, Tape, Traced};
 use serde::{Deserialize, Serialize};
 use train::{Attempt, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
@@ -58,6 +58,7 @@ impl Bench {
             max_seq_len: len,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         let train = TrainConfig {
             phase: Phase::Anchor,
@@ -247,8 +248,8 @@ fn run(options: &Options) -> Result<Line> {
         .iter()
         .map(|&bytes| u32::from_le_bytes(bytes))
         .collect();
-    let memory_width = if bank.is_some() { widths(anchor.d_model).iter().sum() } else { 0 };
-    let flops = anchor.training_flops(len, memory_width) * (batch * len) as u64;
+    let fetch_len = bank.as_ref().map_or(0, |bank| bank.store().spec().fetch_len());
+    let flops = anchor.training_flops(len, fetch_len) * (batch * len) as u64;
     let scratch = tempfile::tempdir()?;
     let parts = Parts {
         attempt: Attempt::begin(scratch.path(), None)?,
@@ -318,13 +319,7 @@ fn bank(anchor: &AnchorConfig, kind: &str) -> Result<Blocking<LocalBank>> {
     if !["different", "shared"].contains(&kind) {
         return Err(format!("--memory {kind}: expected different or shared").into());
     }
-    let spec = BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: anchor.n_layers,
-        d_model: anchor.d_model,
-        width: widths(anchor.d_model),
-        branching: vec![16; 4],
-    };
+    let spec = BlockSpec::ffn(anchor.n_layers, anchor.d_model, widths(anchor.d_model), vec![16; 4]);
     let options = BankOptions {
         staleness: 0,
         seed: 1,

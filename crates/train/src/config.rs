@@ -34,9 +34,9 @@ impl Phase {
 
     /// FLOPs of the products of forward and backward for one token ([`AnchorConfig::training_flops`]); a frozen
     /// anchor has no gradients of its weights: two of three products remain.
-    pub fn flops_per_token(self, anchor: &AnchorConfig, len: usize, memory_width: usize) -> f64 {
+    pub fn flops_per_token(self, anchor: &AnchorConfig, len: usize, fetch_len: u64) -> f64 {
         let of_anchor = anchor.training_flops(len, 0) as f64;
-        let of_memory = anchor.training_flops(len, memory_width) as f64 - of_anchor;
+        let of_memory = anchor.training_flops(len, fetch_len) as f64 - of_anchor;
         of_memory + if self.trains_anchor() { of_anchor } else { of_anchor * 2.0 / 3.0 }
     }
 }

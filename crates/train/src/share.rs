@@ -315,19 +315,12 @@ mod tests {
 
     use cluster_tree::ClusterPath;
     use collective::local;
-    use memory_bank::MemoryKind;
 
     use super::*;
 
     /// What each worker hands to its bank and the norm, of blocks sent `most_at_once` numbers at a time.
     fn reduced(world_size: usize, most_at_once: usize, replicated: [bool; 2]) -> Vec<(Vec<Block>, f64)> {
-        let spec = BlockSpec {
-            kind: MemoryKind::Ffn,
-            n_layers: 1,
-            d_model: 2,
-            width: vec![2, 1],
-            branching: vec![2, 2],
-        };
+        let spec = BlockSpec::ffn(1, 2, vec![2, 1], vec![2, 2]);
         let path = |leaf: u32| ClusterPath::new(vec![leaf / 2, leaf]).unwrap();
         let paths = [0, 0, 0, 1, 1, 2, 3, 3].map(path).to_vec();
         let batch = Batch { paths, ..Batch::default() };

@@ -96,21 +96,13 @@ pub fn expected(
 
 #[cfg(test)]
 mod tests {
-    use memory_bank::MemoryKind;
-
     use super::*;
 
     /// The figures of arXiv 2510.02375 §5 at a batch of 1,024: all of level 1, nearly all of level 2, a fifth
     /// of level 3.
     #[test]
     fn a_step_touches_the_coarse_levels_whole_and_the_deep_ones_in_part() {
-        let spec = BlockSpec {
-            kind: MemoryKind::Ffn,
-            n_layers: 35,
-            d_model: 512,
-            width: vec![256, 64, 16, 0],
-            branching: vec![16; 4],
-        };
+        let spec = BlockSpec::ffn(35, 512, vec![256, 64, 16, 0], vec![16; 4]);
         let config = TrainConfig { batch_size: 1024, generic_share: 0.0, ..TrainConfig::default() };
         let levels = expected(&config, &spec, &even_shares(&spec), 1);
         let round: Vec<u64> = levels.iter().map(|level| level.unique.round() as u64).collect();

@@ -1,8 +1,9 @@
-"""Memory of an Anchorage server: paths of texts, and blocks of parameters on them.
+"""Memory of an Anchorage server or of files: paths of texts, and blocks of parameters on them.
 
-`Client` asks a server; `anchorage.torch` adds what it answers to a PyTorch model.
+`Client` asks a server, `BankFile` reads an exported bank; `anchorage.torch` adds what they answer to a PyTorch model.
 """
 
+from .bank import BankFile, Tree
 from .client import Client, Retry, Tls
 from .errors import (
     Blocked,
@@ -37,6 +38,7 @@ from .types import (
 __all__ = [
     "GENERIC",
     "Bank",
+    "BankFile",
     "Block",
     "Blocked",
     "Busy",
@@ -59,6 +61,7 @@ __all__ = [
     "Spec",
     "Term",
     "Tls",
+    "Tree",
     "Unauthenticated",
     "Unavailable",
     "format_path",

@@ -1,56 +1,75 @@
-"""Fetched memory in a PyTorch model: y += (silu(x M1ᵀ) ⊙ (x M2ᵀ)) M3 beside each layer's FFN.
+"""Fetched memory in a PyTorch model. Of kind ffn, y += (f(x M1ᵀ) ⊙ (x M2ᵀ)) M3 beside each layer's FFN, f being its
+activation; of a lora kind, W + 2·BA; of kind kv, more pairs of keys and values with a softmax of their own.
 
-Shapes: B rows of a batch, T positions, D d_model, R memory width of all levels together, U different memories.
+Shapes: B rows of a batch, T positions, R memory width of all levels together, U different memories.
 """
 
 from __future__ import annotations
 
-import re
+import pathlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from . import _parts
+from ._parts import Formula, Part
+from .bank import BankFile, Embed
 from .types import Block, Retrieved
 
-__all__ = ["Attached", "attach", "ffn_modules"]
+__all__ = ["Attached", "Source", "attach", "ffn_modules"]
 
 #: The blocks of one path: what a client has retrieved, blocks, or None for no memory.
 Memory = Retrieved | Sequence[Block] | None
+#: Of a part, its arrays, [R, width] each.
+_Arrays = list[NDArray[np.float32]]
+
+
+class Source(Protocol):
+    """Where the memory of texts and paths comes from: a `Client` or a `BankFile`."""
+
+    def retrieve(self, text: str | None = None, *, path: str | Sequence[int] | None = None) -> Retrieved:
+        """The blocks of a text or of a path."""
+        ...
 
 
 def ffn_modules(model: nn.Module, pattern: str = "mlp") -> list[nn.Module]:
     """The modules whose last name matches the regular expression as a whole, in the order of the model."""
-    matches = re.compile(pattern).fullmatch
-    return [module for name, module in model.named_modules() if name and matches(name.rsplit(".", 1)[-1])]
+    return [module for _, module in _parts.ffn_modules(model, pattern)]
 
 
 class Attached:
     """Memory that is attached to a model until `remove`, or until its `with` ends."""
 
-    def __init__(self, modules: Sequence[nn.Module], memories: Sequence[Memory], scale: float) -> None:
-        self._modules = list(modules)
-        self._scale = scale
-        self._weights: list[tuple[Tensor, ...]] | None = None
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Part]],
+        kind: str,
+        memories: Sequence[Memory],
+        scale: float,
+        source: Source | None,
+    ) -> None:
+        """`layers` are the parts of each layer of the model that has memory of this kind, or may have."""
+        self._layers, self._kind, self._scale, self._source = layers, kind, scale, source
         self._rows: list[int] = []
-        self._n_layers = 0
-        self._cache: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._places: list[Part] = []
+        self._handles: list[Any] = []
+        self._stacked: list[list[Tensor]] = []
+        self._cache: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
         self.set(memories)
-        self._handles = [
-            module.register_forward_hook(self._hook(layer), with_kwargs=True)
-            for layer, module in enumerate(self._modules)
-        ]
 
-    def set(self, memories: Sequence[Memory]) -> None:
+    def set(self, memories: Sequence[Memory] | Retrieved) -> None:
         """Takes these memories instead, one for each row of the batches to come; one alone is for all rows."""
+        memories = [memories] if isinstance(memories, Retrieved) else list(memories)
         if not memories:
             raise ValueError("memories: expected one for each row of a batch, or one for all, found none")
-        unique: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-        places: dict[tuple[object, ...], int] = {}
+        places = [part for layer in self._memory_layers(memories) for part in self._layers[layer]]
+        unique: list[list[_Arrays]] = []
+        known: dict[tuple[object, ...], int] = {}
         rows: list[int] = []
         for row, memory in enumerate(memories):
             blocks = memory.blocks if isinstance(memory, Retrieved) else list(memory or [])
@@ -58,23 +77,33 @@ class Attached:
                 rows.append(-1)
                 continue
             key = _key(memory, blocks)
-            if key not in places:
-                places[key] = len(unique)
-                unique.append(self._joined(row, blocks))
-            rows.append(places[key])
-        shapes = {array.shape for array in unique}
+            if key not in known:
+                known[key] = len(unique)
+                width = memory.spec.width if isinstance(memory, Retrieved) else ()
+                unique.append(self._joined(row, blocks, places, width))
+            rows.append(known[key])
+        shapes = {tuple(array.shape for arrays in memory for array in arrays) for memory in unique}
         if len(shapes) > 1:
-            raise ValueError(f"memories: expected one shape [L, 3, R, D], found {sorted(shapes)}")
-        # [U, L, 3, R, D], kept on the CPU; a layer's part is moved to where its module computes.
-        self._stacked = torch.from_numpy(np.stack(unique)) if unique else None
+            found = sorted(shape[0][0] for shape in shapes)
+            raise ValueError(f"memories: expected one width of all levels together, found {found}")
+        # Of each part and array [U, R, width], kept on the CPU; they are moved to where their module computes.
+        self._stacked = [
+            [torch.from_numpy(np.stack(arrays)) for arrays in zip(*of_part)] for of_part in zip(*unique)
+        ]
         self._rows, self._cache = rows, {}
+        self._install(places)
+
+    def fetch(self, texts: Sequence[str] | None = None, *, paths: Sequence[str | Sequence[int]] | None = None) -> None:
+        """Takes the memories of texts or of paths from where the first came from, one for each row."""
+        if self._source is None:
+            raise ValueError("expected a server or a bank that memories come from, found none: attach one")
+        self.set(_fetched(self._source, texts, paths))
 
     def remove(self) -> None:
         """Leaves the model as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        self._cache = {}
+        self._handles, self._places, self._cache = [], [], {}
 
     def __enter__(self) -> Attached:
         return self
@@ -84,9 +113,58 @@ class Attached:
     ) -> None:
         self.remove()
 
-    def _joined(self, row: int, blocks: Sequence[Block]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The blocks of a path beside each other: [L, 3, R, D]."""
-        n_layers, d_models = len(self._modules), {block.shape[-1] for block in blocks}
+    def _memory_layers(self, memories: Sequence[Memory]) -> list[int]:
+        """The layers that have memory, of those of the model."""
+        n_layers = len(self._layers)
+        found: list[int] | None = None
+        for row, memory in enumerate(memories):
+            if not isinstance(memory, Retrieved):
+                continue
+            spec = memory.spec
+            if spec.n_layers != n_layers:
+                raise ValueError(
+                    f"memory of row {row}: expected {n_layers} layers, as many as the model has, found {spec.n_layers}"
+                )
+            if spec.kind != self._kind:
+                raise ValueError(f"memory of row {row}: expected kind {self._kind}, found {spec.kind}")
+            layers = list(spec.layers) or list(range(n_layers))
+            if found is not None and layers != found:
+                raise ValueError(f"memory of row {row}: expected the layers {found}, found {layers}")
+            found = layers
+        return list(range(n_layers)) if found is None else found
+
+    def _install(self, places: list[Part]) -> None:
+        if places == self._places:
+            return
+        self.remove()
+        self._places = places
+        for index, part in enumerate(places):
+            self._handles += part.install(self._add(index))
+
+    def _joined(
+        self, row: int, blocks: Sequence[Block], places: Sequence[Part], width: Sequence[int]
+    ) -> list[_Arrays]:
+        """Of each part its arrays, the blocks of a path beside each other. `width` is that of each level, if known."""
+        if self._kind == "ffn":
+            widths = self._ffn_widths(row, blocks, len(places))
+        else:
+            widths = [part.widths for part in places]
+        unit = sum(width for arrays in widths for width in arrays)
+        by_block: list[list[_Arrays]] = []
+        for block in blocks:
+            numbers = block.numpy().ravel()
+            r = width[block.level] if width else len(numbers) // unit
+            if not r or r * unit != len(numbers):
+                raise ValueError(
+                    f"memory of row {row}: block {block.level}/{block.index} of {len(numbers)} numbers, expected "
+                    f"{r or 'some'} times {unit}, as of memory of kind {self._kind} in this model"
+                )
+            by_block.append(_cut(numbers, widths, r))
+        return [[np.concatenate(arrays) for arrays in zip(*part)] for part in zip(*by_block)]
+
+    def _ffn_widths(self, row: int, blocks: Sequence[Block], n_layers: int) -> list[tuple[int, ...]]:
+        """[D, D, D] of each layer. What D is, the modules tell when they run."""
+        d_models = {block.shape[-1] for block in blocks}
         for block in blocks:
             if block.shape[0] != n_layers:
                 raise ValueError(
@@ -95,48 +173,39 @@ class Attached:
                 )
         if len(d_models) != 1:
             raise ValueError(f"memory of row {row}: expected blocks of one d_model, found {sorted(d_models)}")
-        return np.concatenate([block.numpy() for block in blocks], axis=2)
+        return [(d_models.pop(),) * 3] * n_layers
 
-    def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            x = args[0] if args else kwargs["hidden_states"]
-            y = output[0] if isinstance(output, tuple) else output
-            added = self._added(layer, x)
-            if added is None:
-                return None
-            y = y + added.to(y.dtype)
-            return (y, *output[1:]) if isinstance(output, tuple) else y
-
-        return hook
-
-    def _weights_of(self, layer: int, x: Tensor) -> Tensor | None:
-        """[U, 3, R, D] of a layer, where `x` is."""
-        if self._stacked is None:
-            return None
-        key = (layer, x.device, x.dtype)
+    def _weights_of(self, part: int, x: Tensor) -> list[Tensor]:
+        """The arrays of a part, [U, R, width] each, where `x` is."""
+        key = (part, x.device, x.dtype)
         if key not in self._cache:
-            weights = self._stacked[:, layer]
-            if weights.shape[-1] != x.shape[-1]:
-                raise ValueError(f"memory of d_model {weights.shape[-1]}, expected {x.shape[-1]} as of the model")
-            self._cache[key] = weights.to(x.device, x.dtype)
+            self._cache[key] = [array.to(x.device, x.dtype) for array in self._stacked[part]]
         return self._cache[key]
 
-    def _added(self, layer: int, x: Tensor) -> Tensor | None:
-        """What the memory adds to each row of `x`, [B, …, D]."""
-        weights = self._weights_of(layer, x)
-        if weights is None:
-            return None
-        if len(self._rows) == 1:
-            return self._scale * _ffn(x, weights[0])
-        rows = self._rows_of(x.shape[0])
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        picked = [row for row, place in enumerate(rows) if place >= 0]
-        if len(picked) == len(rows):
-            return (self._scale * _ffn(flat, weights[rows])).reshape(x.shape)
-        # Rows without memory get nothing, rather than a product with zeros.
-        added = torch.zeros_like(flat)
-        added[picked] = self._scale * _ffn(flat[picked], weights[[rows[row] for row in picked]])
-        return added.reshape(x.shape)
+    def _add(self, part: int) -> Callable[[Formula, Sequence[Tensor]], Tensor | None]:
+        def add(formula: Formula, inputs: Sequence[Tensor]) -> Tensor | None:
+            """What memory adds, of inputs [B, …, width]."""
+            if not self._stacked:
+                return None
+            weights = self._weights_of(part, inputs[0])
+            if len(self._rows) == 1:
+                return self._scale * formula(inputs, [array[0] for array in weights])
+            n_rows, *positions = inputs[0].shape[:-1]
+            rows = self._rows_of(n_rows)
+            flat = [x.reshape(n_rows, -1, x.shape[-1]) for x in inputs]
+            picked = [row for row, place in enumerate(rows) if place >= 0]
+            places = [rows[row] for row in picked]
+            of_row = [array[places] for array in weights]
+            if len(picked) == len(rows):
+                added = self._scale * formula(flat, of_row)
+            else:
+                # Rows without memory get nothing, rather than a product with zeros.
+                found = self._scale * formula([x[picked] for x in flat], of_row)
+                added = torch.zeros((n_rows, *found.shape[1:]), dtype=found.dtype, device=found.device)
+                added[picked] = found
+            return added.reshape(n_rows, *positions, added.shape[-1])
+
+        return add
 
     def _rows_of(self, n_rows: int) -> list[int]:
         """The memory of each row; of a batch that was repeated row by row, as beams are, each for all repeats."""
@@ -147,18 +216,51 @@ class Attached:
 
 
 def attach(
-    model: nn.Module, memories: Sequence[Memory] | Retrieved, *, pattern: str = "mlp", scale: float = 1.0
+    model: nn.Module,
+    memories: Sequence[Memory] | Retrieved | Source | str | pathlib.Path,
+    *,
+    texts: Sequence[str] | None = None,
+    paths: Sequence[str | Sequence[int]] | None = None,
+    embed: Embed | None = None,
+    kind: str | None = None,
+    pattern: str = "mlp",
+    activation: Callable[[Tensor], Tensor] | None = None,
+    scale: float = 1.0,
 ) -> Attached:
-    """Adds memory to the FFNs of a model: one memory for each row of its batches, or one for all rows.
+    """Adds memory to a model: one memory for each row of its batches, or one for all rows.
 
-    The FFNs are the modules whose last name `pattern` matches, one a layer, in order; their input is [B, T, D], as a
-    decoder's is. Fails with both numbers when memory and model have different numbers of layers, and when a batch is
-    of another width or of other rows.
+    `memories` are those, or where the memory of `texts` or `paths`, one a row, comes from: a client, a `BankFile`, or
+    the path of one, whose texts are embedded by `embed`. `kind` is that of blocks which come without a spec; FFN
+    memory without it. FFNs are the modules whose last name `pattern` matches, one a layer, in order, with inputs
+    [B, T, D] as a decoder's; `activation` is used instead of theirs.
+
+    Fails with both numbers when memory and model have different numbers of layers or other widths, and when a batch
+    is of other rows.
     """
-    modules = ffn_modules(model, pattern)
-    if not modules:
-        raise ValueError(f"pattern {pattern!r}: expected it to name the FFN of each layer, found no such module")
-    return Attached(modules, [memories] if isinstance(memories, Retrieved) else list(memories), scale)
+    source: Source | None = None
+    if isinstance(memories, (str, pathlib.Path)):
+        source = BankFile(memories, embed=embed)
+    elif not isinstance(memories, (Retrieved, Sequence)):
+        source = memories
+    if source is not None:
+        taken: Sequence[Memory] = _fetched(source, texts, paths)
+    elif texts is None and paths is None:
+        taken = [memories] if isinstance(memories, Retrieved) else list(memories)  # type: ignore[arg-type]
+    else:
+        raise ValueError("texts and paths: expected a client or a bank to fetch their memory from")
+    told = next((memory.spec.kind for memory in taken if isinstance(memory, Retrieved)), None)
+    kind = kind or told or "ffn"
+    return Attached(_parts.parts_of(model, kind, pattern, activation), kind, taken, scale, source)
+
+
+def _fetched(
+    source: Source, texts: Sequence[str] | None, paths: Sequence[str | Sequence[int]] | None
+) -> list[Retrieved]:
+    if (texts is None) == (paths is None):
+        raise ValueError("expected texts or paths, one for each row of a batch, or one for all")
+    if texts is not None:
+        return [source.retrieve(text) for text in texts]
+    return [source.retrieve(path=path) for path in paths or ()]
 
 
 def _key(memory: Memory, blocks: Sequence[Block]) -> tuple[object, ...]:
@@ -169,8 +271,14 @@ def _key(memory: Memory, blocks: Sequence[Block]) -> tuple[object, ...]:
     return tuple(id(block.data) for block in blocks)
 
 
-def _ffn(x: Tensor, weights: Tensor) -> Tensor:
-    """(silu(x M1ᵀ) ⊙ (x M2ᵀ)) M3, of weights [3, R, D] for all rows, or [B, 3, R, D] for rows x [B, T, D]."""
-    m1, m2, m3 = weights.unbind(-3)
-    hidden: Tensor = functional.silu(x @ m1.mT) * (x @ m2.mT)
-    return hidden @ m3
+def _cut(numbers: NDArray[np.float32], widths: Sequence[Sequence[int]], r: int) -> list[_Arrays]:
+    """A block of R rows into the arrays of its parts."""
+    parts: list[_Arrays] = []
+    start = 0
+    for of_part in widths:
+        arrays: _Arrays = []
+        for width in of_part:
+            arrays.append(numbers[start : start + r * width].reshape(r, width))
+            start += r * width
+        parts.append(arrays)
+    return parts

@@ -57,6 +57,10 @@ class Spec:
     #: 0 is a level without memory.
     width: tuple[int, ...]
     branching: tuple[int, ...]
+    #: "ffn", "lora_qk", "lora_vo", "lora_ffn" or "kv": what the parameters are.
+    kind: str = "ffn"
+    #: The layers that have memory, of the n_layers of the model; empty from a server that has it in all of them.
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,30 +69,36 @@ class Block:
 
     level: int
     index: int
-    #: (L, 3, R, D).
-    shape: tuple[int, int, int, int]
+    #: (L, 3, R, D) of FFN memory, L being the layers with memory; of other kinds as retrieval.proto says.
+    shape: tuple[int, ...]
     #: "f32", "bf16" or "int8": as it came.
     dtype: str
     #: As it came, little-endian.
     data: bytes | bytearray = field(repr=False)
 
     def numpy(self) -> NDArray[np.float32]:
-        """The numbers, [L, 3, R, D]: for each layer M1, M2 and M3, in rows of D. float32 are not copied."""
+        """The numbers, of FFN memory [L, 3, R, D]: for each layer M1, M2 and M3, in rows of D. float32 are not copied."""
         if self.dtype == "f32":
             return np.frombuffer(self.data, "<f4").reshape(self.shape)
         if self.dtype == "bf16":
             upper = np.frombuffer(self.data, "<u2").astype(np.uint32) << 16
             return upper.view(np.float32).reshape(self.shape)
         scales, values = self.int8()
-        return (values.astype(np.float32) * scales[..., None]).astype(np.float32, copy=False)
+        rows = values.reshape(scales.size, -1).astype(np.float32) * scales.reshape(-1, 1)
+        return rows.astype(np.float32, copy=False).reshape(self.shape)
 
     def int8(self) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
-        """Of int8, not copied: the scales, [L, 3, R], and the integers, [L, 3, R, D]."""
+        """Of int8, not copied: the scales, of FFN memory [L, 3, R], and the integers, [L, 3, R, D].
+
+        Of other kinds there is a scale for every so many numbers, in their order.
+        """
         if self.dtype != "int8":
             raise InvalidArgument(f"block of dtype {self.dtype}, expected int8")
         *rows, _ = self.shape
-        n = int(np.prod(rows))
-        scales = np.frombuffer(self.data, "<f4", count=n).reshape(rows)
+        n = (len(self.data) - int(np.prod(self.shape))) // 4
+        scales = np.frombuffer(self.data, "<f4", count=n)
+        if n == int(np.prod(rows)):
+            scales = scales.reshape(rows)
         return scales, np.frombuffer(self.data, np.int8, offset=4 * n).reshape(self.shape)
 
 
@@ -209,7 +219,14 @@ def dtype_to(name: str | None) -> int:
 
 def spec_of(message: Any) -> Spec:
     """A spec as it came."""
-    return Spec(message.n_layers, message.d_model, tuple(message.width), tuple(message.branching))
+    return Spec(
+        message.n_layers,
+        message.d_model,
+        tuple(message.width),
+        tuple(message.branching),
+        message.kind or "ffn",
+        tuple(message.layers),
+    )
 
 
 def cluster_of(message: Any) -> Cluster:

@@ -1,20 +1,30 @@
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, Encoded};
-use ops::decode::{FfnWeights, Held};
+use memory_bank::{BlockPart, BlockSpec, Encoded, MemoryPart};
+use ops::decode::{FfnWeights, Held, KvWeights, LoraWeights};
 
-use crate::{Error, Result};
+use crate::memory::check_fits;
+use crate::{AnchorConfig, Error, Result};
 
 /// A memory block packed for products, as the caches hold it: its numbers are as they were encoded.
 pub struct PackedBlock {
     id: ClusterId,
-    d_model: usize,
-    layers: Vec<FfnWeights>,
+    spec: BlockSpec,
+    /// Layer by layer, as [`BlockSpec::parts`] has them.
+    parts: Vec<PackedPart>,
+}
+
+/// A part of a block.
+enum PackedPart {
+    Ffn(FfnWeights),
+    Lora(LoraWeights),
+    Kv(KvWeights),
 }
 
 impl PackedBlock {
-    /// Packs a block of a bank of these sizes, on all threads.
+    /// Packs a block of a bank of these sizes, on all threads. Integers of LoRA memory are held as f32, since a scale
+    /// of theirs is of a part of a row.
     ///
     /// # Errors
     /// When it has another length than the spec says.
@@ -24,23 +34,10 @@ impl PackedBlock {
         if expected != found {
             return Err(Error::BlockLength { id, expected, found });
         }
-        let d = spec.d_model;
-        let layer_len = expected / spec.n_layers;
-        let layer = |i: usize| {
-            let range = i * layer_len..(i + 1) * layer_len;
-            match block {
-                Encoded::F32(values) => FfnWeights::new(&values[range], d, Held::F32),
-                Encoded::Bf16(values) => {
-                    let bits: Vec<u16> = values[range].iter().map(|value| value.to_bits()).collect();
-                    FfnWeights::of_bf16(&bits, d)
-                }
-                Encoded::Int8 { scales, values } => {
-                    let rows = layer_len / d;
-                    FfnWeights::of_int8(&values[range], &scales[i * rows..(i + 1) * rows], d)
-                }
-            }
-        };
-        Ok(Self { id, d_model: d, layers: ops::on_pool(|| (0..spec.n_layers).map(layer).collect()) })
+        let parts = spec.parts(usize::from(id.level));
+        let pack = |part: BlockPart| PackedPart::pack(part, block, spec);
+        let parts = ops::on_pool(|| parts.into_iter().map(pack).collect());
+        Ok(Self { id, spec: spec.clone(), parts })
     }
 
     /// The cluster it belongs to.
@@ -50,17 +47,116 @@ impl PackedBlock {
 
     /// Bytes of its numbers.
     pub fn bytes(&self) -> u64 {
-        self.layers.iter().map(|layer| layer.bytes() as u64).sum()
+        self.parts.iter().map(PackedPart::bytes).sum::<usize>() as u64
     }
 
-    /// Layers and d_model of the anchor it is for.
-    pub(super) fn shape(&self) -> (usize, usize) {
-        (self.layers.len(), self.d_model)
+    /// Fails unless it is for an anchor of this shape.
+    pub(super) fn check(&self, config: &AnchorConfig) -> Result<()> {
+        check_fits(&self.spec, config)
     }
 
-    pub(super) fn layer(&self, layer: usize) -> &FfnWeights {
-        &self.layers[layer]
+    /// What widens the FFN of a layer.
+    pub(super) fn ffn(&self, layer: usize) -> Option<&FfnWeights> {
+        match self.part(layer, MemoryPart::Ffn)? {
+            PackedPart::Ffn(weights) => Some(weights),
+            _ => None,
+        }
     }
+
+    /// What is added to the matrix of a layer that `part` is of.
+    pub(super) fn lora(&self, layer: usize, part: MemoryPart) -> Option<&LoraWeights> {
+        match self.part(layer, part)? {
+            PackedPart::Lora(weights) => Some(weights),
+            _ => None,
+        }
+    }
+
+    /// The pairs beside those of a layer's attention.
+    pub(super) fn kv(&self, layer: usize) -> Option<&KvWeights> {
+        match self.part(layer, MemoryPart::Kv)? {
+            PackedPart::Kv(weights) => Some(weights),
+            _ => None,
+        }
+    }
+
+    fn part(&self, layer: usize, part: MemoryPart) -> Option<&PackedPart> {
+        let kinds = self.spec.kind.parts();
+        let of_kind = kinds.iter().position(|of| *of == part)?;
+        let place = self.spec.memory_layers().position(|with| with == layer)?;
+        self.parts.get(place * kinds.len() + of_kind)
+    }
+}
+
+/// Numbers of a part, as its block holds them.
+enum Numbers<'a> {
+    F32(&'a [f32]),
+    /// Their bits.
+    Bf16(Vec<u16>),
+    Int8 {
+        values: &'a [i8],
+        scales: &'a [f32],
+    },
+}
+
+impl PackedPart {
+    fn pack(BlockPart { layer, part, range }: BlockPart, block: &Encoded, spec: &BlockSpec) -> Self {
+        let (row_len, widths) = (spec.row_len(), spec.inner_of(layer));
+        let numbers = match block {
+            Encoded::F32(values) => Numbers::F32(&values[range]),
+            Encoded::Bf16(values) => {
+                Numbers::Bf16(values[range].iter().map(|value| value.to_bits()).collect())
+            }
+            Encoded::Int8 { scales, values } => {
+                let rows = range.start / row_len..range.end / row_len;
+                Numbers::Int8 { values: &values[range], scales: &scales[rows] }
+            }
+        };
+        match part {
+            MemoryPart::Ffn => Self::Ffn(match numbers {
+                Numbers::F32(values) => FfnWeights::new(values, spec.d_model, Held::F32),
+                Numbers::Bf16(values) => FfnWeights::of_bf16(&values, spec.d_model),
+                Numbers::Int8 { values, scales } => FfnWeights::of_int8(values, scales, spec.d_model),
+            }),
+            MemoryPart::Lora(matrix) => {
+                let sizes = matrix.widths(spec.d_model, widths);
+                Self::Lora(match numbers {
+                    Numbers::F32(values) => LoraWeights::new(values, sizes, Held::F32),
+                    Numbers::Bf16(values) => LoraWeights::of_bf16(&values, sizes),
+                    Numbers::Int8 { values, scales } => {
+                        LoraWeights::new(&widened(values, scales, row_len), sizes, Held::F32)
+                    }
+                })
+            }
+            MemoryPart::Kv => {
+                let sizes = (widths.key_value, widths.head);
+                Self::Kv(match numbers {
+                    Numbers::F32(values) => KvWeights::new(values, sizes, Held::F32),
+                    Numbers::Bf16(values) => KvWeights::of_bf16(&values, sizes),
+                    Numbers::Int8 { values, scales } if row_len.is_multiple_of(widths.head) => {
+                        KvWeights::of_int8(values, (scales, row_len), sizes)
+                    }
+                    // Heads of several widths: a scale is not of whole ones.
+                    Numbers::Int8 { values, scales } => {
+                        KvWeights::new(&widened(values, scales, row_len), sizes, Held::F32)
+                    }
+                })
+            }
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Ffn(weights) => weights.bytes(),
+            Self::Lora(weights) => weights.bytes(),
+            Self::Kv(weights) => weights.bytes(),
+        }
+    }
+}
+
+/// Integers times the scales of their rows.
+fn widened(values: &[i8], scales: &[f32], row_len: usize) -> Vec<f32> {
+    let row = |(row, scale): (&[i8], &f32)| row.iter().map(|&x| f32::from(x) * scale).collect::<Vec<_>>();
+    values.chunks_exact(row_len).zip(scales).flat_map(row).collect()
 }
 
 /// The blocks of a path, coarse to fine; none is the plain anchor. Sequences that share a block share its `Arc`.

@@ -9,14 +9,14 @@ mod step;
 
 use candle_core::{DType, Device};
 use memory_bank::BlockDtype;
-use ops::RopeTable;
 use ops::decode::{FfnWeights, Held, KvShape, Matrix};
 
 pub use memory::{PackedBlock, PathMemory};
 pub use ops::decode::{KvPages, SequenceCache};
 pub use step::{Logits, Scores, Segment};
 
-use crate::{Anchor, AnchorConfig, Error, Result};
+use crate::model::Rotations;
+use crate::{Anchor, AnchorConfig, Error, LayerShape, Result};
 
 /// How a decoder is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct DecoderOptions {
 /// An anchor with its matrices packed for steps of few rows.
 pub struct Decoder {
     config: AnchorConfig,
-    rope: RopeTable,
+    rope: Rotations,
     token_embedding: Option<Matrix>, // [V, D], none when the output is tied to it
     layers: Vec<Layer>,
     final_norm: Vec<f32>, // [D]
@@ -36,13 +36,16 @@ pub struct Decoder {
 }
 
 struct Layer {
-    attention_norm: Vec<f32>, // [D]
-    qkv: Matrix,              // [3·H·K, D]
-    query_norm: Vec<f32>,     // [H·K]
-    key_norm: Vec<f32>,       // [H·K]
-    attention_output: Matrix, // [D, H·K]
-    ffn_norm: Vec<f32>,       // [D]
+    shape: LayerShape,
+    attention_norm: Vec<f32>,              // [D]
+    qkv: Matrix,                           // [(H + 2·G)·K, D]
+    query_norm: Option<Vec<f32>>,          // [H·K] or [K]
+    key_norm: Option<Vec<f32>>,            // [G·K] or [K]
+    attention_output: Matrix,              // [D, H·K]
+    attention_post_norm: Option<Vec<f32>>, // [D]
+    ffn_norm: Vec<f32>,                    // [D]
     ffn: FfnWeights,
+    ffn_post_norm: Option<Vec<f32>>, // [D]
 }
 
 impl Decoder {
@@ -66,19 +69,38 @@ impl Decoder {
         let values = |name: &str| -> Result<Vec<f32>> {
             Ok(anchor.parameters()[name].flatten_all()?.to_vec1::<f32>()?)
         };
-        let (v, d, a) = (config.vocab_size, config.d_model, config.attention_width());
+        let (v, d) = (config.vocab_size, config.d_model);
         let matrix = |name: &str, shape| -> Result<Matrix> { Ok(Matrix::new(&values(name)?, shape, held)) };
+        let has = |name: &str| anchor.parameters().contains_key(name);
+        let maybe = |name: &str| has(name).then(|| values(name)).transpose();
         let layer = |i: usize| -> Result<Layer> {
             let of = |name: &str| format!("layers.{i}.{name}");
+            let shape = config.layer(i);
+            let (a, e) = (shape.query_width(), shape.kv_width());
             let qkv = [values(&of("query"))?, values(&of("key"))?, values(&of("value"))?].concat();
+            let mut qkv = Matrix::new(&qkv, (a + 2 * e, d), held);
+            if let Some(bias) = maybe(&of("query_bias"))? {
+                qkv = qkv.with_bias([bias, values(&of("key_bias"))?, values(&of("value_bias"))?].concat());
+            }
+            let mut attention_output = matrix(&of("attention_output"), (d, a))?;
+            if let Some(bias) = maybe(&of("attention_output_bias"))? {
+                attention_output = attention_output.with_bias(bias);
+            }
+            let mut ffn = FfnWeights::new(&values(&of("ffn"))?, d, held);
+            if let Some(inner) = maybe(&of("ffn_inner_bias"))? {
+                ffn = ffn.with_biases(inner, values(&of("ffn_outer_bias"))?);
+            }
             Ok(Layer {
+                shape,
                 attention_norm: values(&of("attention_norm"))?,
-                qkv: Matrix::new(&qkv, (3 * a, d), held),
-                query_norm: values(&of("query_norm"))?,
-                key_norm: values(&of("key_norm"))?,
-                attention_output: matrix(&of("attention_output"), (d, a))?,
+                qkv,
+                query_norm: maybe(&of("query_norm"))?,
+                key_norm: maybe(&of("key_norm"))?,
+                attention_output,
+                attention_post_norm: maybe(&of("attention_post_norm"))?,
                 ffn_norm: values(&of("ffn_norm"))?,
-                ffn: FfnWeights::new(&values(&of("ffn"))?, d, held),
+                ffn,
+                ffn_post_norm: maybe(&of("ffn_post_norm"))?,
             })
         };
         let (token_embedding, output) = match config.tied_embeddings {
@@ -86,7 +108,7 @@ impl Decoder {
             false => (Some(matrix("token_embedding", (v, d))?), "output"),
         };
         Ok(Self {
-            rope: RopeTable::new(config.max_seq_len, config.head_width, config.rope_base),
+            rope: Rotations::of(&config),
             token_embedding,
             layers: (0..config.n_layers).map(layer).collect::<Result<_>>()?,
             final_norm: values("final_norm")?,
@@ -114,11 +136,11 @@ impl Decoder {
 
     /// Bytes of the keys and values of a position.
     pub fn position_bytes(&self) -> usize {
-        KvPages::position_bytes(self.kv_shape())
+        KvPages::position_bytes(&self.kv_shape())
     }
 
     fn kv_shape(&self) -> KvShape {
-        let AnchorConfig { n_layers, n_heads: heads, head_width, .. } = self.config;
-        KvShape { n_layers, heads, head_width }
+        let kv_heads = self.config.layers().map(|layer| layer.kv_heads).collect();
+        KvShape { kv_heads, head_width: self.config.head_width }
     }
 }

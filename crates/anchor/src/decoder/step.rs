@@ -1,9 +1,16 @@
+use std::ops::Range;
 use std::sync::Arc;
 
-use ops::decode::{FfnRun, KvPages, Reading, SequenceCache, add_ffn, norm_rope_rows, rms_norm_rows};
+use memory_bank::{LORA_ALPHA, LoraMatrix, MemoryPart};
+use ops::decode::{
+    Attending, FfnLoraRuns, FfnRun, KvPages, KvRun, KvWeights, LoraRun, Place, Reading, SequenceCache,
+    add_ffn, add_ffn_lora, add_kv_memory, add_lora, add_rms_norm_rows, norm_rope_rows, rms_norm_rows,
+    soft_cap,
+};
 
 use super::{Decoder, Layer, PackedBlock, PathMemory};
-use crate::{Error, Result};
+use crate::model::{kv_memory_shape, scoring};
+use crate::{Error, LayerShape, Result};
 
 /// Which of a segment's tokens are scored: the scores of a token are those of the one after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,16 +104,7 @@ impl Decoder {
             if let Some(token) = segment.tokens.iter().find(|&&token| token as usize >= config.vocab_size) {
                 return wrong("tokens of the vocabulary", format!("{token} of {}", config.vocab_size));
             }
-            let shape = (config.n_layers, config.d_model);
-            if let Some(other) = segment.memory.blocks().iter().find(|block| block.shape() != shape) {
-                let (found_layers, found_width) = other.shape();
-                return Err(Error::MemoryShape {
-                    found_layers,
-                    found_width,
-                    layers: shape.0,
-                    width: shape.1,
-                });
-            }
+            segment.memory.blocks().iter().try_for_each(|block| block.check(config))?;
         }
         Ok(())
     }
@@ -125,42 +123,89 @@ impl Decoder {
             }
             let first = segment.cache.len() as u32;
             rows.positions.extend(first..first + n_rows as u32);
+            if let Some(factor) = self.config.form.embedding_scale {
+                let embedded = &mut x[first_row * d..(first_row + n_rows) * d];
+                embedded.iter_mut().for_each(|x| *x *= factor as f32);
+            }
             rows.readings.push(Reading { cache: segment.cache, first_row, n_rows });
             rows.memories.push(segment.memory);
         }
         (rows, x)
     }
 
-    /// x += attention(norm(x))
+    /// x += attention(norm(x)), normed once more before it is added where the form has it so.
     fn attend(&self, (index, layer): (usize, &Layer), pages: &mut KvPages, rows: &Rows, x: &mut [f32]) {
-        let (n, a, eps) = (rows.positions.len(), self.config.attention_width(), self.config.norm_eps);
+        let LayerShape { heads, window, .. } = layer.shape;
+        let (n, eps) = (rows.positions.len(), self.config.norm_eps);
+        let (a, e) = (layer.shape.query_width(), layer.shape.kv_width());
         let mut normed = vec![0.0; x.len()];
         rms_norm_rows(x, &layer.attention_norm, eps, &mut normed);
-        let mut qkv = vec![0.0; n * 3 * a];
+        let mut qkv = vec![0.0; n * (a + 2 * e)];
         layer.qkv.multiply(&normed, &mut qkv);
-        let part = |which: usize| {
+        for (matrix, column) in [(LoraMatrix::Query, 0), (LoraMatrix::Key, a), (LoraMatrix::Value, a + e)] {
+            let place = Place { column, row: a + 2 * e };
+            rows.add_lora((index, matrix), &normed, (&mut qkv, place));
+        }
+        let part = |first: usize, width: usize| {
             let qkv = &qkv;
-            move |row: usize| &qkv[(3 * row + which) * a..][..a]
+            move |row: usize| &qkv[row * (a + 2 * e) + first..][..width]
         };
-        let (mut q, mut k) = (vec![0.0; n * a], vec![0.0; n * a]);
-        let rope = (&self.rope, eps);
-        norm_rope_rows(part(0), &layer.query_norm, rope, &rows.positions, &mut q);
-        norm_rope_rows(part(1), &layer.key_norm, rope, &rows.positions, &mut k);
-        pages.append(index, &rows.readings, |row| &k[row * a..][..a], part(2));
+        let (mut q, mut k) = (vec![0.0; n * a], vec![0.0; n * e]);
+        let rope = (self.rope.of_layer(layer.shape), eps);
+        norm_rope_rows(part(0, a), layer.query_norm.as_deref(), rope, &rows.positions, &mut q);
+        norm_rope_rows(part(a, e), layer.key_norm.as_deref(), rope, &rows.positions, &mut k);
+        pages.append(index, &rows.readings, |row| &k[row * e..][..e], part(a + e, e));
         let mut mixed = vec![0.0; n * a];
-        pages.attend(index, &rows.readings, &q, &mut mixed);
-        layer.attention_output.multiply_add(&mixed, x);
+        let attending = Attending { layer: index, heads, window, scoring: scoring(&self.config) };
+        pages.attend(attending, &rows.readings, &q, &mut mixed);
+        let runs = rows.kv_runs(index);
+        if !runs.is_empty() {
+            let q = unturned((0..n).flat_map(part(0, a)), layer.query_norm.as_deref(), eps);
+            add_kv_memory(&q, &mut mixed, kv_memory_shape(&self.config, layer.shape), &runs);
+        }
+        let (output, place) = ((index, LoraMatrix::Output), Place { column: 0, row: self.config.d_model });
+        match &layer.attention_post_norm {
+            None => {
+                layer.attention_output.multiply_add(&mixed, x);
+                rows.add_lora(output, &mixed, (x, place));
+            }
+            Some(gain) => {
+                layer.attention_output.multiply(&mixed, &mut normed);
+                rows.add_lora(output, &mixed, (&mut normed, place));
+                add_rms_norm_rows(&normed, gain, eps, x);
+            }
+        }
     }
 
-    /// x += FFN(norm(x)) + Σ_levels memory(norm(x))
+    /// x += FFN(norm(x)) + Σ_levels memory(norm(x)), the sum normed once more before it is added where the form has
+    /// it so.
     fn feed_forward(&self, (index, layer): (usize, &Layer), rows: &Rows, x: &mut [f32]) {
-        let (n, d) = (rows.positions.len(), self.config.d_model);
         let mut normed = vec![0.0; x.len()];
         rms_norm_rows(x, &layer.ffn_norm, self.config.norm_eps, &mut normed);
-        let mut levels = vec![vec![FfnRun { weights: &layer.ffn, rows: 0..n }]];
-        let n_levels = rows.memories.iter().map(|memory| memory.blocks().len()).max().unwrap_or(0);
-        levels.extend((0..n_levels).map(|level| rows.runs(level, index)));
-        add_ffn(&normed, x, d, &levels);
+        match &layer.ffn_post_norm {
+            None => self.add_ffns((index, layer), rows, &normed, x),
+            Some(gain) => {
+                let mut added = vec![0.0; x.len()];
+                self.add_ffns((index, layer), rows, &normed, &mut added);
+                add_rms_norm_rows(&added, gain, self.config.norm_eps, x);
+            }
+        }
+    }
+
+    /// y += FFN(normed) + Σ_levels memory(normed)
+    fn add_ffns(&self, (index, layer): (usize, &Layer), rows: &Rows, normed: &[f32], y: &mut [f32]) {
+        let (n, d, activation) = (rows.positions.len(), self.config.d_model, self.config.form.activation);
+        let mut levels = match rows.ffn_lora(index) {
+            Some(lora) => {
+                add_ffn_lora((normed, y, d), activation, &layer.ffn, &lora);
+                vec![]
+            }
+            None => vec![vec![FfnRun { weights: &layer.ffn, rows: 0..n }]],
+        };
+        let run = |(weights, rows)| FfnRun { weights, rows };
+        let of_level = |level| rows.runs(level, |block| block.ffn(index)).into_iter().map(run).collect();
+        levels.extend((0..rows.n_levels()).map(of_level));
+        add_ffn(normed, y, d, activation, &levels);
     }
 
     /// The scores that are asked for, in the order of the segments.
@@ -182,22 +227,83 @@ impl Decoder {
         rms_norm_rows(&scored, &self.final_norm, self.config.norm_eps, &mut hidden);
         let mut values = vec![0.0; scored.len() / d * vocab_size];
         self.output.multiply(&hidden, &mut values);
+        if let Some(cap) = self.config.form.logit_cap {
+            soft_cap(&mut values, 1.0, cap as f32);
+        }
         Logits { values, vocab_size }
     }
 }
 
 impl Rows<'_> {
-    /// The rows of each block of a level, in one layer.
-    fn runs(&self, level: usize, layer: usize) -> Vec<FfnRun<'_>> {
-        let mut runs: Vec<(&Arc<PackedBlock>, FfnRun)> = vec![];
+    /// The most blocks of a path.
+    fn n_levels(&self) -> usize {
+        self.memories.iter().map(|memory| memory.blocks().len()).max().unwrap_or(0)
+    }
+
+    /// The rows of each block of a level that has what is asked for.
+    fn runs<T>(&self, level: usize, of: impl Fn(&PackedBlock) -> Option<&T>) -> Vec<(&T, Range<usize>)> {
+        let mut runs: Vec<(&Arc<PackedBlock>, (&T, Range<usize>))> = vec![];
         for (reading, memory) in self.readings.iter().zip(&self.memories) {
             let Some(block) = memory.blocks().get(level) else { continue };
+            let Some(found) = of(block) else { continue };
             let (first, end) = (reading.first_row, reading.first_row + reading.n_rows);
             match runs.last_mut() {
-                Some((last, run)) if Arc::ptr_eq(last, block) && run.rows.end == first => run.rows.end = end,
-                _ => runs.push((block, FfnRun { weights: block.layer(layer), rows: first..end })),
+                Some((last, (_, rows))) if Arc::ptr_eq(last, block) && rows.end == first => rows.end = end,
+                _ => runs.push((block, (found, first..end))),
             }
         }
         runs.into_iter().map(|(_, run)| run).collect()
     }
+
+    /// The additions to a matrix of a layer, per level.
+    fn lora_runs(&self, layer: usize, matrix: LoraMatrix) -> Vec<Vec<LoraRun<'_>>> {
+        let run = |(weights, rows)| LoraRun { weights, rows };
+        let of_level = |level| {
+            let runs = self.runs(level, |block| block.lora(layer, MemoryPart::Lora(matrix)));
+            runs.into_iter().map(run).collect::<Vec<_>>()
+        };
+        (0..self.n_levels()).map(of_level).filter(|runs| !runs.is_empty()).collect()
+    }
+
+    /// y += the additions to a matrix of a layer, times x.
+    fn add_lora(&self, (layer, matrix): (usize, LoraMatrix), x: &[f32], (y, place): (&mut [f32], Place)) {
+        let levels = self.lora_runs(layer, matrix);
+        levels.iter().for_each(|runs| add_lora(x, (&mut *y, place), LORA_ALPHA, runs));
+    }
+
+    /// The additions to the FFN of a layer; none when no row has any.
+    fn ffn_lora(&self, layer: usize) -> Option<FfnLoraRuns<'_>> {
+        let [gate, up, down] =
+            [LoraMatrix::Gate, LoraMatrix::Up, LoraMatrix::Down].map(|of| self.lora_runs(layer, of));
+        (!down.is_empty()).then_some(FfnLoraRuns { gate, up, down, alpha: LORA_ALPHA })
+    }
+
+    /// The pairs beside those of a layer's attention: of each sequence those of all of its blocks.
+    fn kv_runs(&self, layer: usize) -> Vec<KvRun<'_>> {
+        let mut runs: Vec<KvRun> = vec![];
+        for (reading, memory) in self.readings.iter().zip(&self.memories) {
+            let weights: Vec<&KvWeights> =
+                memory.blocks().iter().filter_map(|block| block.kv(layer)).collect();
+            let (first, end) = (reading.first_row, reading.first_row + reading.n_rows);
+            let same = |run: &&mut KvRun| {
+                let pairs = run.weights.iter().zip(&weights);
+                run.weights.len() == weights.len() && pairs.into_iter().all(|(a, b)| std::ptr::eq(*a, *b))
+            };
+            match runs.last_mut().filter(|run| run.rows.end == first).filter(same) {
+                Some(run) => run.rows.end = end,
+                None if weights.is_empty() => {}
+                None => runs.push(KvRun { weights, rows: first..end }),
+            }
+        }
+        runs
+    }
+}
+
+/// Rows of queries as KV memory takes them: normed, but turned by no position.
+fn unturned<'a>(rows: impl Iterator<Item = &'a f32>, gain: Option<&[f32]>, eps: f64) -> Vec<f32> {
+    let rows: Vec<f32> = rows.copied().collect();
+    let Some(gain) = gain else { return rows };
+    let mut normed = vec![0.0; rows.len()];
+    rms_norm_rows(&rows, gain, eps, &mut normed);
+    normed
 }

@@ -18,13 +18,13 @@ fn wide(head_width: usize) -> AnchorConfig {
 
 /// A block as a cache holds it, and the numbers that it then has.
 fn encoded(block: &Block, dtype: BlockDtype, spec: &BlockSpec) -> (PackedBlock, Block) {
-    let encoded = Encoded::encode(dtype, spec.d_model, block).unwrap();
+    let encoded = Encoded::encode(dtype, spec.row_len(), block).unwrap();
     let packed = PackedBlock::pack(block.id, &encoded, spec).unwrap();
     (packed, Block { id: block.id, values: encoded.decode() })
 }
 
 /// The memory of each path, with blocks shared, and the decoded blocks.
-fn path_memories(
+pub(crate) fn path_memories(
     spec: &BlockSpec,
     paths: &[ClusterPath],
     dtype: BlockDtype,
@@ -50,7 +50,7 @@ struct Running<'a> {
 
 /// Steps through all sequences, of which `share(i, step)` tokens of sequence i go into each step, and returns the
 /// scores of every token.
-fn decode(
+pub(crate) fn decode(
     decoder: &Decoder,
     pages: &mut KvPages,
     sequences: &[(&[u32], &PathMemory)],

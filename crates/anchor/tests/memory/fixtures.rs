@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anchor::{Anchor, AnchorConfig, Compute, FetchedMemory, Gradients, Input, Targets, unique_ids};
 use candle_core::{DType, Device, Tensor};
 use cluster_tree::{ClusterId, ClusterPath};
-use memory_bank::{AdamW, BankOptions, Block, BlockSpec, Blocking, LocalBank, MemoryKind, Schedule, Step};
+use memory_bank::{AdamW, BankOptions, Block, BlockSpec, Blocking, LocalBank, Schedule, Step};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -28,6 +28,7 @@ pub(crate) fn config(tied_embeddings: bool) -> AnchorConfig {
         max_seq_len: 32,
         rope_base: 10_000.0,
         norm_eps: 1e-5,
+        form: anchor::Form::default(),
     }
 }
 
@@ -37,13 +38,7 @@ pub(crate) fn anchor() -> Anchor {
 
 /// Memory of two levels of two children each.
 pub(crate) fn spec(width: [usize; 2]) -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 16,
-        width: width.to_vec(),
-        branching: vec![2, 2],
-    }
+    BlockSpec::ffn(2, 16, width.to_vec(), vec![2, 2])
 }
 
 pub(crate) fn leaf(index: u32) -> ClusterPath {

@@ -6,3 +6,4 @@ mod errors;
 mod file;
 mod fixtures;
 mod gradients;
+mod kinds;

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use anchor::AnchorConfig;
 use anyhow::{Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
-use memory_bank::TierOptions;
-use serde::{Deserialize, Serialize};
+use memory_bank::{MemoryKind, MemoryLayers, TierOptions};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Where the run lives.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -338,6 +339,7 @@ impl AnchorSection {
             max_seq_len: self.max_seq_len,
             rope_base: self.rope_base,
             norm_eps: self.norm_eps,
+            form: anchor::Form::default(),
         }
     }
 }
@@ -346,7 +348,12 @@ impl AnchorSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct MemorySection {
-    pub(crate) kind: memory_bank::MemoryKind,
+    /// What the blocks are: `ffn`, `lora_qk`, `lora_vo`, `lora_ffn` or `kv`.
+    #[serde(deserialize_with = "memory_kind")]
+    pub(crate) kind: MemoryKind,
+    /// The layers of the anchor that have memory: `uniform` (all), `early`, `middle`, `late` or a list.
+    #[serde(deserialize_with = "memory_layers")]
+    pub(crate) layers: MemoryLayers,
     /// Width of a block per level; 0 is no memory at that level.
     pub(crate) width: Vec<usize>,
     /// Seed of the blocks' initial weights.
@@ -378,7 +385,8 @@ pub(crate) struct MemorySection {
 impl Default for MemorySection {
     fn default() -> Self {
         Self {
-            kind: memory_bank::MemoryKind::Ffn,
+            kind: MemoryKind::Ffn,
+            layers: MemoryLayers::Uniform,
             width: vec![256, 64, 16, 0],
             seed: 1,
             shards: vec![],
@@ -392,6 +400,20 @@ impl Default for MemorySection {
             placement: TierOptions::default(),
         }
     }
+}
+
+fn memory_kind<'de, D: Deserializer<'de>>(deserializer: D) -> Result<MemoryKind, D::Error> {
+    let found = toml::Value::deserialize(deserializer)?;
+    let expected = || MemoryKind::ALL.map(MemoryKind::name).join(", ");
+    MemoryKind::deserialize(found.clone())
+        .map_err(|_| D::Error::custom(format!("memory.kind: expected one of {}, found {found}", expected())))
+}
+
+fn memory_layers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<MemoryLayers, D::Error> {
+    let found = toml::Value::deserialize(deserializer)?;
+    let expected = "uniform, early, middle, late or a list of layers";
+    MemoryLayers::deserialize(found.clone())
+        .map_err(|_| D::Error::custom(format!("memory.layers: expected {expected}, found {found}")))
 }
 
 /// What `eval` measures, and the runs it compares with.

@@ -262,9 +262,9 @@ impl Begin {
 fn run(worker: &Worker, mut trainer: Trainer<Bank>, sizes: &str) -> Result<Ended> {
     let Worker { config, ranks, observer, .. } = *worker;
     let remote = trainer.memory().and_then(|bank| bank.store().remote()).cloned();
-    let memory_width = trainer.memory().map_or(0, |bank| bank.store().spec().width.iter().sum());
+    let fetch_len = trainer.memory().map_or(0, |bank| bank.store().spec().fetch_len());
     let len = config.corpus.seq_len as usize;
-    let flops_per_token = config.train.phase.flops_per_token(trainer.anchor().config(), len, memory_width);
+    let flops_per_token = config.train.phase.flops_per_token(trainer.anchor().config(), len, fetch_len);
     let peak_flops = config.observe.peak_tflops.map(|peak| peak * 1e12 * ranks.world_size as f64);
     observer.train(trainer.state(), Rates { flops_per_token, peak_flops }, remote.clone());
     let ended = match ranks.rank {

@@ -166,11 +166,5 @@ fn load_anchor(
 }
 
 pub(crate) fn block_spec(config: &Config, tree: &ClusterTree) -> BlockSpec {
-    BlockSpec {
-        kind: config.memory.kind,
-        n_layers: config.anchor.n_layers,
-        d_model: config.anchor.d_model,
-        width: config.memory.width.clone(),
-        branching: (0..tree.n_levels()).map(|level| tree.branching(level)).collect(),
-    }
+    config.block_spec((0..tree.n_levels()).map(|level| tree.branching(level)).collect())
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use anchor::{PackedBlock, PathMemory};
 use cluster_tree::ClusterId;
 use generate::engine::{EngineOptions, Event, Reason, Request};
-use memory_bank::{BlockSpec, Encoded, MemoryKind};
+use memory_bank::{BlockSpec, Encoded};
 
 use crate::fixture::{Answer, Fixture, fixture, leaf, read};
 
 /// A block of one number for an anchor of this width.
 fn memory(d_model: usize, value: f32) -> PathMemory {
-    let spec = BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model, width: vec![8], branching: vec![2] };
+    let spec = BlockSpec::ffn(2, d_model, vec![8], vec![2]);
     let block = Encoded::F32(vec![value; spec.block_len(0)]);
     let id = ClusterId { level: 0, index: 0 };
     PathMemory::new(vec![Arc::new(PackedBlock::pack(id, &block, &spec).unwrap())])

@@ -90,6 +90,7 @@ impl Fixture {
             max_seq_len: 256,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         let anchor = Anchor::new(config, 5, (&Device::Cpu, DType::F32)).unwrap().freeze();
         let bank = bank::bank(16, [8, 4], 0.3);

@@ -159,8 +159,8 @@ fn shapes(limit: u64, spec: &BlockSpec, dtype: BlockDtype) -> Vec<Option<SlabSha
         let slot_bytes = slot_bytes(level);
         let n_slots = needs(level).min(left / n_left) / (slot_bytes + ENTRY_BYTES);
         (left, n_left) = (left - n_slots * (slot_bytes + ENTRY_BYTES), n_left - 1);
-        let (d_model, len, n_slots) = (spec.d_model, spec.block_len(level), n_slots as u32);
-        let shape = SlabShape { level: level as u8, dtype, d_model, len, slot_bytes, n_slots };
+        let (row_len, len, n_slots) = (spec.row_len(), spec.block_len(level), n_slots as u32);
+        let shape = SlabShape { level: level as u8, dtype, row_len, len, slot_bytes, n_slots };
         shapes[level] = (n_slots > 0).then_some(shape);
     }
     shapes
@@ -169,17 +169,10 @@ fn shapes(limit: u64, spec: &BlockSpec, dtype: BlockDtype) -> Vec<Option<SlabSha
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::MemoryKind;
 
     #[test]
     fn levels_that_fit_leave_their_part_to_the_others() {
-        let spec = BlockSpec {
-            kind: MemoryKind::Ffn,
-            n_layers: 1,
-            d_model: 4,
-            width: vec![8, 0, 2, 1],
-            branching: vec![2, 2, 16, 2],
-        };
+        let spec = BlockSpec::ffn(1, 4, vec![8, 0, 2, 1], vec![2, 2, 16, 2]);
         // Blocks of 384, 96 and 48 bytes: 3 of them, 65 and 129.
         let n_slots = |limit| -> Vec<u32> {
             let shapes = shapes(limit, &spec, BlockDtype::F32);

@@ -16,7 +16,7 @@ pub enum BlockDtype {
     F32,
     /// The upper half of single precision, rounded to nearest even: 2 bytes a number.
     Bf16,
-    /// One byte a number and one f32 scale for each row of `d_model` of them.
+    /// One byte a number and one f32 scale for each row of [`BlockSpec::row_len`] of them.
     Int8,
 }
 
@@ -30,7 +30,7 @@ impl BlockDtype {
         match self {
             Self::F32 => 4 * len,
             Self::Bf16 => 2 * len,
-            Self::Int8 => len + 4 * (len / spec.d_model as u64),
+            Self::Int8 => len + 4 * (len / spec.row_len() as u64),
         }
     }
 }
@@ -54,7 +54,7 @@ pub enum Encoded {
     Bf16(Vec<bf16>),
     /// A number is its row's scale times its integer.
     Int8 {
-        /// Of each row of `d_model` numbers: the largest magnitude over 127; 0 of a row of zeros.
+        /// Of each row of [`BlockSpec::row_len`] numbers: the largest magnitude over 127; 0 of a row of zeros.
         scales: Vec<f32>,
         /// From −127 to 127.
         values: Vec<i8>,
@@ -66,9 +66,9 @@ pub enum Encoded {
 const LIMIT: f32 = f32::from_bits(0x7f7f_7fff);
 
 impl Encoded {
-    /// Encodes a block whose rows have `d_model` numbers. f32 take any number; the others fail on one
+    /// Encodes a block whose rows have `row_len` numbers. f32 take any number; the others fail on one
     /// that is not finite or that rounds to infinity in bf16.
-    pub fn encode(dtype: BlockDtype, d_model: usize, block: &Block) -> Result<Self> {
+    pub fn encode(dtype: BlockDtype, row_len: usize, block: &Block) -> Result<Self> {
         let (id, from) = (block.id, block.values.as_slice());
         if dtype == BlockDtype::F32 {
             return Ok(Self::F32(from.to_vec()));
@@ -83,7 +83,7 @@ impl Encoded {
             return Ok(Self::Bf16(values));
         }
         let mut values = vec![0; from.len()];
-        let quantised = from.chunks(d_model).zip(values.chunks_mut(d_model)).map(|(from, to)| {
+        let quantised = from.chunks(row_len).zip(values.chunks_mut(row_len)).map(|(from, to)| {
             let scale = scale(f32::from_bits(largest(from)));
             if scale > 0.0 {
                 quantise(from, scale, to);
@@ -100,8 +100,8 @@ impl Encoded {
             Self::F32(values) => to.copy_from_slice(values),
             Self::Bf16(values) => widen(values, &mut to),
             Self::Int8 { scales, values } if !values.is_empty() => {
-                let d_model = values.len() / scales.len();
-                let rows = values.chunks(d_model).zip(to.chunks_mut(d_model));
+                let row_len = values.len() / scales.len();
+                let rows = values.chunks(row_len).zip(to.chunks_mut(row_len));
                 rows.zip(scales).for_each(|((from, to), &scale)| multiply(from, scale, to));
             }
             Self::Int8 { .. } => {}
@@ -138,11 +138,11 @@ impl Encoded {
     }
 
     /// A block to read bytes into.
-    pub(crate) fn zeros(dtype: BlockDtype, d_model: usize, len: usize) -> Self {
+    pub(crate) fn zeros(dtype: BlockDtype, row_len: usize, len: usize) -> Self {
         match dtype {
             BlockDtype::F32 => Self::F32(vec![0.0; len]),
             BlockDtype::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
-            BlockDtype::Int8 => Self::Int8 { scales: vec![0.0; len / d_model], values: vec![0; len] },
+            BlockDtype::Int8 => Self::Int8 { scales: vec![0.0; len / row_len], values: vec![0; len] },
         }
     }
 
@@ -155,19 +155,19 @@ impl Encoded {
         }
     }
 
-    /// The same numbers held as `dtype`, in rows of `d_model`: shared where they are already.
+    /// The same numbers held as `dtype`, in rows of `row_len`: shared where they are already.
     ///
     /// # Errors
     /// As [`Encoded::encode`].
     pub fn held_as(
         self: &Arc<Self>,
         dtype: BlockDtype,
-        d_model: usize,
+        row_len: usize,
         id: cluster_tree::ClusterId,
     ) -> Result<Arc<Self>> {
         match self.dtype() == dtype {
             true => Ok(Arc::clone(self)),
-            false => Ok(Arc::new(Self::encode(dtype, d_model, &Block { id, values: self.decode() })?)),
+            false => Ok(Arc::new(Self::encode(dtype, row_len, &Block { id, values: self.decode() })?)),
         }
     }
 

@@ -23,7 +23,7 @@ pub(crate) const ENTRY_BYTES: u64 = size_of::<Entry>() as u64;
 pub(crate) struct SlabShape {
     pub(crate) level: u8,
     pub(crate) dtype: BlockDtype,
-    pub(crate) d_model: usize,
+    pub(crate) row_len: usize,
     /// Numbers of a block.
     pub(crate) len: usize,
     /// Bytes of a block.
@@ -130,7 +130,7 @@ impl Slab {
     /// A block, by its index within the level, which becomes the one used last.
     pub(crate) fn read(&self, index: u32) -> Result<Read> {
         let Some(slot) = self.slots().held.get(&index).copied() else { return Ok(Read::Miss) };
-        let mut block = Encoded::zeros(self.shape.dtype, self.shape.d_model, self.shape.len);
+        let mut block = Encoded::zeros(self.shape.dtype, self.shape.row_len, self.shape.len);
         let (mut crc, mut at) = (0, self.start(slot.place));
         for part in block.parts_mut() {
             match self.blocks.read_exact_at(part, at) {

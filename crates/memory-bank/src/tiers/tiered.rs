@@ -309,13 +309,13 @@ impl Inner {
     }
 
     async fn encode(&self, blocks: Vec<Block>) -> Result<Vec<Held>> {
-        let (dtype, d_model) = (self.dtype, self.spec.d_model);
+        let (dtype, row_len) = (self.dtype, self.spec.row_len());
         let encode = move |block: Block| {
             let id = block.id;
             if dtype == BlockDtype::F32 {
                 return Ok(((id, Arc::new(Encoded::F32(block.values))), ErrorSums::default()));
             }
-            let encoded = Encoded::encode(dtype, d_model, &block)?;
+            let encoded = Encoded::encode(dtype, row_len, &block)?;
             let error = ErrorSums::of(&block.values, &encoded);
             Ok(((id, Arc::new(encoded)), error))
         };

@@ -39,7 +39,8 @@ pub struct Exported {
 }
 
 /// Writes the weights of all blocks, those never updated too, into one safetensors file at `path`: a
-/// tensor `level{l}` for each level with memory, `[n_blocks + 1, L, 3, r, d]`, the generic block last. So
+/// tensor `level{l}` for each level with memory, `[n_blocks + 1, …]`, … being [`crate::BlockSpec::block_shape`], the
+/// generic block last. So
 /// Python's `safe_open(path, "np").get_slice("level3")[i]` reads one block. The file is there once it is
 /// whole.
 pub async fn export(checkpoint: &Checkpoint, path: &Path, precision: Precision) -> Result<Exported> {
@@ -49,8 +50,9 @@ pub async fn export(checkpoint: &Checkpoint, path: &Path, precision: Precision) 
         Precision::Bf16 => Dtype::BF16,
     };
     let tensor = |level: usize| {
-        let sizes = [spec.n_blocks(level) + 1, spec.n_layers, 3, spec.width[level], spec.d_model];
-        Tensor { name: format!("level{level}"), dtype, shape: sizes.map(|size| size as u64).to_vec() }
+        let sizes = [vec![spec.n_blocks(level) + 1], spec.block_shape(level)].concat();
+        let shape = sizes.into_iter().map(|size| size as u64).collect();
+        Tensor { name: format!("level{level}"), dtype, shape }
     };
     let start = header(&spec.levels().map(tensor).collect::<Vec<_>>());
 

@@ -7,7 +7,8 @@ use futures::stream::TryStreamExt;
 use crate::adamw::squared_norm;
 use crate::blocking::wait;
 use crate::checkpoint::{Column, Entry};
-use crate::{BlockSpec, Checkpoint, Manifest, Result};
+use crate::init::started;
+use crate::{BlockPart, BlockSpec, Checkpoint, Manifest, Result};
 
 /// What a saved bank holds, in numbers.
 #[derive(Clone, PartialEq, Debug)]
@@ -35,7 +36,8 @@ pub struct LevelInspection {
     pub mean_updates: f64,
     /// Most updates of one block.
     pub max_updates: u64,
-    /// L2 norm of the M3 of all touched blocks together: how far the memory is from adding nothing.
+    /// L2 norm of the M3 (of LoRA memory B, of KV memory the values) of all touched blocks together: how far the
+    /// memory is from adding nothing.
     pub m3_norm: f64,
 }
 
@@ -75,8 +77,10 @@ pub async fn inspect_checkpoint(checkpoint: &Checkpoint) -> Result<Inspection> {
     Ok(Inspection { manifest: checkpoint.manifest().clone(), levels })
 }
 
-/// `block` is `[L, 3, r, d]`.
 fn m3_squared_norm(spec: &BlockSpec, level: usize, block: &[f32]) -> f64 {
-    let matrix_len = spec.width[level] * spec.d_model;
-    block.chunks_exact(3 * matrix_len).map(|layer| squared_norm(&layer[2 * matrix_len..])).sum()
+    let of = |BlockPart { layer, part, range }: BlockPart| {
+        let first = started(spec, layer, part, range.len());
+        squared_norm(&block[range][first..])
+    };
+    spec.parts(level).into_iter().map(of).sum()
 }

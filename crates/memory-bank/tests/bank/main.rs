@@ -6,6 +6,7 @@ mod faulty;
 mod fence;
 mod files;
 mod hostile;
+mod kinds;
 mod offload;
 mod probe;
 mod saves;

@@ -6,8 +6,7 @@ use std::path::Path;
 use cluster_tree::ClusterId;
 use memory_bank::{
     BankOptions, BankStore, Block, BlockSpec, BlockStore, Checkpoint, Error, Gradients, Identity, Live,
-    LocalBank, MemoryKind, Offload, OffloadOptions, Placement, Row, Shard, ShardOptions, ShardRecord,
-    Snapshot, Step,
+    LocalBank, Offload, OffloadOptions, Placement, Row, Shard, ShardOptions, ShardRecord, Snapshot, Step,
 };
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -21,13 +20,7 @@ const HOST_BYTES: u64 = 1 << 20;
 
 /// Blocks of 123 and 49 KB, without their moments.
 fn spec() -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 128,
-        width: vec![40, 0, 16],
-        branching: vec![2, 3, 2],
-    }
+    BlockSpec::ffn(2, 128, vec![40, 0, 16], vec![2, 3, 2])
 }
 
 fn identity() -> Identity {

@@ -1,11 +1,11 @@
 use cluster_tree::ClusterId;
-use memory_bank::{BlockSpec, MemoryKind, init_block};
+use memory_bank::{BlockSpec, init_block};
 
 use crate::support::{id, spec};
 
 fn paper_spec(n_layers: usize, d_model: usize, width: [usize; 4]) -> BlockSpec {
     let (width, branching) = (width.to_vec(), vec![16; 4]);
-    let spec = BlockSpec { kind: MemoryKind::Ffn, n_layers, d_model, width, branching };
+    let spec = BlockSpec::ffn(n_layers, d_model, width, branching);
     spec.validate().unwrap();
     spec
 }
@@ -46,8 +46,7 @@ fn the_bank_rounds_to_the_printed_digits() {
 
 #[test]
 fn two_levels_of_256_are_a_config_away() {
-    let kind = MemoryKind::Ffn;
-    let spec = BlockSpec { kind, n_layers: 35, d_model: 512, width: vec![256, 4], branching: vec![256, 256] };
+    let spec = BlockSpec::ffn(35, 512, vec![256, 4], vec![256, 256]);
     assert_eq!((spec.n_blocks(0), spec.n_blocks(1)), (256, 65_536));
     assert_eq!(spec.bank_len(), 53_760 * (256 * 256 + 65_536 * 4));
 }
@@ -121,8 +120,7 @@ fn initial_weights_are_a_pure_function_of_seed_and_id() {
 #[test]
 fn initial_weights_are_truncated_normal_and_m3_is_zero() {
     let (n_layers, d_model, r) = (4, 64, 128);
-    let kind = MemoryKind::Ffn;
-    let spec = BlockSpec { kind, n_layers, d_model, width: vec![r], branching: vec![2] };
+    let spec = BlockSpec::ffn(n_layers, d_model, vec![r], vec![2]);
     let block = init_block(&spec, 1, id(0, 1));
     let matrix_len = r * d_model;
     let mut weights = Vec::new();

@@ -3,19 +3,13 @@ use std::future::Future;
 use std::path::Path;
 
 use cluster_tree::ClusterId;
-use memory_bank::{AdamW, BankOptions, Block, BlockSpec, BlockStore, LocalBank, MemoryKind, Schedule, Step};
+use memory_bank::{AdamW, BankOptions, Block, BlockSpec, BlockStore, LocalBank, Schedule, Step};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Three levels, the middle one without memory: 2, 6 and 12 clusters.
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 5,
-        width: vec![3, 0, 2],
-        branching: vec![2, 3, 2],
-    }
+    BlockSpec::ffn(2, 5, vec![3, 0, 2], vec![2, 3, 2])
 }
 
 pub(crate) fn adamw() -> AdamW {

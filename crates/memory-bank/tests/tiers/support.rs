@@ -6,7 +6,7 @@ use std::time::Duration;
 use cluster_tree::ClusterId;
 use memory_bank::{
     AdamW, BankOptions, BankVersion, Block, BlockDtype, BlockSpec, BlockStore, DiskOptions, Error, LocalBank,
-    MemoryKind, Result, Schedule, Step, TierOptions, TierSource, TierStats, Tiered,
+    Result, Schedule, Step, TierOptions, TierSource, TierStats, Tiered,
 };
 use tempfile::TempDir;
 
@@ -17,13 +17,7 @@ pub(crate) const DTYPES: [BlockDtype; 3] = [BlockDtype::F32, BlockDtype::Bf16, B
 /// Level 0 with 4 blocks of 2,304 bytes, level 2 with 1,024 of 1,152, and a generic one each: more
 /// than 1 MiB.
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 2,
-        d_model: 24,
-        width: vec![4, 0, 2],
-        branching: vec![4, 4, 64],
-    }
+    BlockSpec::ffn(2, 24, vec![4, 0, 2], vec![4, 4, 64])
 }
 
 pub(crate) fn id(level: u8, index: u32) -> ClusterId {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cluster_tree::ClusterId;
-use memory_bank::{AdamW, Array, BlockSpec, MemoryKind, Placement, Row, Schedule, Shard, ShardOptions, Step};
+use memory_bank::{AdamW, Array, BlockSpec, Placement, Row, Schedule, Shard, ShardOptions, Step};
 use memory_service::{Identity, RemoteBank, RemoteOptions, Retry};
 
 use crate::closed_loop::{Result, number};
@@ -40,13 +40,7 @@ pub(crate) enum Moments {
 
 impl Sizes {
     pub(crate) fn spec(&self) -> BlockSpec {
-        BlockSpec {
-            kind: MemoryKind::Ffn,
-            n_layers: self.layers,
-            d_model: 512,
-            width: self.width.clone(),
-            branching: self.branching.clone(),
-        }
+        BlockSpec::ffn(self.layers, 512, self.width.clone(), self.branching.clone())
     }
 
     /// Every block but the generic ones.

@@ -47,6 +47,8 @@ impl From<&BlockSpec> for Spec {
             d_model: spec.d_model as u32,
             width: sizes(&spec.width),
             branching: sizes(&spec.branching),
+            kind: spec.kind.name().to_owned(),
+            layers: spec.memory_layers().map(|layer| layer as u32).collect(),
         }
     }
 }
@@ -59,9 +61,9 @@ impl From<&ClusterPath> for Path {
 
 /// The blocks as they are sent: all held as one dtype.
 pub(super) fn convert(retrieved: &mut Retrieved, dtype: BlockDtype) -> memory_bank::Result<()> {
-    let d_model = retrieved.spec.d_model;
+    let row_len = retrieved.spec.row_len();
     for (block, &id) in retrieved.blocks.iter_mut().zip(&retrieved.ids) {
-        *block = block.held_as(dtype, d_model, id)?;
+        *block = block.held_as(dtype, row_len, id)?;
     }
     Ok(())
 }
@@ -71,7 +73,7 @@ pub(super) fn head(retrieved: &Retrieved, dtype: BlockDtype) -> RetrieveResponse
     let spec = &retrieved.spec;
     let block = |(&ClusterId { level, index }, block): (&ClusterId, &Arc<Encoded>)| BlockHead {
         id: Some(BlockId { level: u32::from(level), index }),
-        shape: [spec.n_layers, 3, spec.width[usize::from(level)], spec.d_model].map(|n| n as u64).to_vec(),
+        shape: spec.block_shape(usize::from(level)).into_iter().map(|n| n as u64).collect(),
         bytes: block.bytes(),
     };
     let head = RetrieveHead {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use cluster_tree::{ClusterId, ClusterPath};
 use hyper_util::rt::TokioIo;
-use memory_bank::{BlockSpec, Encoded, MemoryKind, Step};
+use memory_bank::{BlockSpec, Encoded, Step};
 use memory_service::proto::retrieval::retrieval_service_client::RetrievalServiceClient;
 use memory_service::proto::retrieval::retrieve_response::Part;
 use memory_service::proto::retrieval::{
@@ -22,7 +22,7 @@ pub(crate) type Client = RetrievalServiceClient<Channel>;
 
 /// Two levels; a block of the first is longer than a piece.
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec { kind: MemoryKind::Ffn, n_layers: 4, d_model: 64, width: vec![512, 2], branching: vec![2, 3] }
+    BlockSpec::ffn(4, 64, vec![512, 2], vec![2, 3])
 }
 
 /// The numbers of a block.

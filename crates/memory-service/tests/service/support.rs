@@ -2,9 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use cluster_tree::ClusterId;
-use memory_bank::{
-    AdamW, Block, BlockSpec, Live, MemoryKind, Placement, Schedule, Shard, ShardOptions, Step,
-};
+use memory_bank::{AdamW, Block, BlockSpec, Live, Placement, Schedule, Shard, ShardOptions, Step};
 use memory_service::{Compression, Identity, Limits, RemoteOptions, ServeOptions, Source, serve};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -14,13 +12,7 @@ use tokio::task::JoinHandle;
 
 /// Three levels, the middle one without memory. A block of the first is longer than a piece.
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec {
-        kind: MemoryKind::Ffn,
-        n_layers: 4,
-        d_model: 64,
-        width: vec![96, 0, 2],
-        branching: vec![2, 3, 2],
-    }
+    BlockSpec::ffn(4, 64, vec![96, 0, 2], vec![2, 3, 2])
 }
 
 pub(crate) fn options(world_size: usize, placement: Placement) -> ShardOptions {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use cluster_tree::ClusterId;
-use memory_bank::{AdamW, Block, BlockSpec, MemoryKind, Placement, Schedule, ShardOptions};
+use memory_bank::{AdamW, Block, BlockSpec, Placement, Schedule, ShardOptions};
 use memory_service::Identity;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -34,7 +34,7 @@ impl Setting {
             staleness: dice.random_range(0..=2),
             n_steps: dice.random_range(8..=30),
             save_every: dice.random_range(1..=4),
-            spec: BlockSpec { kind: MemoryKind::Ffn, n_layers, d_model, width, branching: vec![2, 3, 2] },
+            spec: BlockSpec::ffn(n_layers, d_model, width, vec![2, 3, 2]),
         }
     }
 

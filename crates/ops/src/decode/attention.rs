@@ -1,19 +1,30 @@
 use rayon::prelude::*;
 
-use crate::Precision;
 use crate::buffer::Shared;
 use crate::gemm::{COLUMNS, Kernel, ROWS, Tile, best_kernel};
-use crate::math::{exp_sub_sum, max, scale};
+use crate::math::{exp_sub_sum, max, scale, soft_cap};
+use crate::{Precision, Scoring};
 
 /// Keys and values of a decoder's layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvShape {
-    /// Layers.
-    pub n_layers: usize,
-    /// Attention heads, H.
-    pub heads: usize,
+    /// Heads of keys and values of each layer, G.
+    pub kv_heads: Vec<usize>,
     /// Width of a head, K.
     pub head_width: usize,
+}
+
+/// How the rows of a step attend in one layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Attending {
+    /// The layer.
+    pub layer: usize,
+    /// Heads of queries, H, a multiple of those of keys: each of these serves H/G one after another.
+    pub heads: usize,
+    /// Positions that a row sees, its own the last; all without one.
+    pub window: Option<usize>,
+    /// What products of queries and keys become.
+    pub scoring: Scoring,
 }
 
 /// Keys and values of many sequences in pages of 32 positions, which sequences take and give back.
@@ -22,6 +33,9 @@ pub struct KvShape {
 /// panels of right operands, so that products read them where they are.
 pub struct KvPages {
     shape: KvShape,
+    /// Where each layer begins in a page, and the numbers of a page.
+    layers: Vec<usize>,
+    page_len: usize,
     values: Vec<f32>,
     free: Vec<u32>,
     n_pages: usize,
@@ -78,22 +92,30 @@ impl KvPages {
     /// Room for `n_positions`, in whole pages. Memory is taken from the system when a page is first used.
     pub fn new(shape: KvShape, n_positions: usize) -> Self {
         let n_pages = n_positions.div_ceil(Self::PAGE);
-        let values = vec![0.0; n_pages * shape.n_layers * Self::layer_len(shape)];
-        Self { shape, values, free: (0..n_pages as u32).rev().collect(), n_pages }
+        let mut page_len = 0;
+        let mut layers = vec![];
+        for layer in 0..shape.kv_heads.len() {
+            layers.push(page_len);
+            page_len += Self::layer_len(&shape, layer);
+        }
+        let values = vec![0.0; n_pages * page_len];
+        Self { shape, layers, page_len, values, free: (0..n_pages as u32).rev().collect(), n_pages }
     }
 
     /// Bytes of a position.
-    pub fn position_bytes(shape: KvShape) -> usize {
-        shape.n_layers * Self::layer_len(shape) * size_of::<f32>() / Self::PAGE
+    pub fn position_bytes(shape: &KvShape) -> usize {
+        let len: usize = (0..shape.kv_heads.len()).map(|layer| Self::layer_len(shape, layer)).sum();
+        len * size_of::<f32>() / Self::PAGE
     }
 
-    fn keys_len(shape: KvShape) -> usize {
-        shape.heads * shape.head_width * Self::PAGE
+    fn keys_len(shape: &KvShape, layer: usize) -> usize {
+        shape.kv_heads[layer] * shape.head_width * Self::PAGE
     }
 
     /// Numbers of a page in one layer: keys, then values.
-    fn layer_len(shape: KvShape) -> usize {
-        Self::keys_len(shape) + shape.heads * shape.head_width.next_multiple_of(COLUMNS) * Self::PAGE
+    fn layer_len(shape: &KvShape, layer: usize) -> usize {
+        let values = shape.kv_heads[layer] * shape.head_width.next_multiple_of(COLUMNS) * Self::PAGE;
+        Self::keys_len(shape, layer) + values
     }
 
     /// All pages.
@@ -119,10 +141,10 @@ impl KvPages {
 
     /// Where the keys of a page and a layer begin.
     fn at(&self, page: u32, layer: usize) -> usize {
-        (page as usize * self.shape.n_layers + layer) * Self::layer_len(self.shape)
+        page as usize * self.page_len + self.layers[layer]
     }
 
-    /// Writes the keys and values of the rows of a step, `key(i)` and `value(i)` [H·K], behind what each sequence
+    /// Writes the keys and values of the rows of a step, `key(i)` and `value(i)` [G·K], behind what each sequence
     /// holds; [`SequenceCache::advance`] then counts them.
     ///
     /// # Panics
@@ -134,7 +156,9 @@ impl KvPages {
         key: impl Fn(usize) -> &'a [f32] + Sync,
         value: impl Fn(usize) -> &'a [f32] + Sync,
     ) {
-        let KvShape { heads, head_width, .. } = self.shape;
+        let head_width = self.shape.head_width;
+        let width = self.shape.kv_heads[layer] * head_width;
+        let (layer_len, keys_len) = (Self::layer_len(&self.shape, layer), Self::keys_len(&self.shape, layer));
         let wide = head_width.next_multiple_of(COLUMNS);
         for Reading { cache, first_row, n_rows } in readings {
             assert!(cache.len + n_rows <= cache.capacity(), "{n_rows} rows for {cache:?}");
@@ -142,14 +166,13 @@ impl KvPages {
                 let position = cache.len + row;
                 let (page, slot) = (cache.pages[position / Self::PAGE], position % Self::PAGE);
                 let first = self.at(page, layer);
-                let (keys, values) = self.values[first..][..Self::layer_len(self.shape)]
-                    .split_at_mut(Self::keys_len(self.shape));
+                let (keys, values) = self.values[first..][..layer_len].split_at_mut(keys_len);
                 if slot == 0 {
                     // Weights of 0 meet what another sequence left there, which may not be finite.
                     values.fill(0.0);
                 }
                 let (key, value) = (key(first_row + row), value(first_row + row));
-                for (to, from) in keys.chunks_exact_mut(Self::PAGE).zip(&key[..heads * head_width]) {
+                for (to, from) in keys.chunks_exact_mut(Self::PAGE).zip(&key[..width]) {
                     to[slot] = *from;
                 }
                 for (head, from) in value.chunks_exact(head_width).enumerate() {
@@ -162,13 +185,15 @@ impl KvPages {
         }
     }
 
-    /// softmax(q·kᵀ/√K)·v per head: each row of `q` [N, H·K] sees the positions of its sequence up to its own,
-    /// which [`KvPages::append`] has written. To `y` [N, H·K].
+    /// softmax(q·kᵀ/√K)·v per head: each row of `q` [N, H·K] sees the positions of its sequence up to its own, as far
+    /// as the window reaches, which [`KvPages::append`] has written. To `y` [N, H·K].
     ///
     /// # Panics
     /// When the shapes do not fit.
-    pub fn attend(&self, layer: usize, readings: &[Reading], q: &[f32], y: &mut [f32]) {
-        let d = self.shape.heads * self.shape.head_width;
+    pub fn attend(&self, attending: Attending, readings: &[Reading], q: &[f32], y: &mut [f32]) {
+        let (heads, kv_heads) = (attending.heads, self.shape.kv_heads[attending.layer]);
+        assert!(heads.is_multiple_of(kv_heads), "{heads} heads of {kv_heads} heads of keys");
+        let d = heads * self.shape.head_width;
         let n_rows: usize = readings.iter().map(|reading| reading.n_rows).sum();
         assert_eq!((q.len(), y.len()), (n_rows * d, n_rows * d), "elements of q and y");
         let tiles = |reading: &'_ Reading| (0..reading.n_rows).step_by(ROWS).collect::<Vec<_>>();
@@ -183,12 +208,12 @@ impl KvPages {
             );
             next += reading.n_rows;
             for first in tiles(reading) {
-                tasks.extend((0..self.shape.heads).map(|head| (reading, first, head)));
+                tasks.extend((0..heads).map(|head| (reading, first, head)));
             }
         }
         let (kernel, y) = (best_kernel(Precision::F32), Shared::new(y));
         tasks.into_par_iter().with_min_len(4).for_each_init(Vec::new, |scores, (reading, first, head)| {
-            self.attend_tile(kernel, (layer, head), (reading, first), (q, y), scores);
+            self.attend_tile(kernel, (&attending, head), (reading, first), (q, y), scores);
         });
     }
 
@@ -196,16 +221,22 @@ impl KvPages {
     fn attend_tile(
         &self,
         kernel: Kernel,
-        (layer, head): (usize, usize),
+        (attending, head): (&Attending, usize),
         (reading, first): (&Reading, usize),
         (q, y): (&[f32], Shared),
         scores: &mut Vec<f32>,
     ) {
-        let KvShape { heads, head_width, .. } = self.shape;
+        let &Attending { layer, heads, window, scoring } = attending;
+        let head_width = self.shape.head_width;
+        let kv_head = head / (heads / self.shape.kv_heads[layer]);
         let d = heads * head_width;
         let m = ROWS.min(reading.n_rows - first);
         let n_keys = reading.cache.len + first + m;
-        let pages = &reading.cache.pages[..n_keys.div_ceil(Self::PAGE)];
+        // The first position that the row at position n − 1 sees.
+        let start = |n: usize| window.map_or(0, |window| n.saturating_sub(window));
+        let first_page = start(n_keys - m + 1) / Self::PAGE;
+        let first_key = first_page * Self::PAGE;
+        let pages = &reading.cache.pages[first_page..n_keys.div_ceil(Self::PAGE)];
         let n = pages.len() * Self::PAGE;
         scores.resize(m * n, 0.0);
         let offset = (reading.first_row + first) * d + head * head_width;
@@ -222,18 +253,24 @@ impl KvPages {
             from_row: 0,
         };
         for (i, &page) in pages.iter().enumerate() {
-            let keys = &self.values[self.at(page, layer) + head * head_width * Self::PAGE..]
+            let keys = &self.values[self.at(page, layer) + kv_head * head_width * Self::PAGE..]
                 [..head_width * Self::PAGE];
             let to = &mut scores[i * Self::PAGE..];
             // SAFETY: q holds m rows of the head (the slice above), the keys are K x 32, and the scores of the page
             // begin at `to`, n apart, within m rows of n.
             unsafe { kernel(&Tile { b: keys.as_ptr().cast(), c: to.as_mut_ptr(), ..tile }, m) }
         }
-        let factor = 1.0 / (head_width as f32).sqrt();
+        let factor = scoring.factor(head_width);
         for (i, row) in scores.chunks_exact_mut(n).enumerate() {
-            let (visible, hidden) = row.split_at_mut(n_keys - m + i + 1);
+            let end = n_keys - m + i + 1;
+            let (seen, hidden) = row.split_at_mut(end - first_key);
             hidden.fill(0.0);
-            scale(visible, factor);
+            let (before, visible) = seen.split_at_mut(start(end) - first_key);
+            before.fill(0.0);
+            match scoring.cap() {
+                None => scale(visible, factor),
+                Some(cap) => soft_cap(visible, factor, cap),
+            }
             let sum = exp_sub_sum(visible, max(visible));
             scale(visible, 1.0 / sum);
         }
@@ -241,8 +278,8 @@ impl KvPages {
         let mut sums = [0f32; ROWS * COLUMNS];
         for column in (0..head_width).step_by(COLUMNS) {
             for (i, &page) in pages.iter().enumerate() {
-                let first = self.at(page, layer) + Self::keys_len(self.shape);
-                let first = first + (head * wide + column) * Self::PAGE;
+                let first = self.at(page, layer) + Self::keys_len(&self.shape, layer);
+                let first = first + (kv_head * wide + column) * Self::PAGE;
                 let values = &self.values[first..][..Self::PAGE * COLUMNS];
                 let tile = Tile {
                     k: Self::PAGE,

@@ -3,13 +3,13 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Held;
-use crate::Precision;
+use super::lora::{LoraRun, Place, add_lora};
 use crate::buffer::{Shared, output};
 use crate::gemm::{
-    Addend, COLUMNS, Output, Right, Short, TOGETHER_COLUMNS, Threads, View, bf16, multiply,
+    Addend, COLUMNS, Output, Right, Short, TOGETHER_COLUMNS, Threads, View, bf16, multiply, multiply_all,
     panels_of_columns, panels_of_rows, task_size,
 };
-use crate::math::sigmoid;
+use crate::{Activation, Precision};
 
 /// The weights of a gated FFN of width R, packed once: M1, M2 and M3, [3, R, D], M3 being stored transposed.
 pub struct FfnWeights {
@@ -17,6 +17,8 @@ pub struct FfnWeights {
     w_out: Right, // [R, D]
     /// Of each of the 3R rows, when they are integers.
     scales: Option<Vec<f32>>,
+    /// What is added to the products of the first two [2R] and of the third [D].
+    biases: Option<(Vec<f32>, Vec<f32>)>,
     width: usize,
 }
 
@@ -35,6 +37,7 @@ impl FfnWeights {
                     w_in: pack(View::transposed(w_in, d), (d, 2 * r)),
                     w_out: pack(View::rows(w_out, d), (r, d)),
                     scales: None,
+                    biases: None,
                     width: r,
                 }
             }
@@ -56,6 +59,7 @@ impl FfnWeights {
             w_in: Right::hold(Short::Bf16(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
             w_out: Right::hold(Short::Bf16(panels_of_columns(w_out, (r, d))), (r, d)),
             scales: None,
+            biases: None,
             width: r,
         }
     }
@@ -72,8 +76,19 @@ impl FfnWeights {
             w_in: Right::hold(Short::Int8(panels_of_rows(w_in, (d, 2 * r))), (d, 2 * r)),
             w_out: Right::hold(Short::Int8(panels_of_columns(w_out, (r, d))), (r, d)),
             scales: Some(scales.to_vec()),
+            biases: None,
             width: r,
         }
+    }
+
+    /// With biases, of M1 and M2 [2R] and of M3 [D]; not of integers.
+    ///
+    /// # Panics
+    /// When they have other lengths, or the weights are integers.
+    pub fn with_biases(self, inner: Vec<f32>, outer: Vec<f32>) -> Self {
+        let expected = (2 * self.width, self.w_out.columns());
+        assert!(self.scales.is_none() && (inner.len(), outer.len()) == expected, "biases of {expected:?}");
+        Self { biases: Some((inner, outer)), ..self }
     }
 
     /// Bytes of its numbers.
@@ -81,22 +96,29 @@ impl FfnWeights {
         self.w_in.bytes() + self.w_out.bytes() + self.scales.as_ref().map_or(0, |scales| 4 * scales.len())
     }
 
-    /// hidden = silu(a) ⊙ b, a and b being a row's products with M1 and M2 at the columns from `first` on, with the
+    /// What is added to the products of M1 and M2 from column `first` on.
+    fn before(&self, first: usize) -> Addend {
+        match &self.biases {
+            // Every row adds the same one: the rows of the addend lie 0 apart.
+            Some((inner, _)) => Addend::Other { values: Shared::of(inner), offset: first, row: 0 },
+            None => Addend::Zero,
+        }
+    }
+
+    /// Of a row from column `first` on.
+    fn add_outer_bias(&self, first: usize, y: &mut [f32]) {
+        let Some((_, outer)) = &self.biases else { return };
+        y.iter_mut().zip(&outer[first..]).for_each(|(y, bias)| *y += bias);
+    }
+
+    /// hidden = f(a) ⊙ b, a and b being a row's products with M1 and M2 at the columns from `first` on, with the
     /// scales of all three matrices.
-    fn activate(&self, (a, b): (&[f32], &[f32]), first: usize, hidden: &mut [f32]) {
+    fn activate(&self, activation: Activation, products: (&[f32], &[f32]), first: usize, hidden: &mut [f32]) {
         match &self.scales {
-            None => {
-                for ((hidden, &a), b) in hidden.iter_mut().zip(a).zip(b) {
-                    *hidden = a * sigmoid(a) * b;
-                }
-            }
+            None => activation.gate(products, hidden),
             Some(scales) => {
                 let of = |matrix: usize| &scales[matrix * self.width + first..][..hidden.len()];
-                let (of_a, of_b, of_out) = (of(0), of(1), of(2));
-                for (i, hidden) in hidden.iter_mut().enumerate() {
-                    let a = a[i] * of_a[i];
-                    *hidden = a * sigmoid(a) * (b[i] * of_b[i]) * of_out[i];
-                }
+                activation.gate_scaled(products, [of(0), of(1), of(2)], hidden);
             }
         }
     }
@@ -117,13 +139,13 @@ pub struct FfnRun<'a> {
     pub rows: Range<usize>,
 }
 
-/// y += Σ_levels (silu(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run of each level, in the order of the levels, `x`
-/// and `y` [N, D] (arXiv 2510.02375 §3). Weights are read once a run, however many rows it has. All levels are one
+/// y += Σ_levels (f(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run of each level, in the order of the levels, `x`
+/// and `y` [N, D] (arXiv 2510.02375 §3), f being the activation. Weights are read once a run, however many rows it has. All levels are one
 /// parallel loop into the hidden layers and one out of them: small ones cost no more than their numbers.
 ///
 /// # Panics
 /// When runs of a level overlap, are out of order or reach beyond N, and when the shapes do not fit.
-pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, levels: &[Vec<FfnRun>]) {
+pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, levels: &[Vec<FfnRun>]) {
     assert_eq!(x.len(), y.len(), "elements of x and y");
     for level in levels {
         let mut end = 0;
@@ -148,7 +170,7 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, levels: &[Vec<FfnRun>]) {
     let pieces = pieces(&runs);
     pieces.par_iter().with_max_len(1).for_each(|piece| {
         // SAFETY: pieces are disjoint parts of what each run has for itself.
-        unsafe { piece.compute(x, d, (all_products, all_hidden)) }
+        unsafe { piece.compute((x, d), activation, (all_products, all_hidden)) }
     });
     let (hidden, y) = (&hidden[..], Shared::new(y));
     let (n, [rows, columns]) = (x.len() / d, task_size(x.len() / d, d));
@@ -189,7 +211,11 @@ impl Hidden<'_> {
         let offset = rows.start * d + columns.start;
         let to = Output { to: y, offset, row: d, from: Addend::Itself };
         // SAFETY: the rows are of y (checked by the caller of this), the rest is the caller's promise.
-        unsafe { multiply((rows.len(), left), weights.w_out.all().columns(columns), to) }
+        unsafe { multiply((rows.len(), left), weights.w_out.all().columns(columns.clone()), to) }
+        for row in rows {
+            // SAFETY: as above.
+            weights.add_outer_bias(columns.start, unsafe { y.slice(row * d + columns.start, columns.len()) });
+        }
     }
 }
 
@@ -205,7 +231,12 @@ impl Piece<'_> {
     ///
     /// # Safety
     /// No other task reaches them.
-    unsafe fn compute(&self, x: &[f32], d: usize, (products, hidden): (Shared, Shared)) {
+    unsafe fn compute(
+        &self,
+        (x, d): (&[f32], usize),
+        activation: Activation,
+        (products, hidden): (Shared, Shared),
+    ) {
         let Self { of, rows, columns } = self;
         let FfnRun { weights, rows: own } = of.run;
         let (m, r, row) = (rows.len(), weights.width, hidden_row(weights.width));
@@ -217,7 +248,8 @@ impl Piece<'_> {
             false => vec![columns.clone(), r + columns.start..r + columns.end],
         };
         for part in halves {
-            let to = Output { to: products, offset: first + part.start, row: 2 * r, from: Addend::Zero };
+            let from = weights.before(part.start);
+            let to = Output { to: products, offset: first + part.start, row: 2 * r, from };
             // SAFETY: the caller's promise; rows and columns are the run's.
             unsafe { multiply((m, left), weights.w_in.all().columns(part), to) }
         }
@@ -228,7 +260,7 @@ impl Piece<'_> {
             // SAFETY: as above; the products were just written.
             let (a, b, hidden) =
                 unsafe { (products.slice(at, n), products.slice(at + r, n), hidden.slice(to, n)) };
-            weights.activate((a, b), columns.start, hidden);
+            weights.activate(activation, (a, b), columns.start, hidden);
         }
     }
 }
@@ -254,4 +286,50 @@ fn pieces<'a>(runs: &'a [Hidden<'a>]) -> Vec<Piece<'a>> {
         }
     }
     pieces
+}
+
+/// Additions to the three matrices of an FFN, of each in parts, and the rows that they serve.
+#[derive(Clone, Default)]
+pub struct FfnLoraRuns<'a> {
+    /// To M1, under the activation.
+    pub gate: Vec<Vec<LoraRun<'a>>>,
+    /// To M2, beside it.
+    pub up: Vec<Vec<LoraRun<'a>>>,
+    /// To M3.
+    pub down: Vec<Vec<LoraRun<'a>>>,
+    /// What they are multiplied by.
+    pub alpha: f32,
+}
+
+/// [`add_ffn`] of one FFN for all rows, with additions to its matrices; rows that these do not serve have the bits
+/// that it gives them.
+///
+/// # Panics
+/// As [`add_ffn`] and [`add_lora`], and when the weights are integers.
+pub fn add_ffn_lora(
+    (x, y, d): (&[f32], &mut [f32], usize),
+    activation: Activation,
+    weights: &FfnWeights,
+    lora: &FfnLoraRuns,
+) {
+    assert!(x.len() == y.len() && weights.w_out.columns() == d, "elements of x and y, in rows of {d}");
+    assert!(weights.scales.is_none(), "an FFN of integers");
+    let (m, r) = (x.len() / d, weights.width);
+    let mut products = vec![0.0; m * 2 * r];
+    let to = Output { to: Shared::new(&mut products), offset: 0, row: 2 * r, from: weights.before(0) };
+    // SAFETY: the products are [m, 2r] and this call's own.
+    unsafe { multiply_all((m, View::rows(x, d)), weights.w_in.all(), to, Threads::All) }
+    for (column, parts) in [(0, &lora.gate), (r, &lora.up)] {
+        let place = Place { column, row: 2 * r };
+        parts.iter().for_each(|runs| add_lora(x, (&mut products, place), lora.alpha, runs));
+    }
+    let mut hidden = vec![0.0; m * r];
+    let rows = products.par_chunks_exact(2 * r).zip(hidden.par_chunks_exact_mut(r));
+    rows.for_each(|(products, hidden)| weights.activate(activation, products.split_at(r), 0, hidden));
+    let to = Output { to: Shared::new(y), offset: 0, row: d, from: Addend::Itself };
+    // SAFETY: y is [m, d] and uniquely borrowed.
+    unsafe { multiply_all((m, View::rows(&hidden, r)), weights.w_out.all(), to, Threads::All) }
+    let place = Place { column: 0, row: d };
+    lora.down.iter().for_each(|runs| add_lora(&hidden, (y, place), lora.alpha, runs));
+    y.chunks_exact_mut(d).for_each(|y| weights.add_outer_bias(0, y));
 }

@@ -12,9 +12,10 @@ pub enum Held {
     Bf16,
 }
 
-/// A matrix W [O, I], packed once for x·Wᵀ.
+/// A matrix W [O, I], packed once for x·Wᵀ, and the bias [O] that each product adds if there is one.
 pub struct Matrix {
     right: Right, // [I, O]
+    bias: Option<Vec<f32>>,
     n_inputs: usize,
     n_outputs: usize,
 }
@@ -34,7 +35,16 @@ impl Matrix {
                 Right::hold(Short::Bf16(panels_of_rows(&rounded, shape)), shape)
             }
         };
-        Self { right, n_inputs, n_outputs }
+        Self { right, bias: None, n_inputs, n_outputs }
+    }
+
+    /// With a bias [O] that each product adds.
+    ///
+    /// # Panics
+    /// When it has another length.
+    pub fn with_bias(self, bias: Vec<f32>) -> Self {
+        assert_eq!(bias.len(), self.n_outputs, "numbers of a bias of {} outputs", self.n_outputs);
+        Self { bias: Some(bias), ..self }
     }
 
     /// O, the width of what it makes.
@@ -55,7 +65,7 @@ impl Matrix {
         self.right.column(index, to);
     }
 
-    /// y = x·Wᵀ for `x` [N, I], `y` [N, O].
+    /// y = x·Wᵀ + bias for `x` [N, I], `y` [N, O].
     ///
     /// # Panics
     /// When the shapes do not fit.
@@ -63,7 +73,7 @@ impl Matrix {
         self.apply(x, y, Addend::Zero);
     }
 
-    /// y += x·Wᵀ for `x` [N, I], `y` [N, O].
+    /// y += x·Wᵀ + bias for `x` [N, I], `y` [N, O].
     ///
     /// # Panics
     /// When the shapes do not fit.
@@ -77,5 +87,10 @@ impl Matrix {
         let to = Output { to: Shared::new(y), offset: 0, row: self.n_outputs, from };
         // SAFETY: y is [n, O] (above) and uniquely borrowed.
         unsafe { multiply_all((n, View::rows(x, self.n_inputs)), self.right.all(), to, Threads::All) }
+        if let Some(bias) = &self.bias {
+            for y in y.chunks_exact_mut(self.n_outputs) {
+                y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            }
+        }
     }
 }

@@ -6,13 +6,18 @@
 
 mod attention;
 mod ffn;
+mod kv_memory;
+mod lora;
 mod matrix;
 mod norm;
 
-pub use attention::{KvPages, KvShape, Reading, SequenceCache};
-pub use ffn::{FfnRun, FfnWeights, add_ffn};
+pub use crate::math::soft_cap;
+pub use attention::{Attending, KvPages, KvShape, Reading, SequenceCache};
+pub use ffn::{FfnLoraRuns, FfnRun, FfnWeights, add_ffn, add_ffn_lora};
+pub use kv_memory::{KvRun, KvWeights, add_kv_memory};
+pub use lora::{LoraRun, LoraWeights, Place, add_lora};
 pub use matrix::{Held, Matrix};
-pub use norm::{norm_rope_rows, rms_norm_rows};
+pub use norm::{add_rms_norm_rows, norm_rope_rows, rms_norm_rows};
 
 /// Steps of fewer rows are not worth a parallel loop over them.
 const FEW_ROWS: usize = 16;

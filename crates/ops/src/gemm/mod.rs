@@ -71,7 +71,7 @@ impl<'a> View<'a> {
     }
 
     /// The view from row `row` on.
-    fn skip_rows(self, row: usize) -> Self {
+    pub(crate) fn skip_rows(self, row: usize) -> Self {
         let skipped = if self.transposed { row } else { row * self.stride };
         Self { data: &self.data[skipped.min(self.data.len())..], ..self }
     }
@@ -136,7 +136,8 @@ impl From<Write> for Addend {
 }
 
 impl Output {
-    fn skip(self, rows: usize, columns: usize) -> Self {
+    /// What goes to the rows and columns from these on.
+    pub(crate) fn skip(self, rows: usize, columns: usize) -> Self {
         let from = match self.from {
             Addend::Other { values, offset, row } => {
                 Addend::Other { values, offset: offset + rows * row + columns, row }
@@ -144,6 +145,23 @@ impl Output {
             from => from,
         };
         Self { offset: self.offset + rows * self.row + columns, from, ..self }
+    }
+
+    /// Writes what is added to a product of `m` rows and `n` columns that is 0.
+    ///
+    /// # Safety
+    /// All elements are valid, and no other task touches them.
+    pub(crate) unsafe fn write_addend(self, (m, n): (usize, usize)) {
+        for row in 0..m {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (to, from, _) = self.rows(row);
+                match from.is_null() {
+                    true => to.write_bytes(0, n),
+                    false => std::ptr::copy(from, to, n),
+                }
+            }
+        }
     }
 
     /// Where the rows from `row` on go, and what is added to them with the distance between its rows; null is nothing.

@@ -113,6 +113,11 @@ impl Right {
         k.is_multiple_of(self.precision.positions())
     }
 
+    /// Inner positions k.
+    pub(crate) fn inner(&self) -> usize {
+        self.k
+    }
+
     /// Columns n.
     pub(crate) fn columns(&self) -> usize {
         self.n

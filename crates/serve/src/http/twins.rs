@@ -115,8 +115,7 @@ pub(super) async fn retrieve(
     let ids: Vec<ClusterId> = path.ids().filter(|id| levels.contains(&usize::from(id.level))).collect();
     let blocks = retrieval.blocks(&bank, &ids).await?;
     let tensor = |(id, block): (&ClusterId, Arc<Encoded>)| {
-        let (spec, level) = (bank.spec(), usize::from(id.level));
-        let shape = vec![spec.n_layers, 3, spec.width[level], spec.d_model]; // [L, 3, r, d]
+        let shape = bank.spec().block_shape(usize::from(id.level)); // [L, 3, r, d] of FFN memory
         (format!("level{}", id.level), Tensor { shape, values: Encoded::into_values(block) })
     };
     let tensors: Vec<(String, Tensor)> = ids.iter().zip(blocks).map(tensor).collect();

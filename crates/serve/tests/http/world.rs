@@ -69,6 +69,7 @@ fn model() -> &'static Model {
             max_seq_len: POSITIONS,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         let anchor = Anchor::new(config, 5, (&Device::Cpu, DType::F32)).unwrap().freeze();
         let decoder = Decoder::new(&anchor, DecoderOptions::default()).unwrap();

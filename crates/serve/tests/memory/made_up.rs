@@ -7,8 +7,7 @@ use std::sync::Arc;
 use cluster_tree::{ClusterId, ClusterTree, Level};
 use embed::Embedder;
 use memory_bank::{
-    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, MemoryKind, Schedule, Step,
-    TierOptions,
+    AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step, TierOptions,
 };
 use retrieve::{Beam, Retriever};
 use serve::memory::{BankSource, MemoryOptions, Reach, Retrieval, RetrievalParts};
@@ -40,7 +39,7 @@ pub(crate) fn tree() -> Arc<ClusterTree> {
 }
 
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 8, width: vec![4, 2], branching: vec![2, 3] }
+    BlockSpec::ffn(2, 8, vec![4, 2], vec![2, 3])
 }
 
 pub(crate) fn identity() -> Identity {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anchor::{Anchor, AnchorConfig};
 use candle_core::{DType, Device};
 use corpus::{Corpus, PackOptions, SourceOptions, TokenStore, TokeniseOptions, Tokenizer};
-use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank, MemoryKind};
+use memory_bank::{BankOptions, BlockSpec, BlockStore, Blocking, LocalBank};
 use tempfile::TempDir;
 use train::{Attempt, Checkpoints, Parts, Phase, StepMetrics, StepTime, TrainConfig, Trainer, Workers};
 
@@ -64,6 +64,7 @@ impl World {
             max_seq_len: 16,
             rope_base: 10_000.0,
             norm_eps: 1e-5,
+            form: anchor::Form::default(),
         };
         Anchor::new(config, 3, CPU).unwrap()
     }
@@ -140,7 +141,7 @@ fn documents(range: std::ops::Range<usize>) -> String {
 }
 
 pub(crate) fn spec() -> BlockSpec {
-    BlockSpec { kind: MemoryKind::Ffn, n_layers: 2, d_model: 16, width: vec![4, 2], branching: vec![2, 2] }
+    BlockSpec::ffn(2, 16, vec![4, 2], vec![2, 2])
 }
 
 /// Twelve steps, saved every five.

@@ -150,16 +150,20 @@ class RetrievePiece(_message.Message):
     def __init__(self, block: _Optional[int] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Spec(_message.Message):
-    __slots__ = ("n_layers", "d_model", "width", "branching")
+    __slots__ = ("n_layers", "d_model", "width", "branching", "kind", "layers")
     N_LAYERS_FIELD_NUMBER: _ClassVar[int]
     D_MODEL_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     BRANCHING_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     n_layers: int
     d_model: int
     width: _containers.RepeatedScalarFieldContainer[int]
     branching: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, n_layers: _Optional[int] = ..., d_model: _Optional[int] = ..., width: _Optional[_Iterable[int]] = ..., branching: _Optional[_Iterable[int]] = ...) -> None: ...
+    kind: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, n_layers: _Optional[int] = ..., d_model: _Optional[int] = ..., width: _Optional[_Iterable[int]] = ..., branching: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("prefix",)

@@ -1,185 +1,20 @@
 //! Each fused body, in f32 and with products in bf16, against the composed body in f64, forward and backward,
 //! and the composed body against central differences, over odd sizes.
 
+mod case;
+mod forms;
+mod memory;
+mod memory_decode;
+
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use ops::{
-    AttentionShape, CrossEntropy, FfnPart, Gradients, IGNORE, NormRope, Precision, RopeTable, Run, Tape,
-    Traced,
+    Activation, AttentionShape, CrossEntropy, FfnPart, Gradients, IGNORE, NormRope, Precision, RopeTable,
+    Run, Scoring, Tape, Traced,
 };
 
-/// Values that repeat on every machine: a low-discrepancy sequence in (−scale, scale).
-fn values(n: usize, seed: usize, scale: f64) -> Vec<f64> {
-    (0..n)
-        .map(|i| (((i + 1) * (seed * 2 + 1)) as f64 * 0.618_033_988_75).fract() * 2.0 * scale - scale)
-        .collect()
-}
-
-type Op<'a> = &'a dyn Fn(&mut Tape, &[Traced]) -> Result<Traced>;
-
-struct Case<'a> {
-    /// Of the operands; parameters come after the activations.
-    shapes: Vec<Vec<usize>>,
-    n_activations: usize,
-    /// The op, from its operands to a tensor of any shape.
-    op: Op<'a>,
-}
-
-/// A scalar and its gradients by operand.
-type Found = (f64, Vec<Vec<f64>>);
-
-/// Where and how a body runs.
-#[derive(Clone)]
-struct Body {
-    device: Device,
-    dtype: DType,
-    precision: Precision,
-}
-
-impl Body {
-    fn cpu(dtype: DType, precision: Precision) -> Self {
-        Self { device: Device::Cpu, dtype, precision }
-    }
-
-    /// The fused bodies of this build, and how far each may be from the reference. Those for GPUs take
-    /// activations of the type of their products, and need a GPU.
-    fn fused() -> Vec<(Self, f64)> {
-        let mut all = vec![
-            (Self::cpu(DType::F32, Precision::F32), 2e-5),
-            (Self::cpu(DType::F32, Precision::Bf16), 2e-2),
-        ];
-        if cfg!(feature = "cuda") {
-            let gpu = Device::new_cuda_with_stream(0).expect("a GPU, which the feature cuda tests");
-            for (dtype, precision, tolerance) in
-                [(DType::F32, Precision::F32, 1e-4), (DType::BF16, Precision::Bf16, 3e-2)]
-            {
-                all.push((Self { device: gpu.clone(), dtype, precision }, tolerance));
-            }
-        }
-        all
-    }
-}
-
-impl Case<'_> {
-    fn operands(&self, body: &Body) -> Result<Vec<Tensor>> {
-        let make = |(i, shape): (usize, &Vec<usize>)| {
-            let values = values(shape.iter().product(), i + 1, 0.9);
-            // Parameters are f32 beside activations of bf16.
-            let dtype = match body.dtype {
-                DType::BF16 if i >= self.n_activations => DType::F32,
-                dtype => dtype,
-            };
-            Tensor::from_vec(values, shape.clone(), &body.device)?.to_dtype(dtype)
-        };
-        self.shapes.iter().enumerate().map(make).collect()
-    }
-
-    /// A scalar that weighs every output differently, so that no gradient cancels, and the weights.
-    fn scalar(y: &Tensor) -> Result<(f64, Tensor)> {
-        let weights = values(y.elem_count(), 17, 1.0);
-        let weights = Tensor::from_vec(weights, y.shape(), y.device())?.to_dtype(y.dtype())?;
-        let product = (y.to_dtype(DType::F64)? * weights.to_dtype(DType::F64)?)?;
-        Ok((product.sum_all()?.to_scalar()?, weights))
-    }
-
-    /// One backward pass after another over the same gradients: the second must add to the first.
-    fn gradients(&self, body: &Body, n_passes: usize) -> Result<Found> {
-        self.gradients_without(None, body, n_passes)
-    }
-
-    /// The same with one operand that gets no gradient.
-    fn gradients_without(&self, constant: Option<usize>, body: &Body, n_passes: usize) -> Result<Found> {
-        let mut gradients = Gradients::default();
-        let operands = self.operands(body)?;
-        let n = operands.len();
-        let leaf = |(x, slot): (Tensor, usize)| match constant == Some(slot) {
-            true => Traced::constant(x),
-            false => Traced::leaf(x, slot),
-        };
-        let leaves: Vec<Traced> = operands.into_iter().zip(0..).map(leaf).collect();
-        let mut loss = 0.0;
-        for _ in 0..n_passes {
-            let mut tape = Tape::recording(body.precision, &mut gradients, n);
-            let y = (self.op)(&mut tape, &leaves)?;
-            let (scalar, weights) = Self::scalar(y.value())?;
-            loss += scalar / n_passes as f64;
-            if !y.is_constant() {
-                tape.seed(&y, &weights)?;
-            }
-            tape.backward()?;
-        }
-        let gradient = |slot: usize| {
-            let Some(g) = gradients.get(slot) else {
-                assert_eq!(constant, Some(slot), "operand {slot} got no gradient");
-                return Ok(vec![]);
-            };
-            let g: Vec<f64> = g.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?;
-            Ok(g.into_iter().map(|x| x / n_passes as f64).collect())
-        };
-        Ok((loss, (0..n).map(gradient).collect::<Result<_>>()?))
-    }
-
-    fn check(&self, name: &str) {
-        let reference = Body::cpu(DType::F64, Precision::F32);
-        let expected = self.gradients(&reference, 1).expect(name);
-        for (body, tolerance) in Body::fused() {
-            for n_passes in [1, 2] {
-                let name = format!("{name} on {:?} in {:?}, {n_passes} passes", body.device, body.precision);
-                let found = self.gradients(&body, n_passes).expect(&name);
-                Self::compare(&name, &found, &expected, tolerance);
-            }
-        }
-        for constant in 0..self.shapes.len() {
-            let name = format!("{name}, operand {constant} constant");
-            let body = Body::cpu(DType::F32, Precision::F32);
-            let mut found = self.gradients_without(Some(constant), &body, 1).expect(&name);
-            assert!(found.1[constant].is_empty(), "{name}: it got a gradient");
-            found.1[constant].clone_from(&expected.1[constant]);
-            Self::compare(&name, &found, &expected, 2e-5);
-        }
-        self.finite_differences(name, &reference, &expected.1).expect(name);
-    }
-
-    fn compare(name: &str, (found, gradients): &Found, (expected, references): &Found, tolerance: f64) {
-        assert!(
-            (found - expected).abs() < 5.0 * tolerance * (1.0 + expected.abs()),
-            "{name}: {found}, {expected}"
-        );
-        for (i, (found, reference)) in gradients.iter().zip(references).enumerate() {
-            // A gradient that is 0 (one query of one key) may be off by the rounding of what cancels in it.
-            let size = reference.iter().map(|x| x * x).sum::<f64>().sqrt() + 0.05;
-            let error = found.iter().zip(reference).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
-            assert!(error / size < tolerance, "{name}: operand {i}: gradient off by {}", error / size);
-        }
-    }
-
-    /// Central differences of the f64 body at some elements of each operand.
-    fn finite_differences(&self, name: &str, reference: &Body, gradients: &[Vec<f64>]) -> Result<()> {
-        let h = 1e-5;
-        for (i, shape) in self.shapes.iter().enumerate() {
-            let n: usize = shape.iter().product();
-            for element in (0..n).step_by(n.div_ceil(7)) {
-                let at = |delta: f64| -> Result<f64> {
-                    let mut operands = self.operands(reference)?;
-                    let mut x = operands[i].flatten_all()?.to_vec1::<f64>()?;
-                    x[element] += delta;
-                    operands[i] = Tensor::from_vec(x, shape.clone(), &Device::Cpu)?;
-                    let operands: Vec<Traced> = operands.into_iter().map(Traced::constant).collect();
-                    let y = (self.op)(&mut Tape::off(Precision::F32), &operands)?;
-                    Ok(Self::scalar(y.value())?.0)
-                };
-                let expected = (at(h)? - at(-h)?) / (2.0 * h);
-                let found = gradients[i][element];
-                assert!(
-                    (found - expected).abs() < 1e-6 * (1.0 + expected.abs()),
-                    "{name}: operand {i} element {element}: {found} against difference {expected}"
-                );
-            }
-        }
-        Ok(())
-    }
-}
+use crate::case::{Body, Case, values};
 
 #[test]
 fn rms_norm() {
@@ -194,7 +29,7 @@ fn norm_and_rope_with_an_offset() {
     for (b, t, heads, k, first_position) in [(1, 1, 1, 2, 0), (2, 37, 3, 10, 5), (3, 33, 2, 32, 0)] {
         let table = RopeTable::new(64, k, 10_000.0);
         let op = |tape: &mut Tape, x: &[Traced]| {
-            ops::norm_rope(tape, &x[0], &x[1], NormRope { table: &table, first_position, eps: 1e-6 })
+            ops::norm_rope(tape, &x[0], Some(&x[1]), NormRope { table: &table, first_position, eps: 1e-6 })
         };
         Case { shapes: vec![vec![b, t, heads * k], vec![heads * k]], n_activations: 1, op: &op }
             .check("norm and rope");
@@ -206,7 +41,7 @@ fn rope_outside_its_table_is_an_error() {
     let x = Traced::constant(Tensor::zeros((1, 4, 8), DType::F32, &Device::Cpu).unwrap());
     let gain = Traced::constant(Tensor::ones(8, DType::F32, &Device::Cpu).unwrap());
     let options = NormRope { table: &RopeTable::new(5, 4, 1e4), first_position: 2, eps: 1e-6 };
-    let error = ops::norm_rope(&mut off(), &x, &gain, options).unwrap_err().to_string();
+    let error = ops::norm_rope(&mut off(), &x, Some(&gain), options).unwrap_err().to_string();
     assert!(error.contains("position 5") && error.contains("holds 5"), "{error}");
 }
 
@@ -235,8 +70,12 @@ fn embedding_sums_the_gradient_of_repeated_tokens() {
     assert!(error.contains("token 4 of a vocabulary of 4"), "{error}");
 }
 
+fn one_head((queries, keys): (usize, usize), head_width: usize) -> AttentionShape {
+    AttentionShape { batch: 1, queries, keys, heads: 1, kv_heads: 1, head_width, scoring: Scoring::default() }
+}
+
 fn check_attention(b: usize, t: usize, s: usize, heads: usize, k: usize, starts: &[u32]) {
-    let shape = AttentionShape { batch: b, queries: t, keys: s, heads, head_width: k };
+    let shape = AttentionShape { batch: b, heads, kv_heads: heads, ..one_head((t, s), k) };
     let starts: Arc<[u32]> = starts.into();
     let op = |tape: &mut Tape, x: &[Traced]| ops::attention(tape, [&x[0], &x[1], &x[2]], &starts, shape);
     let d = heads * k;
@@ -265,7 +104,7 @@ fn attention_of_new_queries_against_earlier_keys() {
 #[test]
 fn attention_that_would_see_no_key_is_an_error() {
     let x = Traced::constant(Tensor::zeros((1, 2, 4), DType::F32, &Device::Cpu).unwrap());
-    let shape = AttentionShape { batch: 1, queries: 2, keys: 2, heads: 1, head_width: 4 };
+    let shape = one_head((2, 2), 4);
     let error = ops::attention(&mut off(), [&x, &x, &x], &[1, 0].into(), shape).unwrap_err().to_string();
     assert!(error.contains("query 0 of sequence 0 starts at key 1"), "{error}");
 }
@@ -273,7 +112,13 @@ fn attention_that_would_see_no_key_is_an_error() {
 #[test]
 fn gated_ffn_of_one_block() {
     let op = |tape: &mut Tape, x: &[Traced]| {
-        ops::gated_ffn(tape, &x[0], &x[1], vec![FfnPart::everywhere(x[2].clone(), 300)])
+        ops::gated_ffn(
+            tape,
+            Some(&x[0]),
+            &x[1],
+            Activation::Silu,
+            vec![FfnPart::everywhere(x[2].clone(), 300)],
+        )
     };
     let x = vec![3, 100, 6];
     Case { shapes: vec![x.clone(), x, vec![3, 11, 6]], n_activations: 2, op: &op }.check("one block");
@@ -287,9 +132,9 @@ fn gated_ffn_widened_by_blocks_of_several_widths() {
     let op = |tape: &mut Tape, x: &[Traced]| {
         let anchor = FfnPart::everywhere(x[2].clone(), 75);
         let runs = vec![run(2, 0, 20), run(0, 20, 10), run(2, 35, 33), run(1, 68, 7)];
-        let many = FfnPart { blocks: x[3..6].to_vec(), runs };
-        let few = FfnPart { blocks: x[6..7].to_vec(), runs: vec![run(0, 10, 60)] };
-        ops::gated_ffn(tape, &x[0], &x[1], vec![anchor, many, few])
+        let many = FfnPart { blocks: x[3..6].to_vec(), runs, bias: None };
+        let few = FfnPart { blocks: x[6..7].to_vec(), runs: vec![run(0, 10, 60)], bias: None };
+        ops::gated_ffn(tape, Some(&x[0]), &x[1], Activation::Silu, vec![anchor, many, few])
     };
     let (x, block) = (vec![3, 25, 6], |r: usize| vec![3, r, 6]);
     let shapes = vec![x.clone(), x, block(40), block(5), block(5), block(5), block(1)];
@@ -300,7 +145,13 @@ fn gated_ffn_widened_by_blocks_of_several_widths() {
 fn gated_ffn_without_the_anchor_keeps_the_base_of_other_rows() {
     let op = |tape: &mut Tape, x: &[Traced]| {
         let runs = vec![Run { block: 0, first_row: 3, n_rows: 4 }];
-        ops::gated_ffn(tape, &x[0], &x[1], vec![FfnPart { blocks: vec![x[2].clone()], runs }])
+        ops::gated_ffn(
+            tape,
+            Some(&x[0]),
+            &x[1],
+            Activation::Silu,
+            vec![FfnPart { blocks: vec![x[2].clone()], runs, bias: None }],
+        )
     };
     let x = vec![9, 6];
     Case { shapes: vec![x.clone(), x, vec![3, 2, 6]], n_activations: 2, op: &op }.check("some rows");
@@ -311,8 +162,8 @@ fn gated_ffn_refuses_runs_that_overlap_and_blocks_of_other_sizes() {
     let zeros = |shape: &[usize]| Traced::constant(Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap());
     let x = zeros(&[4, 2]);
     let error = |blocks: Vec<Traced>, runs: &[Run]| {
-        let part = FfnPart { blocks, runs: runs.to_vec() };
-        ops::gated_ffn(&mut off(), &x, &x, vec![part]).unwrap_err().to_string()
+        let part = FfnPart { blocks, runs: runs.to_vec(), bias: None };
+        ops::gated_ffn(&mut off(), Some(&x), &x, Activation::Silu, vec![part]).unwrap_err().to_string()
     };
     let runs = [Run { block: 0, first_row: 0, n_rows: 3 }, Run { block: 0, first_row: 2, n_rows: 2 }];
     let overlap = error(vec![zeros(&[3, 2, 2])], &runs);
@@ -326,11 +177,11 @@ fn linear_cross_entropy_with_ignored_rows_and_z_loss() {
     for (n, d, v) in [(1, 1, 2), (5, 3, 33), (300, 7, 40)] {
         let targets: Vec<u32> =
             (0..n).map(|i| if i % 5 == 3 { IGNORE } else { (i * 7 % v) as u32 }).collect();
-        for z_loss in [0.0, 1e-2] {
+        for (z_loss, cap) in [(0.0, None), (1e-2, None), (1e-2, Some(0.7))] {
             // The loss is the end of a tape: it makes its gradients itself, so its weight is 1.
             let op = |tape: &mut Tape, x: &[Traced]| {
                 let options = CrossEntropy { targets: &targets, scale: 0.3, z_loss };
-                let (loss, rows) = ops::linear_cross_entropy(tape, &x[0], &x[1], options)?;
+                let (loss, rows) = ops::linear_cross_entropy(tape, &x[0], &x[1], cap, options)?;
                 let scored: f64 = rows.iter().map(|&r| f64::from(r)).sum::<f64>() * 0.3;
                 assert!(z_loss > 0.0 || (scored - loss).abs() < 1e-4 * (1.0 + loss.abs()));
                 assert!(rows.iter().zip(&targets).all(|(&r, &t)| t != IGNORE || r == 0.0));
@@ -442,7 +293,7 @@ fn operands_and_gradients_that_cannot_be_are_errors() -> Result<()> {
     let mut gradients = Gradients::default();
     let mut tape = Tape::recording(Precision::F32, &mut gradients, 1);
     let x = Traced::leaf(zeros(&[1, 2, 4])?, 0);
-    let shape = AttentionShape { batch: 1, queries: 2, keys: 2, heads: 1, head_width: 4 };
+    let shape = one_head((2, 2), 4);
     let error = ops::attention(&mut tape, [&x, &x, &x], &[0, 0].into(), shape).unwrap_err().to_string();
     assert!(error.contains("must be different tensors"), "{error}");
     let x = Traced::constant(zeros(&[1, 2, 4])?);
