@@ -24,7 +24,7 @@ fn encoded(block: &Block, dtype: BlockDtype, spec: &BlockSpec) -> (PackedBlock, 
 }
 
 /// The memory of each path, with blocks shared, and the decoded blocks.
-fn path_memories(
+pub(crate) fn path_memories(
     spec: &BlockSpec,
     paths: &[ClusterPath],
     dtype: BlockDtype,
@@ -50,7 +50,7 @@ struct Running<'a> {
 
 /// Steps through all sequences, of which `share(i, step)` tokens of sequence i go into each step, and returns the
 /// scores of every token.
-fn decode(
+pub(crate) fn decode(
     decoder: &Decoder,
     pages: &mut KvPages,
     sequences: &[(&[u32], &PathMemory)],

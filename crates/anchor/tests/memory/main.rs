@@ -5,4 +5,5 @@ mod equality;
 mod errors;
 mod file;
 mod fixtures;
+mod forms;
 mod gradients;
