@@ -111,9 +111,8 @@ impl AnchorConfig {
         (0..self.n_layers).map(|index| self.layer(index))
     }
 
-    /// Elements of [`AnchorConfig::parameters`]; of the native anchor V·D·(1|2) + L·(4·D·H·K + 3·D·F + 2·D + 2·H·K)
-    /// + D: embeddings, per block the four attention matrices, the FFN, two norms and the two QK-norms, and the
-    /// final norm.
+    /// Elements of [`AnchorConfig::parameters`]: embeddings, per block the attention matrices, the FFN, its norms, and
+    /// the final norm. Of the native anchor V·D·(1|2) + L·(4·D·H·K + 3·D·F + 2·D + 2·H·K) + D.
     pub fn n_parameters(&self) -> u64 {
         self.parameters().iter().map(|(_, shape)| shape.iter().map(|&x| x as u64).product::<u64>()).sum()
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use crate::{Anchor, AnchorConfig, Error, Result};
 
@@ -23,6 +24,23 @@ impl Anchor {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
+        let bytes = self.file_bytes(path)?;
+        atomic_file::write(path, &bytes)
+            .map_err(|e| Error::File { path: path.into(), problem: e.to_string() })
+    }
+
+    /// The sha256 of the file that [`Anchor::save`] writes, in hexadecimal digits: what an anchor is known by,
+    /// wherever it was read from.
+    ///
+    /// # Errors
+    /// When a parameter cannot be copied from its device.
+    pub fn sha256(&self) -> Result<String> {
+        let digest = Sha256::digest(self.file_bytes(Path::new("anchor.safetensors"))?);
+        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What is saved, to `path`.
+    fn file_bytes(&self, path: &Path) -> Result<Vec<u8>> {
         let file_error = |problem: String| Error::File { path: path.into(), problem };
         let mut values: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
         for (name, parameter) in self.parameters() {
@@ -39,8 +57,7 @@ impl Anchor {
             .map_err(|e| file_error(e.to_string()))?;
         let header = serde_json::json!({ "format": FORMAT, "config": self.config() }).to_string();
         let metadata = HashMap::from([(KEY.into(), header)]);
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))?;
-        atomic_file::write(path, &bytes).map_err(|e| file_error(e.to_string()))
+        safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))
     }
 
     /// Reads what [`Anchor::save`] wrote.

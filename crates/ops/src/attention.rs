@@ -76,6 +76,13 @@ impl AttentionShape {
         self.kv_heads * self.head_width
     }
 
+    /// Keys or values [B, S, G·K], once for every head of queries that shares them [B, S, H·K].
+    fn repeated(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, s, g, k) = (self.batch, self.keys, self.kv_heads, self.head_width);
+        let x = x.reshape((b, s, g, 1, k))?.broadcast_as((b, s, g, self.group(), k))?;
+        x.contiguous()?.reshape((b, s, self.width()))
+    }
+
     /// Heads of queries that share keys and values.
     fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -134,10 +141,15 @@ pub fn attention(
         candle_core::bail!("attention: queries, keys and values must be different tensors");
     }
     #[cfg(feature = "cuda")]
-    let plain = shape.group() == 1 && shape.scoring.are_plain();
-    #[cfg(feature = "cuda")]
-    if crate::on_gpu(q.value()) && plain && crate::cuda::attention_fits(q.value(), shape)? {
-        return crate::cuda::attention(tape, [q, k, v], starts, shape);
+    if crate::on_gpu(q.value()) && shape.scoring.are_plain() && crate::cuda::attention_fits(q.value(), shape)?
+    {
+        // Its kernels have no heads that share keys.
+        let mut for_each_head = |x: &Traced| match shape.group() {
+            1 => Ok(x.clone()),
+            _ => tape.composed(&[x], |inputs| shape.repeated(&inputs[0])),
+        };
+        let (k, v) = (for_each_head(k)?, for_each_head(v)?);
+        return crate::cuda::attention(tape, [q, &k, &v], starts, shape);
     }
     if !crate::fused(q.value()) {
         return tape.composed(&[q, k, v], |inputs| composed(inputs, starts, shape));
@@ -161,7 +173,7 @@ pub fn attention(
 }
 
 fn composed(inputs: &[Tensor], starts: &[u32], shape: AttentionShape) -> Result<Tensor> {
-    let AttentionShape { batch: b, queries: t, keys: s, heads: h, kv_heads, head_width, scoring } = shape;
+    let AttentionShape { batch: b, queries: t, keys: s, heads: h, head_width, scoring, .. } = shape;
     let (device, dtype) = (inputs[0].device(), inputs[0].dtype());
     let mut mask = vec![0f32; b * t * s];
     for (row, (mask, &start)) in mask.chunks_exact_mut(s).zip(starts).enumerate() {
@@ -169,15 +181,9 @@ fn composed(inputs: &[Tensor], starts: &[u32], shape: AttentionShape) -> Result<
         mask[s - t + row % t + 1..].fill(f32::NEG_INFINITY);
     }
     let mask = Tensor::from_vec(mask, (b, 1, t, s), device)?.to_dtype(dtype)?;
-    let split = |x: &Tensor, n: usize, heads: usize| x.reshape((b, n, heads, head_width))?.transpose(1, 2);
-    // Keys and values once for every head of queries that shares them.
-    let shared = |x: &Tensor| {
-        let x = split(x, s, kv_heads)?.unsqueeze(2)?;
-        x.broadcast_as((b, kv_heads, h / kv_heads, s, head_width))?
-            .contiguous()?
-            .reshape((b, h, s, head_width))
-    };
-    let (q, k, v) = (split(&inputs[0], t, h)?.contiguous()?, shared(&inputs[1])?, shared(&inputs[2])?);
+    let split = |x: &Tensor, n: usize| x.reshape((b, n, h, head_width))?.transpose(1, 2)?.contiguous();
+    let (k, v) = (shape.repeated(&inputs[1])?, shape.repeated(&inputs[2])?);
+    let (q, k, v) = (split(&inputs[0], t)?, split(&k, s)?, split(&v, s)?);
     let factor = scoring.factor.unwrap_or(1.0 / (head_width as f64).sqrt());
     let mut products = (q.matmul(&k.t()?)? * factor)?;
     if let Some(cap) = scoring.cap {

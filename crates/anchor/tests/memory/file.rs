@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anchor::Anchor;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use sha2::{Digest, Sha256};
 
 use crate::fixtures::*;
 
@@ -52,6 +53,14 @@ fn what_is_saved_is_loaded_to_the_bit() {
         }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
     }
+}
+
+#[test]
+fn an_anchor_is_known_by_the_hash_of_its_file() {
+    let (_dir, path, anchor) = saved(true);
+    let digest = Sha256::digest(fs::read(path).unwrap());
+    let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(anchor.sha256().unwrap(), digits);
 }
 
 #[test]

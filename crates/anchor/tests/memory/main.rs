@@ -5,5 +5,6 @@ mod equality;
 mod errors;
 mod file;
 mod fixtures;
+mod forms;
 mod gradients;
 mod kinds;

@@ -66,7 +66,7 @@ pub(crate) fn attention(
     starts: &Arc<[u32]>,
     shape: AttentionShape,
 ) -> Result<Traced> {
-    let AttentionShape { batch, queries, keys, heads, head_width } = shape;
+    let AttentionShape { batch, queries, keys, heads, head_width, .. } = shape;
     let (cuda, name, place) = (device(q.value())?, suffix(q.value())?, q.value().device().clone());
     let starts = Tensor::from_slice(starts, starts.len(), &place)?;
     let arguments = Argument::Attention(AttentionArguments {
