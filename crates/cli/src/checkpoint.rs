@@ -58,7 +58,13 @@ pub(crate) fn describe(path: &Path) -> Result<About> {
             let hf::Folder { model_type, config, tokens, tokenizer, chat_template } =
                 hf::describe(path).with_context(context)?;
             let chat_template = chat_template.filter(|file| file.extension().is_some_and(|e| e == "jinja"));
-            Ok(About { config, tokenizer, chat_template, family: format!("{model_type} of transformers"), tokens })
+            Ok(About {
+                config,
+                tokenizer,
+                chat_template,
+                family: format!("{model_type} of transformers"),
+                tokens,
+            })
         }
         Kind::Run => {
             let run = Config::load(&path.join("config.toml"), &[]).with_context(context)?;
@@ -100,18 +106,26 @@ pub(crate) fn open(path: &Path, device: &Device) -> Result<(Anchor, u64)> {
 pub(crate) fn export(from: &Path, folder: &Path) -> Result<()> {
     let about = describe(from)?;
     let (anchor, _) = open(from, &Device::Cpu)?;
-    if from.join("config.toml").exists() && Config::load(&from.join("config.toml"), &[])?.train.phase.has_memory() {
+    if from.join("config.toml").exists()
+        && Config::load(&from.join("config.toml"), &[])?.train.phase.has_memory()
+    {
         eprintln!("note: this is the anchor alone; `anchorage bank export` writes its memory");
     }
     let family = hf::write(&anchor, folder, &about.tokens)?;
     let mut files = vec!["config.json", "model.safetensors"];
-    for (name, file) in [("tokenizer.json", &about.tokenizer), ("chat_template.jinja", &about.chat_template)] {
+    for (name, file) in [("tokenizer.json", &about.tokenizer), ("chat_template.jinja", &about.chat_template)]
+    {
         if let Some(file) = file {
             let bytes = std::fs::read(file).with_context(|| format!("{}", file.display()))?;
             crate::run::write_whole(&folder.join(name), &bytes)?;
             files.push(name);
         }
     }
-    println!("{}: {family}, {} parameters ({})", folder.display(), anchor.config().n_parameters(), files.join(", "));
+    println!(
+        "{}: {family}, {} parameters ({})",
+        folder.display(),
+        anchor.config().n_parameters(),
+        files.join(", ")
+    );
     Ok(())
 }

@@ -198,7 +198,8 @@ impl Config {
     /// The tokenizer.json that the corpus is divided by: the configuration's, or the checkpoint's; none if one is
     /// trained.
     pub(crate) fn tokenizer(&self) -> Result<Option<PathBuf>> {
-        let Some(checkpoint) = self.anchor.checkpoint.as_ref().filter(|_| self.corpus.tokenizer.is_none()) else {
+        let Some(checkpoint) = self.anchor.checkpoint.as_ref().filter(|_| self.corpus.tokenizer.is_none())
+        else {
             return Ok(self.corpus.tokenizer.clone());
         };
         match checkpoint::describe(checkpoint)?.tokenizer {

@@ -70,7 +70,10 @@ impl AnchorSection {
         }
         let own = Self { checkpoint: None, ..self.clone() };
         if own != Self::default() {
-            bail!("anchor.checkpoint: expected no sizes beside it in [anchor]: they are those of {}", path.display());
+            bail!(
+                "anchor.checkpoint: expected no sizes beside it in [anchor]: they are those of {}",
+                path.display()
+            );
         }
         self.sizes = Some(checkpoint::describe(path)?.config);
         Ok(())

@@ -103,7 +103,9 @@ impl PosthocSection {
             bail!("posthoc.methods: expected memory among them, found {found:?}");
         }
         if self.methods.contains(&Method::Replay) && self.replay.is_empty() {
-            bail!("posthoc.replay: expected files of what the checkpoint knows (posthoc.methods has replay), found none");
+            bail!(
+                "posthoc.replay: expected files of what the checkpoint knows (posthoc.methods has replay), found none"
+            );
         }
         if !(self.replay_share > 0.0 && self.replay_share < 1.0) {
             bail!("posthoc.replay_share: expected a number between 0 and 1, found {}", self.replay_share);
@@ -119,7 +121,10 @@ impl PosthocSection {
             bail!("posthoc.lora_rank: expected at least 1, found 0");
         }
         if self.lora_learning_rate.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
-            bail!("posthoc.lora_learning_rate: expected a number above 0, found {:?}", self.lora_learning_rate);
+            bail!(
+                "posthoc.lora_learning_rate: expected a number above 0, found {:?}",
+                self.lora_learning_rate
+            );
         }
         Ok(())
     }

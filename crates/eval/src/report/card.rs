@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 const TEMPLATE: &str = include_str!("model_card.md");
 
-/// Places of the card that are known once the files are written; all others are of the run.
-pub const CARD_KEYS_OF_FILES: [&str; 4] = ["bank_hash", "spec_hash", "tree_hash", "folder"];
+/// The names of all places of the card; model_card.md says what each is.
+pub fn card_places() -> Vec<&'static str> {
+    places(TEMPLATE.split("<!--").next().unwrap_or(TEMPLATE))
+}
 
 /// The model card with a value in each of its places, by name; model_card.md says what each is.
 ///
@@ -18,16 +20,19 @@ pub fn model_card(values: &BTreeMap<String, String>) -> Result<String, String> {
     let rest = template.strip_prefix("---\n").unwrap_or(template);
     let (head, body) = rest.split_once("\n---\n").unwrap_or(("", rest));
     let mut missing = vec![];
-    let head = filled(head, |key| {
-        let value = values.get(key)?;
-        let is_number = key.ends_with("_ppl") && value.parse::<f64>().is_ok();
-        // A JSON string is one of YAML, too.
-        Some(if is_number { value.clone() } else { serde_json::Value::from(value.as_str()).to_string() })
-    }, &mut missing);
+    let head = filled(
+        head,
+        |key| {
+            let value = values.get(key)?;
+            let is_number = key.ends_with("_ppl") && value.parse::<f64>().is_ok();
+            // A JSON string is one of YAML, too.
+            Some(if is_number { value.clone() } else { serde_json::Value::from(value.as_str()).to_string() })
+        },
+        &mut missing,
+    );
     let body = filled(body, |key| values.get(key).cloned(), &mut missing);
-    let places = places(template);
-    let unknown: Vec<&str> =
-        values.keys().map(String::as_str).filter(|key| !places.contains(key)).collect();
+    let places = card_places();
+    let unknown: Vec<&str> = values.keys().map(String::as_str).filter(|key| !places.contains(key)).collect();
     match (missing.is_empty(), unknown.is_empty()) {
         (true, true) => Ok(format!("---\n{head}\n---\n{body}\n")),
         (false, _) => Err(format!("nothing is known of {}", missing.join(", "))),
@@ -60,6 +65,7 @@ fn next_place(text: &str) -> Option<(&str, &str, &str)> {
     })
 }
 
+/// The names of the places of a text.
 fn places(text: &str) -> Vec<&str> {
     let (mut names, mut rest) = (vec![], text);
     while let Some((_, name, after)) = next_place(rest) {
@@ -74,8 +80,7 @@ mod tests {
     use super::*;
 
     fn values() -> BTreeMap<String, String> {
-        let template = TEMPLATE.split("<!--").next().unwrap();
-        places(template).into_iter().map(|key| (key.to_string(), format!("<{key}>"))).collect()
+        card_places().into_iter().map(|key| (key.to_string(), format!("<{key}>"))).collect()
     }
 
     #[test]

@@ -27,7 +27,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::Rate;
 
-pub use card::{CARD_KEYS_OF_FILES, model_card};
+pub use card::{card_places, model_card};
 pub use page::html;
 pub use posthoc::{MethodRow, Posthoc, Reading, Side, posthoc_html};
 pub use routes::{MissLoss, MissedLoss, RouteStudy, RouterStudy, TextAgreement, route_study_html};

@@ -95,7 +95,14 @@ pub fn posthoc_html(study: &Posthoc) -> String {
     let mut study = study.clone();
     study.methods.sort_by_key(|row| rank(&row.method));
     let frame = Frame { kind: "Gain and damage", run: &study.run, summary: &study.summary };
-    let all = [plane(&study), side(&study, true), recall(&study), side(&study, false), labels(&study), cost(&study)];
+    let all = [
+        plane(&study),
+        side(&study, true),
+        recall(&study),
+        side(&study, false),
+        labels(&study),
+        cost(&study),
+    ];
     frame.page(&findings(&study), &all.into_iter().flatten().collect::<String>())
 }
 
@@ -181,12 +188,9 @@ fn plane(study: &Posthoc) -> Option<String> {
 
 fn cell(rate: Option<&Rate>, format: impl Fn(f64) -> String) -> String {
     match rate.and_then(known) {
-        Some(rate) => number(&format!(
-            "{}<small>{}–{}</small>",
-            format(rate.mean),
-            format(rate.low),
-            format(rate.high)
-        )),
+        Some(rate) => {
+            number(&format!("{}<small>{}–{}</small>", format(rate.mean), format(rate.low), format(rate.high)))
+        }
         None => number(ABSENT),
     }
 }
@@ -252,11 +256,7 @@ fn cost(study: &Posthoc) -> Option<String> {
             ABSENT.into()
         };
         let cells = [count(row.trained), count(row.used), count(row.tokens), rate];
-        format!(
-            "<th scope=\"row\">{}</th>{}",
-            name(&row.method),
-            cells.map(|text| number(&text)).concat()
-        )
+        format!("<th scope=\"row\">{}</th>{}", name(&row.method), cells.map(|text| number(&text)).concat())
     };
     let head = "<th></th><th class=\"n\">parameters trained</th><th class=\"n\">a token uses</th>\
                 <th class=\"n\">tokens trained on</th><th class=\"n\">tokens a second</th>";
@@ -323,7 +323,9 @@ mod tests {
         assert!(page.contains("Memory took the perplexity of a &lt;book&gt; from 40.00 to 40.00"), "{page}");
         let place = |text: &str| page.find(text).unwrap();
         assert!(place("the checkpoint as it was<") < place("the blocks that a text fetches"));
-        assert!(page.contains("Gain and damage") && page.contains("By frequency") && page.contains("us-history"));
+        assert!(
+            page.contains("Gain and damage") && page.contains("By frequency") && page.contains("us-history")
+        );
         let reading = study.methods[1].reading().unwrap();
         assert_eq!((reading.gain, reading.damage), (0.4, 0.01));
         assert_eq!(study.methods[2].reading(), None);
