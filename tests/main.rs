@@ -9,6 +9,7 @@ mod jobs;
 mod kill;
 mod kubernetes;
 mod pipeline;
+mod posthoc;
 mod route_study;
 mod s3;
 mod same_tree;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use eval::report::{LabelRow, MethodRow, Posthoc, RecallRow, Side, card_places};
-use eval::{Answer, N_BUCKETS, Question, Rate, TokenSum, bootstrap_mean};
+use eval::{Answer, HeldOut, N_BUCKETS, Question, Rate, TokenSum, bootstrap_mean};
 use memory_bank::BlockStore;
 
 use super::Seed;
@@ -16,6 +16,9 @@ use crate::summary::per_token;
 
 /// The checkpoint as it was, in rows and charts.
 pub(super) const BEFORE: &str = "before";
+
+/// Documents without a label, among the labels.
+const NO_LABEL: &str = "(without a label)";
 
 /// A method with what was measured of each seed.
 type OfMethod<'a> = (&'static str, Vec<&'a Measured>);
@@ -141,8 +144,15 @@ fn labels(methods: &[OfMethod]) -> Vec<LabelRow> {
     let mut rows: Vec<LabelRow> = vec![];
     for (name, measured) in methods {
         let mut sums: BTreeMap<&str, Vec<TokenSum>> = BTreeMap::new();
-        for (label, sum) in measured.iter().flat_map(|measured| &measured.kept.held_out.by_label) {
-            sums.entry(label).or_default().push(*sum);
+        for measured in measured {
+            let HeldOut { total, by_label, .. } = &measured.kept.held_out;
+            let labelled = TokenSum::total(&by_label.values().copied().collect::<Vec<_>>());
+            by_label.iter().for_each(|(label, sum)| sums.entry(label).or_default().push(*sum));
+            // Plain text has no labels.
+            if total.tokens > labelled.tokens {
+                let rest = TokenSum { nats: total.nats - labelled.nats, tokens: total.tokens - labelled.tokens };
+                sums.entry(NO_LABEL).or_default().push(rest);
+            }
         }
         for (label, sums) in sums {
             let value = (name.to_string(), TokenSum::total(&sums).perplexity());
@@ -240,7 +250,7 @@ mod tests {
             let sequences: Vec<TokenSum> =
                 nats.into_iter().zip([10, 20, 30]).map(|(nats, tokens)| TokenSum { nats, tokens }).collect();
             let held_out =
-                eval::HeldOut { total: TokenSum::total(&sequences), sequences, ..Default::default() };
+                HeldOut { total: TokenSum::total(&sequences), sequences, ..Default::default() };
             OfText { held_out, answers: vec![Answer { exact: true, chosen: false }] }
         };
         // A tenth of a nat a token less, whatever the sequence.
