@@ -4,6 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
+use crate::kill::killed;
 use crate::support::{Workdir, files};
 
 /// A checkpoint trained before on a part of the facts.
@@ -120,7 +121,7 @@ fn a_checkpoint_has_its_sizes_tokenizer_and_weights() {
     let work = with_model();
     let (out, _) = work.ok(&["check", "added.toml"]);
     assert!(out.contains("of model (qwen3 of transformers)"), "{out}");
-    work.ok(&["plan", "added.toml", "--workers", "1", "--shards", "1"]);
+    work.ok(&["plan", "added.toml", "--site", concat!(env!("CARGO_MANIFEST_DIR"), "/../../cluster/h100.toml")]);
     work.ok(&["train", "added.toml"]);
     let same = |a: &str, b: &str| fs::read(work.path(a)).unwrap() == fs::read(work.path(b)).unwrap();
     assert!(same("added/tokenizer.json", "before/tokenizer.json"));
@@ -171,10 +172,11 @@ fn a_checkpoint_that_does_not_fit_is_refused() {
 #[test]
 fn memory_is_added_and_compared_and_handed_over() {
     let work = with_model();
-    // A part of it first: what is there is gone on with.
-    work.ok(&["posthoc", "posthoc.toml", "--set", "posthoc.methods=[\"memory\"]", "--set", "posthoc.seeds=1"]);
+    // One that is killed goes on.
+    let half = work.path("added/seed1/generic/checkpoints/00000003/DONE");
+    killed(&work, &["posthoc", "posthoc.toml"], || half.exists());
     let (out, err) = work.ok(&["posthoc", "posthoc.toml"]);
-    assert_eq!(err.matches("trained already").count(), 1, "{err}");
+    assert!(err.contains("memory: trained already"), "{err}");
     let study = json(&work, "added/posthoc.json");
     let methods: Vec<&str> =
         study["methods"].as_array().unwrap().iter().map(|row| row["method"].as_str().unwrap()).collect();
@@ -201,7 +203,17 @@ fn memory_is_added_and_compared_and_handed_over() {
     // The same command again trains nothing, and finds the same.
     let (_, err) = work.ok(&["posthoc", "posthoc.toml"]);
     assert_eq!(err.matches("trained already").count(), 10, "{err}");
-    assert_eq!(json(&work, "added/posthoc.json")["methods"], study["methods"]);
+    let figures = |name: &str| {
+        let mut methods = json(&work, name)["methods"].clone();
+        let rows = methods.as_array_mut().unwrap().iter_mut().map(|row| row.as_object_mut().unwrap());
+        rows.for_each(|row| drop(row.remove("tokens_per_s")));
+        methods
+    };
+    let found = figures("added/posthoc.json");
+    let whole = ["--set", "run.dir=whole", "--set", "posthoc.methods=[\"memory\", \"replay\"]"];
+    work.ok(&[&["posthoc", "posthoc.toml"], &whole[..]].concat());
+    assert_eq!(figures("whole/posthoc.json")[1], found[1]);
+    assert_eq!(figures("whole/posthoc.json")[2], found[5]);
 
     let card = fs::read_to_string(work.path("added/hand-over/README.md")).unwrap();
     for part in ["license: \"not stated\"", "base_model: \"model\"", "| full fine-tuning |", "new facts"] {

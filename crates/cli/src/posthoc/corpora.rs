@@ -51,7 +51,8 @@ impl Corpora {
             let file = config.run.dir.join("mixed.jsonl");
             mix(config, section, &file)?;
             mixed.corpus.files = vec![file.display().to_string()];
-            // Documents keep their ids, and so those that are held out stay so.
+            // Documents keep their ids, and so those that are held out stay so. Nothing is measured on it.
+            mixed.corpus.validation_files = vec![];
             mixed.corpus.text_key = "text".into();
             mixed.corpus.id_key = Some("id".into());
             mixed.corpus.label_key = config.corpus.label_key.as_ref().map(|_| "label".into());
