@@ -1,10 +1,11 @@
 //! Questions made from text: the last word of a held-out sentence.
 //!
-//! The rule. A sentence begins after a full stop and a space, or in a new line, with a capital, and ends in a full stop; it has
-//! 8 to 40 words and no other full stop. Its last word is asked for: 4 or more lower-case letters, which the training documents
-//! have at least once. The first piece of a window is left out, as it may begin within a sentence. Sentences are taken evenly
-//! over the held-out windows. Buckets are fifths of the questions by how often the training documents have the word; words as
-//! frequent as each other are of one bucket. The three other choices are words that other questions of the bucket ask for.
+//! The rule. A sentence begins after a full stop and a space, or in a new line, with a capital, and ends in a full
+//! stop; it has 8 to 40 words and no other full stop. Its last word is asked for: 4 or more lower-case letters, which
+//! the training documents have at least once. The first piece of a window is left out, as it may begin within a
+//! sentence. Sentences are taken evenly over the held-out windows. Buckets are fifths of the questions by how often
+//! the training documents have the word; words as frequent as each other are of one bucket. The three other choices
+//! are words that other questions of the bucket ask for.
 
 use std::collections::{BTreeMap, HashMap};
 

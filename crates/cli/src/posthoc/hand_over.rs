@@ -50,8 +50,7 @@ pub(crate) fn hand_over(run: &Run, folder: &Path, bf16: bool) -> Result<()> {
             let study: Posthoc =
                 serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
             let mut card = study.card;
-            let name = folder.file_name().map_or("bank".into(), |name| name.to_string_lossy().into_owned());
-            card.entry("folder".into()).or_insert(name);
+            card.entry("folder".into()).or_insert_with(|| folder.display().to_string());
             card.insert("seed".into(), run.config.train.seed.to_string());
             card.insert("bank_hash".into(), exported.sha256);
             card.insert("spec_hash".into(), spec.hash());

@@ -236,8 +236,8 @@ pub(super) fn table(study: &Posthoc) -> String {
             share(row.learned.chosen)
         );
     }
-    text + "learned, kept: perplexity of held-out text of what was learned, and of what was not; change: nats a token above\n\
-            before, with 95 % intervals; answered, chosen: questions about what was learned\n"
+    text + "learned, kept: perplexity of held-out text of what was learned, and of what was not; change: nats a\n\
+            token above before, with 95 % intervals; answered, chosen: questions about what was learned\n"
 }
 
 #[cfg(test)]

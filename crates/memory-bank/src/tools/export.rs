@@ -40,7 +40,7 @@ pub struct Exported {
 
 /// Writes the weights of all blocks, those never updated too, into one safetensors file at `path`: a
 /// tensor `level{l}` for each level with memory, `[n_blocks + 1, …]`, … being [`crate::BlockSpec::block_shape`], the
-/// generic block last, and in its metadata the sizes as JSON, `spec`. So
+/// generic block last, and in its metadata the spec as JSON, `spec`. So
 /// Python's `safe_open(path, "np").get_slice("level3")[i]` reads one block. The file is there once it is
 /// whole.
 pub async fn export(checkpoint: &Checkpoint, path: &Path, precision: Precision) -> Result<Exported> {
