@@ -7,6 +7,7 @@ mod faults;
 mod fixtures;
 mod jobs;
 mod kill;
+mod kinds;
 mod kubernetes;
 mod pipeline;
 mod posthoc;

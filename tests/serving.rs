@@ -9,16 +9,16 @@ use serde_json::{Value, json};
 use crate::support::Workdir;
 
 /// A server, killed when the test fails.
-struct Served {
+pub(crate) struct Served {
     child: Child,
     line: String,
     address: String,
 }
 
 impl Served {
-    fn start(workdir: &Workdir, args: &[&str]) -> Self {
-        let listen = ["serve", "run", "--listen", "127.0.0.1:0"];
-        let mut child = workdir.command(&[&listen[..], args].concat()).spawn().unwrap();
+    pub(crate) fn start(workdir: &Workdir, run: &str) -> Self {
+        let args = ["serve", run, "--listen", "127.0.0.1:0"];
+        let mut child = workdir.command(&args).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().rsplit_once("http://").map(|(_, address)| address.to_owned());
@@ -41,7 +41,7 @@ impl Served {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
-    fn complete(&self, body: &Value) -> Value {
+    pub(crate) fn complete(&self, body: &Value) -> Value {
         let (status, reply) = self.ask("POST", "/v1/completions", &body.to_string());
         assert_eq!(status, 200, "{body}: {reply}");
         serde_json::from_str(&reply).unwrap()
@@ -60,7 +60,7 @@ impl Drop for Served {
 fn a_run_is_served_asked_and_told_to_stop() {
     let workdir = Workdir::new();
     workdir.ok(&["train", "run.toml"]);
-    let mut served = Served::start(&workdir, &[]);
+    let mut served = Served::start(&workdir, "run");
     assert!(served.line.starts_with("serving run (step 12, "), "{}", served.line);
 
     // It says what `generate` says.

@@ -23,6 +23,10 @@ WIDTHS = {"6.9": 80, "1.72": 20, "1.0": 12, "0.43": 5}
 CLIENTS = (1, 8)
 WAYS = ("bulk", "grpc", "raw", "tonic", "redis", "grpcio")
 
+# Fetches at once of the shard that is asked for too much: two a core. More of them displace each other's bytes from the
+# cache, which are 6.9 MB each.
+FETCHES = 4
+
 # Most milliseconds that a refusal may take.
 REFUSAL_MS = 10
 
@@ -294,7 +298,7 @@ class Bench:
     def overload(self):
         """The largest blocks: smaller ones fit the system's buffers, so that a fetch is over before another begins."""
         widths, branching = [WIDTHS["6.9"]], [N_BLOCKS]
-        small, large = (self.load("serve", widths, branching, "--fetches", n) for n in (8, 64))
+        small, large = (self.load("serve", widths, branching, "--fetches", n) for n in (FETCHES, 64))
         with small, large:
             address, roomy_address = small.answer()["address"], large.answer()["address"]
             for i in range(self.args.rounds):

@@ -1,7 +1,7 @@
 use memory_bank::{BlockSpec, LayerWidths, MemoryKind, MemoryLayers};
 use serde::{Deserialize, Serialize};
 
-use crate::{AttentionBias, Error, Form, LayerSizes, QkNorm, Result};
+use crate::{AttentionBias, Error, Form, LayerSizes, QkNorm, Result, RopeScaling};
 
 /// Sizes of an anchor (arXiv 2510.02375 App. A; method.md §4), and what it differs in from the native one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -155,7 +155,17 @@ impl AnchorConfig {
             return wrong("head_width", self.head_width, "must be even: rotary embedding turns pairs");
         }
         let local_base = self.form.local.as_ref().and_then(|local| local.rope_base);
+        let (factor, low, ramp) = match self.form.rope.scaling {
+            RopeScaling::None => (None, None, None),
+            RopeScaling::Linear { factor } => (Some(factor), None, None),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, .. } => {
+                (Some(factor), Some(low_freq_factor), Some(high_freq_factor - low_freq_factor))
+            }
+        };
         let numbers = [
+            ("form.rope.scaling.factor", factor),
+            ("form.rope.scaling.low_freq_factor", low),
+            ("form.rope.scaling.high_freq_factor - low_freq_factor", ramp),
             ("rope_base", Some(self.rope_base)),
             ("norm_eps", Some(self.norm_eps)),
             ("form.attention.factor", self.form.attention.factor),
@@ -271,7 +281,7 @@ fn wrong(key: &'static str, found: impl ToString, problem: impl Into<String>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{LocalLayers, RopeScaling};
+    use crate::LocalLayers;
 
     fn paper(
         d_model: usize,
@@ -361,6 +371,7 @@ mod tests {
         let found = [
             message(&|config| config.form.attention.kv_heads = Some(3)),
             message(&|config| config.form.logit_cap = Some(0.0)),
+            message(&|config| config.form.rope.scaling = RopeScaling::Linear { factor: 0.0 }),
             message(&|config| config.form.local = local(0, 1)),
             message(&|config| config.form.local = local(4, 2)),
             message(&|config| config.form.layers = vec![sizes(4, 24)]),
@@ -369,6 +380,7 @@ mod tests {
         let expected = [
             "anchor.n_heads: 4 of layer 0 cannot share 3 heads of keys, or its FFN has no width",
             "anchor.form.logit_cap: 0 must be a number above 0",
+            "anchor.form.rope.scaling.factor: 0 must be a number above 0",
             "anchor.form.local.window: 0 must be at least 1",
             "anchor.form.local.layers: [2] must ascend and be below 2 layers",
             "anchor.form.layers: 1 must be 2, one a layer",

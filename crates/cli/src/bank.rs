@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
-use memory_bank::{Access, BankStore, Checkpoint, MergeOptions, OnConflict, Precision, Step, StoreOptions};
+use memory_bank::{
+    Access, BankStore, Checkpoint, MemoryKind, MemoryLayers, MergeOptions, OnConflict, Precision, Step,
+    StoreOptions,
+};
 use train::Checkpoints;
 
 use crate::ConfigArgs;
@@ -214,12 +217,21 @@ async fn inspect(checkpoint: &Checkpoint) -> Result<()> {
     let bank = memory_bank::inspect_checkpoint(checkpoint).await?;
     let spec = &bank.manifest.spec;
     println!("step {}, {} parameters fetched of {}", bank.manifest.step.0, spec.fetch_len(), spec.bank_len());
+    // What FFN memory of every layer has always shown stays as it was.
+    if spec.kind != MemoryKind::Ffn || spec.layers != MemoryLayers::Uniform {
+        println!("kind {}, layers {}", spec.kind, spec.layers);
+    }
     for (name, hash) in &bank.manifest.hashes {
         println!("{name} {hash}");
     }
+    let added_by = match spec.kind {
+        MemoryKind::Ffn => "|M3|",
+        MemoryKind::Lora { .. } => "|B|",
+        MemoryKind::Kv => "|V|",
+    };
     println!(
         "{:>5} {:>6} {:>8} {:>8} {:>14} {:>10} {:>10} {:>10}",
-        "level", "width", "blocks", "touched", "parameters", "updates", "most", "|M3|"
+        "level", "width", "blocks", "touched", "parameters", "updates", "most", added_by
     );
     for level in &bank.levels {
         println!(

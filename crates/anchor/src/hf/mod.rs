@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use serde_json::json;
 
 use crate::{Anchor, AnchorConfig, Error, Result};
 use families::{FAMILIES, Family};
@@ -49,8 +50,7 @@ pub struct SpecialTokens {
     pub pad: Option<u32>,
 }
 
-/// The prefixes of a model of text, and of one that is a part of a model of images and text.
-const TEXT: [(&str, &str); 2] = [("model.", ""), ("", "")];
+/// What comes before the names of a model of text within one of images and text, and before its output's.
 const WITHIN: [(&str, &str); 2] =
     [("language_model.model.", "language_model."), ("model.language_model.", "")];
 
@@ -83,7 +83,8 @@ pub fn describe(folder: &Path) -> Result<Folder> {
 pub fn read(folder: &Path, (device, dtype): (&Device, DType)) -> Result<(Anchor, Folder)> {
     let Described { folder: about, family, is_part } = described(folder)?;
     let tensors = Tensors::open(folder)?;
-    let candidates = if is_part { WITHIN } else { [(family.names.prefix, ""), TEXT[1]] };
+    // A file may hold the model without its output, and then without a prefix.
+    let candidates = if is_part { WITHIN } else { [(family.names.prefix, ""), ("", "")] };
     let there = |(model, _): &&(&str, &str)| {
         let embedding = format!("{model}{}", family.names.embedding);
         tensors.names().any(|name| name == embedding)
@@ -168,17 +169,17 @@ fn described(folder: &Path) -> Result<Described> {
     let path = folder.join("config.json");
     let settings = Settings::read(&path)?;
     let is_part = settings.has("text_config");
-    let tied =
-        settings.has("tie_word_embeddings").then(|| settings.flag("tie_word_embeddings")).transpose()?;
     let of_text = match settings.within("text_config") {
-        // Left out by files of the first versions.
-        Some(text) => {
-            text.over(&serde_json::json!({ "model_type": "gemma3_text", "tie_word_embeddings": tied }))
+        // Files of the first versions leave the type out, and say of the whole whether the output is tied.
+        Some(text) => match settings.has("tie_word_embeddings") {
+            true => text.over(&json!({"tie_word_embeddings": settings.flag("tie_word_embeddings")?})),
+            false => text,
         }
+        .over(&json!({"model_type": "gemma3_text"})),
         None => Settings::read(&path)?,
     };
     if is_part {
-        settings.only("model_type", &"gemma3".into())?;
+        settings.only("model_type", &json!("gemma3"))?;
     }
     let model_type = of_text.text("model_type")?.to_string();
     let Some(family) = FAMILIES.iter().find(|family| family.model_type == model_type) else {

@@ -128,6 +128,23 @@ fn tensors_that_are_missing_misshapen_too_many_or_of_other_numbers() {
 }
 
 #[test]
+fn a_part_of_a_model_of_images_says_little_of_itself() {
+    let folder = copy("gemma3_nested", "config.json");
+    let path = folder.path().join("config.json");
+    let mut settings: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    settings.as_object_mut().unwrap().remove("tie_word_embeddings");
+    let text = settings["text_config"].as_object_mut().unwrap();
+    let said = ["hidden_size", "intermediate_size", "layer_types", "num_hidden_layers", "sliding_window"];
+    text.retain(|key, _| said.contains(&key.as_str()));
+    std::fs::write(&path, settings.to_string()).unwrap();
+    let config = hf::describe(folder.path()).unwrap().config;
+    assert_eq!((config.d_model, config.n_layers, config.ffn_width), (32, 2, 40));
+    assert_eq!((config.vocab_size, config.head_width, config.max_seq_len), (262_208, 256, 131_072));
+    assert!(config.tied_embeddings);
+    assert_eq!((config.rope_base, config.form.local.unwrap().rope_base), (1e6, Some(1e4)));
+}
+
+#[test]
 fn what_older_files_hold_beside_is_left_alone() {
     let folder = copy("llama3", "config.json");
     rewrite(&folder.path().join("model.safetensors"), |all| {
