@@ -77,6 +77,7 @@ warmup_steps = 2
 save_every = 3
 
 [eval]
+questions_per_bucket = 2
 batch = 8
 max_answer_tokens = 4
 "#;
@@ -99,7 +100,11 @@ fn with_model() -> Workdir {
     let work = Workdir::new();
     let text = fs::read_to_string(work.path("facts/corpus.jsonl")).unwrap();
     let of = |parity: usize| -> String {
-        text.lines().enumerate().filter(|(i, _)| i % 2 == parity).map(|(_, line)| format!("{line}\n")).collect()
+        text.lines()
+            .enumerate()
+            .filter(|(i, _)| i % 2 == parity)
+            .map(|(_, line)| format!("{line}\n"))
+            .collect()
     };
     fs::write(work.path("known.jsonl"), of(0)).unwrap();
     fs::write(work.path("new.jsonl"), of(1)).unwrap();
@@ -121,7 +126,12 @@ fn a_checkpoint_has_its_sizes_tokenizer_and_weights() {
     let work = with_model();
     let (out, _) = work.ok(&["check", "added.toml"]);
     assert!(out.contains("of model (qwen3 of transformers)"), "{out}");
-    work.ok(&["plan", "added.toml", "--site", concat!(env!("CARGO_MANIFEST_DIR"), "/../../cluster/h100.toml")]);
+    work.ok(&[
+        "plan",
+        "added.toml",
+        "--site",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../../cluster/h100.toml"),
+    ]);
     work.ok(&["train", "added.toml"]);
     let same = |a: &str, b: &str| fs::read(work.path(a)).unwrap() == fs::read(work.path(b)).unwrap();
     assert!(same("added/tokenizer.json", "before/tokenizer.json"));
@@ -156,8 +166,14 @@ fn a_checkpoint_that_does_not_fit_is_refused() {
     // A small one of transformers, whose folder has no tokenizer.
     let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../anchor/tests/checkpoints/llama2");
     let set = format!("anchor.checkpoint={tiny}");
-    fails(&[&set], &["corpus.tokenizer: expected a tokenizer.json, since anchor.checkpoint", "found nothing"]);
-    fails(&[&set, "corpus.tokenizer=model/tokenizer.json"], &["expected at most the 48 tokens of", "found 320"]);
+    fails(
+        &[&set],
+        &["corpus.tokenizer: expected a tokenizer.json, since anchor.checkpoint", "found nothing"],
+    );
+    fails(
+        &[&set, "corpus.tokenizer=model/tokenizer.json"],
+        &["expected at most the 48 tokens of", "found 320"],
+    );
     work.fails(
         &["posthoc", "posthoc.toml", "--set", "posthoc.card.colour=blue"],
         &["posthoc.card.colour: expected one of license, base_model"],
@@ -243,6 +259,7 @@ fn subtrees_of_a_bank_on_a_checkpoint_make_one_run() {
     ["0", "1", "generic"].into_iter().for_each(part);
     let parts = ["--from", "part-0", "part-1", "part-generic"];
     work.ok(&[&["merge", "added.toml", "--set", "run.dir=merged"], &parts[..]].concat());
-    let [expected, found] = ["added", "merged"].map(|dir| files(&work.path(dir).join("checkpoints/00000006")));
+    let [expected, found] =
+        ["added", "merged"].map(|dir| files(&work.path(dir).join("checkpoints/00000006")));
     assert!(expected == found, "{:?} {:?}", expected.keys(), found.keys());
 }

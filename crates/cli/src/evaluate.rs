@@ -153,7 +153,7 @@ fn purity(corpus: &Corpus) -> Result<Vec<f64>> {
 }
 
 /// At most `n` questions a bucket and wording, spread evenly over the file; 0 is all.
-fn select(questions: Vec<Question>, n: usize) -> Vec<Question> {
+pub(crate) fn select(questions: Vec<Question>, n: usize) -> Vec<Question> {
     if n == 0 {
         return questions;
     }

@@ -11,7 +11,7 @@ use memory_bank::BlockStore;
 use super::cloze;
 use super::corpora::Corpora;
 use crate::config::{Config, EvalSection, PosthocSection};
-use crate::evaluate::training_rate;
+use crate::evaluate::{select, training_rate};
 use crate::prepare::{Prepared, Windows};
 use crate::run::Run;
 
@@ -60,7 +60,7 @@ impl Text {
         let (questions, buckets) = match given {
             Some(path) => {
                 let labels = (1..=eval::N_BUCKETS).map(|bucket| format!("bucket {bucket}")).collect();
-                (read_questions(path)?, labels)
+                (select(read_questions(path)?, config.eval.questions_per_bucket), labels)
             }
             None => cloze::questions(&Windows::open(&prepared)?, most)?,
         };

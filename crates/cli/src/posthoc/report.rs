@@ -150,7 +150,8 @@ fn labels(methods: &[OfMethod]) -> Vec<LabelRow> {
             by_label.iter().for_each(|(label, sum)| sums.entry(label).or_default().push(*sum));
             // Plain text has no labels.
             if total.tokens > labelled.tokens {
-                let rest = TokenSum { nats: total.nats - labelled.nats, tokens: total.tokens - labelled.tokens };
+                let rest =
+                    TokenSum { nats: total.nats - labelled.nats, tokens: total.tokens - labelled.tokens };
                 sums.entry(NO_LABEL).or_default().push(rest);
             }
         }
@@ -249,8 +250,7 @@ mod tests {
         let of = |nats: [f64; 3]| {
             let sequences: Vec<TokenSum> =
                 nats.into_iter().zip([10, 20, 30]).map(|(nats, tokens)| TokenSum { nats, tokens }).collect();
-            let held_out =
-                HeldOut { total: TokenSum::total(&sequences), sequences, ..Default::default() };
+            let held_out = HeldOut { total: TokenSum::total(&sequences), sequences, ..Default::default() };
             OfText { held_out, answers: vec![Answer { exact: true, chosen: false }] }
         };
         // A tenth of a nat a token less, whatever the sequence.
