@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::support::{Workdir, checkpoints, files, half_written, metrics};
 
 /// Runs the command and kills it as soon as `now` holds. Whether it was still at work then.
-fn killed(work: &Workdir, args: &[&str], mut now: impl FnMut() -> bool) -> bool {
+pub(crate) fn killed(work: &Workdir, args: &[&str], mut now: impl FnMut() -> bool) -> bool {
     let mut child = work.command(args).spawn().unwrap();
     loop {
         if let Some(status) = child.try_wait().unwrap() {

@@ -242,17 +242,20 @@ impl Rows<'_> {
 
     /// The rows of each block of a level that has what is asked for.
     fn runs<T>(&self, level: usize, of: impl Fn(&PackedBlock) -> Option<&T>) -> Vec<(&T, Range<usize>)> {
-        let mut runs: Vec<(&Arc<PackedBlock>, (&T, Range<usize>))> = vec![];
+        let mut runs: Vec<(&T, Range<usize>)> = vec![];
+        let mut last: Option<&Arc<PackedBlock>> = None;
         for (reading, memory) in self.readings.iter().zip(&self.memories) {
             let Some(block) = memory.blocks().get(level) else { continue };
             let Some(found) = of(block) else { continue };
             let (first, end) = (reading.first_row, reading.first_row + reading.n_rows);
-            match runs.last_mut() {
-                Some((last, (_, rows))) if Arc::ptr_eq(last, block) && rows.end == first => rows.end = end,
-                _ => runs.push((block, (found, first..end))),
+            let goes_on = last.is_some_and(|last| Arc::ptr_eq(last, block));
+            match runs.last_mut().filter(|(_, rows)| goes_on && rows.end == first) {
+                Some((_, rows)) => rows.end = end,
+                None => runs.push((found, first..end)),
             }
+            last = Some(block);
         }
-        runs.into_iter().map(|(_, run)| run).collect()
+        runs
     }
 
     /// The additions to a matrix of a layer, per level.

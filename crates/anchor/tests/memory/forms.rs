@@ -34,7 +34,7 @@ fn everything(qk_norm: QkNorm) -> AnchorConfig {
 }
 
 /// The anchor, with gains and biases that are not all the same.
-fn anchor_of(config: AnchorConfig, on: (&Device, DType)) -> Anchor {
+pub(crate) fn anchor_of(config: AnchorConfig, on: (&Device, DType)) -> Anchor {
     let anchor = Anchor::new(config, 7, on).unwrap();
     for parameter in anchor.parameters().values().filter(|parameter| parameter.dims().len() == 1) {
         let n = parameter.elem_count();

@@ -2,14 +2,14 @@
 //! the decoder against the anchor.
 
 use anchor::{
-    Anchor, AnchorConfig, AttentionBias, AttentionForm, Compute, Decoder, DecoderOptions, FetchedMemory,
-    Form, Gradients, KvCache, LayerSizes, LocalLayers, PathMemory, QkNorm,
+    Activation, Anchor, AnchorConfig, AttentionBias, AttentionForm, Compute, Decoder, DecoderOptions,
+    FetchedMemory, Form, Gradients, KvCache, LayerSizes, LocalLayers, PathMemory, QkNorm,
 };
 use memory_bank::{Block, BlockDtype, BlockSpec, LoraOn, MemoryKind, MemoryLayers};
-use ops::Activation;
 
 use crate::decoder::{decode, path_memories};
 use crate::fixtures::*;
+use crate::forms::anchor_of;
 
 /// Half the distance of a finite difference: exact in f32, and small enough for an error of 1e-7.
 const STEP: f32 = 1.0 / 4096.0;
@@ -60,7 +60,7 @@ fn name(spec: &BlockSpec) -> String {
 #[test]
 fn every_kind_leaves_the_anchor_to_the_bit_before_it_has_learnt() {
     for config in configs() {
-        let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+        let anchor = anchor_of(config.clone(), CPU);
         let batch = Batch::random(3, 6, 1);
         let paths = [leaf(0), generic(), leaf(3)];
         let plain = logits(&anchor, &batch, &FetchedMemory::none());
@@ -91,7 +91,7 @@ fn losses_and_gradients(anchor: &Anchor, batch: &Batch, memory: &FetchedMemory) 
 #[test]
 fn the_decoder_leaves_the_anchor_to_the_bit_before_memory_has_learnt() {
     for config in configs() {
-        let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+        let anchor = anchor_of(config.clone(), CPU);
         let decoder = Decoder::new(&anchor, DecoderOptions::default()).unwrap();
         let mut pages = decoder.pages(3 * 32);
         let batch = Batch::random(3, 9, 5);
@@ -128,12 +128,12 @@ fn gradients_of_every_kind_are_those_of_finite_differences() {
             let batch = Batch::random(3, 4, 6);
             let paths = [leaf(0), generic(), leaf(0)];
             let blocks = trained_blocks(&spec, &paths);
-            let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+            let anchor = anchor_of(config.clone(), CPU);
             let gradients = block_gradients(&anchor, &batch, &memory(&blocks, &paths, &spec));
             let ids: Vec<_> = gradients.iter().map(|block| block.id).collect();
             assert_eq!(ids, anchor::unique_ids(&paths, &spec));
 
-            let exact = Anchor::new(config.clone(), 7, CPU_F64).unwrap();
+            let exact = anchor_of(config.clone(), CPU_F64);
             let loss = |blocks: &[Block]| -> f64 {
                 let memory = FetchedMemory::to_device(blocks, &paths, &spec, CPU_F64).unwrap();
                 exact.loss(batch.input(), batch.targets(), &memory).unwrap().0
@@ -166,7 +166,7 @@ fn recomputed_activations_give_every_kind_the_gradients_that_kept_ones_give() {
     for spec in specs(&config) {
         let (batch, paths) = (Batch::random(3, 7, 12), [leaf(0), leaf(3), leaf(0)]);
         let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
-        let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+        let anchor = anchor_of(config.clone(), CPU);
         let both = [false, true].map(|checkpoint| {
             let work = (batch.input(), batch.targets());
             let compute = Compute { checkpoint, ..Compute::default() };
@@ -179,7 +179,7 @@ fn recomputed_activations_give_every_kind_the_gradients_that_kept_ones_give() {
 #[test]
 fn decoding_with_a_cache_gives_every_kind_the_hidden_states_of_the_whole() {
     for config in configs() {
-        let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+        let anchor = anchor_of(config.clone(), CPU);
         for spec in specs(&config) {
             let (batch, paths) = (Batch::random(1, 9, 4), [leaf(3)]);
             let memory = memory(&trained_blocks(&spec, &paths), &paths, &spec);
@@ -200,9 +200,8 @@ fn decoding_with_a_cache_gives_every_kind_the_hidden_states_of_the_whole() {
 fn the_decoder_scores_with_every_kind_as_the_anchor_does_however_blocks_are_held() {
     for config in configs() {
         let len = 25;
-        let exact = Anchor::new(config.clone(), 7, CPU_F64).unwrap();
-        let decoder =
-            Decoder::new(&Anchor::new(config.clone(), 7, CPU).unwrap(), DecoderOptions::default()).unwrap();
+        let exact = anchor_of(config.clone(), CPU_F64);
+        let decoder = Decoder::new(&anchor_of(config.clone(), CPU), DecoderOptions::default()).unwrap();
         let mut pages = decoder.pages(4 * 32);
         let batch = Batch::random(4, len, 5);
         let paths = [leaf(3), generic(), leaf(2), leaf(3)];
@@ -224,7 +223,7 @@ fn the_decoder_scores_with_every_kind_as_the_anchor_does_however_blocks_are_held
 #[test]
 fn sequences_with_memory_of_several_kinds_have_the_bits_that_they_have_alone() {
     for config in configs() {
-        let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+        let anchor = anchor_of(config.clone(), CPU);
         let decoder = Decoder::new(&anchor, DecoderOptions { weights: BlockDtype::Bf16 }).unwrap();
         let len = 20;
         let mut memories = vec![PathMemory::default()];
@@ -245,7 +244,7 @@ fn sequences_with_memory_of_several_kinds_have_the_bits_that_they_have_alone() {
 #[test]
 fn memory_for_layers_of_other_widths_is_refused() {
     let config = configs().swap_remove(1);
-    let anchor = Anchor::new(config.clone(), 7, CPU).unwrap();
+    let anchor = anchor_of(config.clone(), CPU);
     let other = AnchorConfig { n_heads: 2, ..config };
     let kind = MemoryKind::Lora { on: LoraOn::Vo };
     let spec = other.block_spec(kind, MemoryLayers::Uniform, (vec![4, 2], vec![2, 2]));
