@@ -202,7 +202,7 @@ fn memory_is_added_and_compared_and_handed_over() {
         assert!(out.contains(&format!("\n{name} ")), "no row {name} in\n{out}");
         for side in ["learned", "kept"] {
             let perplexity = row[side]["perplexity"]["mean"].as_f64().unwrap();
-            assert!(perplexity > 1.0 && perplexity < 400.0, "{name}, {side}: {perplexity}");
+            assert!(perplexity > 1.0 && perplexity < 1000.0, "{name}, {side}: {perplexity}");
             assert_eq!(row[side]["change"].is_null(), name == "before", "{name}, {side}");
             let seeds = row[side]["by_seed"].as_array().unwrap().len();
             assert_eq!(seeds, if name == "before" { 1 } else { 2 }, "{name}");

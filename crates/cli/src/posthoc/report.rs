@@ -41,7 +41,7 @@ pub(super) fn build(
 ) -> Result<Posthoc> {
     let mut methods: Vec<OfMethod> = vec![(BEFORE, vec![before])];
     methods.extend(Method::ALL.into_iter().filter_map(|method| {
-        let of_seed = |seed: &'_ Seed| seed.methods.iter().position(|(found, _)| *found == method);
+        let of_seed = |seed: &Seed| seed.methods.iter().position(|(found, _)| *found == method);
         let measured: Option<Vec<&Measured>> =
             seeds.iter().map(|seed| Some(&seed.methods[of_seed(seed)?].1)).collect();
         Some((method.name(), measured?))
