@@ -10,6 +10,7 @@ mod kill;
 mod kinds;
 mod kubernetes;
 mod pipeline;
+mod posthoc;
 mod route_study;
 mod s3;
 mod same_tree;

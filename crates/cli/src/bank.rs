@@ -12,6 +12,8 @@ use train::Checkpoints;
 
 use crate::ConfigArgs;
 use crate::config::{Config, environment};
+use crate::posthoc;
+use crate::run::Run;
 use crate::shards::describe;
 
 /// A checkpoint is the folder of a run (its newest), a folder `memory`, or a bank in a store, such as
@@ -63,6 +65,10 @@ pub(crate) enum BankCommand {
         /// Round the weights to bf16.
         #[arg(long)]
         bf16: bool,
+        /// Write a folder to hand over, of a run: the bank with its sizes and its tree, and a model card if the run is
+        /// one of `anchorage posthoc`.
+        #[arg(long)]
+        hand_over: bool,
     },
     /// Print the shard configuration of a run: what `anchorage-shard` reads.
     Describe(ConfigArgs),
@@ -83,6 +89,9 @@ pub(crate) fn run(command: BankCommand) -> Result<()> {
     if let BankCommand::Describe(args) = command {
         print!("{}", toml::to_string(&describe(&Config::load(&args.config, &args.set)?)?)?);
         return Ok(());
+    }
+    if let BankCommand::Export { bank, out, bf16, hand_over: true } = &command {
+        return posthoc::hand_over(&Run::open(Path::new(bank))?, out, *bf16);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -122,7 +131,7 @@ pub(crate) fn run(command: BankCommand) -> Result<()> {
                     memory_bank::reshard(&open(&bank).await?, &to.open().await?, to.n_shards).await?;
                 println!("{}: step {} in {} shards", to.to, written.manifest().step, to.n_shards);
             }
-            BankCommand::Export { bank, out, bf16 } => {
+            BankCommand::Export { bank, out, bf16, .. } => {
                 let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
                 let written = memory_bank::export(&open(&bank).await?, &out, precision).await?;
                 println!("{}: {} bytes, sha256 {}", out.display(), written.bytes, written.sha256);

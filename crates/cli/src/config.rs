@@ -1,22 +1,28 @@
 //! One TOML is one run: a section a crate, every key known, checked once.
 
 mod job;
+mod model;
+mod posthoc;
 mod sections;
 mod serving;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use corpus::{Format, SourceOptions};
+use corpus::{Format, SourceOptions, Tokenizer};
 use memory_bank::BlockSpec;
 use serde::{Deserialize, Serialize};
 use train::{Phase, Subtree, TrainConfig};
 
 pub(crate) use job::{CollectiveSection, EngineKind};
 use job::{ObserveSection, ShardSection};
-use sections::{AnchorSection, CorpusSection, MemorySection, RunSection, TreeSection};
+use model::AnchorSection;
+pub(crate) use posthoc::{Method, PosthocSection};
+use sections::{CorpusSection, MemorySection, RunSection, TreeSection};
 pub(crate) use sections::{EmbedKind, EmbedSection, EvalSection, RetrieveSection, RouterKind, environment};
 pub(crate) use serving::ServeSection;
+
+use crate::checkpoint;
 
 /// The whole configuration of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -36,6 +42,8 @@ pub(crate) struct Config {
     pub(crate) eval: EvalSection,
     pub(crate) generate: generate::Options,
     pub(crate) serve: ServeSection,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) posthoc: Option<PosthocSection>,
 }
 
 impl Config {
@@ -49,7 +57,7 @@ impl Config {
     pub(crate) fn parse(text: &str, name: &str, overrides: &[String]) -> Result<Self> {
         // The text is parsed typed first, so that an error names its line.
         let typed: Self = toml::from_str(text).map_err(|e| explain(&e, Some(text), name))?;
-        let config = match overrides.is_empty() {
+        let mut config = match overrides.is_empty() {
             true => typed,
             false => {
                 let mut table: toml::Table =
@@ -71,6 +79,7 @@ impl Config {
                 }
             }
         };
+        config.anchor.resolve().with_context(|| name.to_string())?;
         config.check().with_context(|| name.to_string())?;
         Ok(config)
     }
@@ -143,11 +152,12 @@ impl Config {
                 "shard.store.url: expected where the shards save, for the levels of memory.replicated, found nothing"
             );
         }
-        if self.anchor.max_seq_len < self.corpus.seq_len as usize {
+        let positions = self.anchor.config(1).max_seq_len;
+        if positions < self.corpus.seq_len as usize {
             bail!(
-                "anchor.max_seq_len: expected at least corpus.seq_len ({}), found {}",
-                self.corpus.seq_len,
-                self.anchor.max_seq_len
+                "{}: expected at least corpus.seq_len ({}), found {positions}",
+                self.anchor.key_of_positions(),
+                self.corpus.seq_len
             );
         }
         if self.eval.batch == 0 || self.eval.max_answer_tokens == 0 {
@@ -155,14 +165,21 @@ impl Config {
         }
         self.anchor.config(1).check()?;
         self.train.check()?;
-        match (self.train.phase, &self.anchor.init) {
+        if let Some(posthoc) = &self.posthoc {
+            posthoc.check()?;
+            if self.anchor.checkpoint.is_none() {
+                bail!("anchor.checkpoint: expected what [posthoc] adds memory to, found nothing");
+            }
+        }
+        match (self.train.phase, self.anchor.checkpoint.as_ref().or(self.anchor.init.as_ref())) {
             (Phase::Frozen | Phase::Cotrain, None) => bail!(
-                "anchor.init: expected a trained run (train.phase = \"{}\"), found nothing",
+                "anchor.init: expected a trained run, or anchor.checkpoint (train.phase = \"{}\"), found nothing",
                 format!("{:?}", self.train.phase).to_lowercase()
             ),
             (Phase::Joint, Some(init)) => bail!(
-                "anchor.init: expected nothing (train.phase = \"joint\" begins from scratch; \"cotrain\" goes on \
+                "anchor.{}: expected nothing (train.phase = \"joint\" begins from scratch; \"cotrain\" goes on \
                  with an anchor), found {}",
+                if self.anchor.checkpoint.is_some() { "checkpoint" } else { "init" },
                 init.display()
             ),
             _ => {}
@@ -176,6 +193,31 @@ impl Config {
         let sizes = (memory.width.clone(), branching);
         // No size of a bank follows from the vocabulary.
         self.anchor.config(1).block_spec(memory.kind, memory.layers.clone(), sizes)
+    }
+
+    /// The tokenizer.json that the corpus is divided by: the configuration's, or the checkpoint's; none if one is
+    /// trained.
+    pub(crate) fn tokenizer(&self) -> Result<Option<PathBuf>> {
+        let Some(checkpoint) = self.anchor.checkpoint.as_ref().filter(|_| self.corpus.tokenizer.is_none())
+        else {
+            return Ok(self.corpus.tokenizer.clone());
+        };
+        match checkpoint::describe(checkpoint)?.tokenizer {
+            None => bail!(
+                "corpus.tokenizer: expected a tokenizer.json, since anchor.checkpoint ({}) has none, found nothing",
+                checkpoint.display()
+            ),
+            found => Ok(found),
+        }
+    }
+
+    /// Fails when the anchor has no row for a token.
+    pub(crate) fn check_vocabulary(&self, tokenizer: &Tokenizer) -> Result<()> {
+        let (found, most) = (tokenizer.vocab_size(), self.anchor.config(tokenizer.vocab_size()).vocab_size);
+        if found > most {
+            bail!("corpus.tokenizer: expected at most the {most} tokens of anchor.checkpoint, found {found}");
+        }
+        Ok(())
     }
 
     pub(crate) fn to_toml(&self) -> Result<String> {

@@ -123,7 +123,7 @@ fn used_leaves(tree: &ClusterTree) -> Result<Vec<ClusterPath>> {
 }
 
 /// Scored tokens a second over the run's last training process, validation and checkpoints included.
-fn training_rate(dir: &Path) -> Result<f64> {
+pub(crate) fn training_rate(dir: &Path) -> Result<f64> {
     let path = dir.join("metrics.jsonl");
     // A run that was merged of jobs has none.
     let lines = if path.exists() { train::read_metrics(&path)? } else { vec![] };

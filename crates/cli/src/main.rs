@@ -1,10 +1,12 @@
 //! `anchorage`: the command line over the whole system.
 
 mod bank;
+mod checkpoint;
 mod config;
 mod evaluate;
 mod facts;
 mod plan;
+mod posthoc;
 mod prepare;
 mod progress;
 mod query;
@@ -126,6 +128,16 @@ enum Command {
         #[command(subcommand)]
         command: bank::BankCommand,
     },
+    /// Write the anchor of a run, or of another checkpoint, as a folder that transformers loads.
+    Export {
+        /// A run, a model folder of the Hugging Face hub, or a llama2.c file.
+        from: PathBuf,
+        /// The folder to write.
+        folder: PathBuf,
+    },
+    /// Add memory to a checkpoint whose weights stay, do the same by other means with as many tokens, and measure what
+    /// each gained and what it damaged. Writes posthoc.html, and the bank to hand over.
+    Posthoc(posthoc::PosthocArgs),
     /// Serve a run over HTTP: completions with memory in the form of OpenAI's, memory by text, and a page.
     Serve(serve::ServeArgs),
     /// Serve one shard of a run's memory bank.
@@ -272,6 +284,8 @@ fn run(command: Command) -> Result<ExitCode> {
             only_reported(&args.set)?;
             query::generate(args)?;
         }
+        Command::Export { from, folder } => checkpoint::export(&from, &folder)?,
+        Command::Posthoc(args) => posthoc::posthoc(&args)?,
         Command::Serve(args) => serve::serve(args)?,
         Command::Bank { command } => bank::run(command)?,
         Command::Shard { config, shard } => {

@@ -133,10 +133,12 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<()> {
         (None, true) => Some(config.block_spec(config.tree.branching.clone())),
         (_, false) => None,
     };
-    let vocab_size = match (&corpus, &config.corpus.tokenizer) {
-        (Some(corpus), _) => corpus.vocab_size(),
-        (None, Some(path)) => Tokenizer::load(path)?.vocab_size(),
-        (None, None) => config.corpus.vocab_size,
+    let vocab_size = match &corpus {
+        Some(corpus) => corpus.vocab_size(),
+        None => match config.tokenizer()? {
+            Some(path) => Tokenizer::load(&path)?.vocab_size(),
+            None => config.corpus.vocab_size,
+        },
     };
     let traffic = match &spec {
         None => vec![],

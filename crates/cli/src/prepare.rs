@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use cluster_tree::ClusterTree;
 use corpus::{
     EmbeddingWriter, Embeddings, PackOptions, TokenStore, TokeniseOptions, Tokenizer, begin_stage,
@@ -105,13 +105,15 @@ fn tokenise(config: &Config, prepared: &Prepared) -> Result<String> {
     parts.push(serde_json::to_string(&(&c.text_key, &c.id_key, &c.label_key, c.format, c.txt_split))?);
     parts.push(format!("{:?}", (c.vocab_size, c.tokenizer_sample_mib, c.window, c.validation_permille)));
     parts.push(c.validation_files.join("\n"));
-    if let Some(path) = &c.tokenizer {
-        parts.push(Tokenizer::load(path)?.hash().to_string());
+    let given = config.tokenizer()?.map(|path| Tokenizer::load(&path)).transpose()?;
+    if let Some(tokenizer) = &given {
+        config.check_vocabulary(tokenizer)?;
+        parts.push(tokenizer.hash().to_string());
     }
     let inputs = hash_inputs(&parts);
     stage(prepared, "tokenise", &inputs, || {
-        let tokenizer = match &c.tokenizer {
-            Some(path) => Tokenizer::load(path)?,
+        let tokenizer = match given {
+            Some(tokenizer) => tokenizer,
             None => train_tokenizer(config)?,
         };
         tokenizer.save(&prepared.tokenizer())?;
@@ -156,7 +158,16 @@ fn train_tokenizer(config: &Config) -> Result<Tokenizer> {
 /// The hash of what the embeddings are made from; and the embedder, for the later stages: a named one is slow to load.
 fn embed(config: &Config, prepared: &Prepared, tokens: &str) -> Result<(String, Box<dyn Embedder>)> {
     let e = &config.embed;
-    let named = named_embedder(config)?;
+    let named = match (named_embedder(config)?, &config.tree.from) {
+        (None, Some(from)) => {
+            // That of the tree, which may be fitted on another corpus.
+            let file = from.join("embedder.safetensors");
+            let hashed = Hashed::load(&file).context("tree.from")?;
+            hashed.save(&prepared.hashed())?;
+            Some(Box::new(hashed) as Box<dyn Embedder>)
+        }
+        (named, _) => named,
+    };
     let options = e.hashed();
     let settings = match &named {
         Some(embedder) => embedder.fingerprint().to_string(),
@@ -250,6 +261,9 @@ fn cluster(
     embeddings: &str,
     embedder: &dyn Embedder,
 ) -> Result<String> {
+    if let Some(from) = &config.tree.from {
+        return given_tree(config, prepared, (&from.join("tree.safetensors"), embeddings), embedder);
+    }
     let options = config.tree.options();
     // The tree does not depend on the memory it is built in.
     let settings = kmeans::Options { host_bytes: 0, ..options.clone() };
@@ -264,6 +278,34 @@ fn cluster(
         built.tree.save(&prepared.tree())?;
         kmeans::remove_journal(&path)?;
         Ok(format!("clusters that hold windows, by level: {summary}"))
+    })?;
+    Ok(inputs)
+}
+
+/// Takes a tree that was made of other documents by the same embedder.
+fn given_tree(
+    config: &Config,
+    prepared: &Prepared,
+    (path, embeddings): (&Path, &str),
+    embedder: &dyn Embedder,
+) -> Result<String> {
+    let tree = ClusterTree::load(path).context("tree.from")?;
+    let branching: Vec<usize> = (0..tree.n_levels()).map(|level| tree.branching(level)).collect();
+    let expected = &config.tree.branching;
+    if branching != *expected {
+        bail!("tree.from: {}: expected tree.branching = {expected:?}, found {branching:?}", path.display());
+    }
+    let (expected, found) = (embedder.dim(), tree.dim());
+    if expected != found {
+        bail!(
+            "tree.from: {}: expected a tree of {expected} dimensions as the embedder has, found {found}",
+            path.display()
+        );
+    }
+    let inputs = hash_inputs(&["given tree.v1", embeddings, &tree.hash()]);
+    stage(prepared, "cluster", &inputs, || {
+        tree.save(&prepared.tree())?;
+        Ok(format!("the tree of {}", path.display()))
     })?;
     Ok(inputs)
 }

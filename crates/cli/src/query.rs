@@ -151,12 +151,22 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     if let Some(embedder) = named_embedder(config)? {
         println!("embedder: {} dimensions", embedder.dim());
     }
-    let vocab_size = match &config.corpus.tokenizer {
-        Some(path) => corpus::Tokenizer::load(path)?.vocab_size(),
+    let vocab_size = match config.tokenizer()? {
+        Some(path) => {
+            let tokenizer = corpus::Tokenizer::load(&path)?;
+            config.check_vocabulary(&tokenizer)?;
+            tokenizer.vocab_size()
+        }
         None => config.corpus.vocab_size,
     };
     let anchor = config.anchor.config(vocab_size);
-    println!("anchor: {} parameters", anchor.n_parameters());
+    match &config.anchor.checkpoint {
+        None => println!("anchor: {} parameters", anchor.n_parameters()),
+        Some(checkpoint) => {
+            let family = crate::checkpoint::describe(checkpoint)?.family;
+            println!("anchor: {} parameters of {} ({family})", anchor.n_parameters(), checkpoint.display());
+        }
+    }
     let mut pass = TrainingShape {
         micro_batch: config.train.micro_batch.min(config.train.batch_size),
         len: config.corpus.seq_len as usize,
@@ -180,7 +190,11 @@ pub(crate) fn check(config: &Config) -> Result<()> {
     println!("training: {} steps, at most {tokens} tokens", config.train.steps);
     let compute =
         Compute { precision: config.train.precision, checkpoint: config.train.checkpoint_activations };
-    let bytes = anchor.training_bytes(pass, compute);
+    let mut bytes = anchor.training_bytes(pass, compute);
+    if !config.train.phase.trains_anchor() {
+        // Neither gradients nor moments.
+        bytes.parameters /= 4;
+    }
     let mib = |bytes: u64| bytes >> 20;
     println!(
         "bytes: at most {} MiB (anchor with optimizer {}, bank {}, fetched blocks {}, activations {}, workspace {})",

@@ -93,6 +93,7 @@ impl Run {
                 anchor.config()
             );
         }
+        config.check_vocabulary(&tokenizer)?;
         let state = checkpoints.state(step)?;
         Ok(Self { dir: dir.into(), config, fingerprint, tokenizer, tree, anchor, bank: None, state })
     }

@@ -36,7 +36,15 @@ impl Tensor {
 
 /// The bytes before the data: the header's length, the header, and spaces up to the alignment.
 pub(crate) fn header(tensors: &[Tensor]) -> Vec<u8> {
+    header_with(tensors, None)
+}
+
+/// As [`header`], with a text of the file's metadata.
+pub(crate) fn header_with(tensors: &[Tensor], metadata: Option<(&str, String)>) -> Vec<u8> {
     let mut entries = Map::new();
+    if let Some((key, text)) = metadata {
+        entries.insert("__metadata__".into(), json!({ key: text }));
+    }
     let mut start = 0;
     for tensor in tensors {
         let end = start + tensor.bytes();

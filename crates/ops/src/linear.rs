@@ -78,21 +78,25 @@ pub fn affine(
     if !tape.records(&inputs) {
         return Ok(Traced::constant(y));
     }
-    let (kept, x, weight) = (x.keep(), x.place(), weight.clone());
+    // Only the gradient of the weight reads x again: a frozen one keeps nothing.
+    let (kept, x, weight) = ((!weight.is_constant()).then(|| x.keep()), x.place(), weight.clone());
     let (base, bias) = (base.map(Traced::place), bias.map(Traced::place));
     Ok(tape.record(y, move |dy, gradients| {
         {
-            let kept = kept.value()?;
-            let (x_values, w, dy) = (read(&kept)?, read(weight.value())?, read(&dy)?);
+            let (w, dy) = (read(weight.value())?, read(&dy)?);
             gradients.write(&x, |dx, into| {
                 let size = Size { m: n, n: i, k: o };
                 gemm(precision, size, (dx, i), (View::rows(&dy, o), View::rows(&w, i)), (into, Threads::All));
             })?;
-            gradients.write(&weight, |dw, into| {
-                let size = Size { m: o, n: i, k: n };
-                let operands = (View::transposed(&dy, o), View::rows(&x_values, i));
-                gemm(precision, size, (dw, i), operands, (into, Threads::All));
-            })?;
+            if let Some(kept) = &kept {
+                let kept = kept.value()?;
+                let x_values = read(&kept)?;
+                gradients.write(&weight, |dw, into| {
+                    let size = Size { m: o, n: i, k: n };
+                    let operands = (View::transposed(&dy, o), View::rows(&x_values, i));
+                    gemm(precision, size, (dw, i), operands, (into, Threads::All));
+                })?;
+            }
             if let Some(bias) = &bias {
                 gradients.write(bias, |dbias, into| sum_of_rows(&dy, (o, 0..o), dbias, into))?;
             }

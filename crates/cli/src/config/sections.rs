@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anchor::AnchorConfig;
 use anyhow::{Result, bail};
 use corpus::{Format, SourceOptions, TxtSplit};
 use memory_bank::{MemoryKind, MemoryLayers, TierOptions};
@@ -170,6 +169,10 @@ impl Default for EmbedSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct TreeSection {
+    /// A prepared corpus or a run, whose tree is taken, and whose embedder if that is hashed; without it a tree is
+    /// made of this corpus.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<PathBuf>,
     /// Children per level, coarse to fine.
     pub(crate) branching: Vec<usize>,
     pub(crate) iterations: usize,
@@ -190,6 +193,7 @@ impl Default for TreeSection {
     fn default() -> Self {
         let options = kmeans::Options::default();
         Self {
+            from: None,
             branching: options.branching,
             iterations: options.iterations,
             points_per_iteration: options.points_per_iteration,
@@ -286,60 +290,6 @@ impl RetrieveSection {
             ef_construction: self.hnsw_ef_construction,
             ef_search: self.hnsw_ef_search,
             n,
-        }
-    }
-}
-
-/// Sizes of the anchor; the vocabulary is the tokenizer's.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct AnchorSection {
-    /// A run whose last checkpoint this one begins with.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) init: Option<PathBuf>,
-    pub(crate) d_model: usize,
-    pub(crate) n_layers: usize,
-    pub(crate) n_heads: usize,
-    pub(crate) head_width: usize,
-    pub(crate) ffn_width: usize,
-    pub(crate) tied_embeddings: bool,
-    pub(crate) max_seq_len: usize,
-    pub(crate) rope_base: f64,
-    pub(crate) norm_eps: f64,
-}
-
-impl Default for AnchorSection {
-    /// The 160M anchor of arXiv 2510.02375.
-    fn default() -> Self {
-        Self {
-            init: None,
-            d_model: 512,
-            n_layers: 35,
-            n_heads: 12,
-            head_width: 32,
-            ffn_width: 2048,
-            tied_embeddings: true,
-            max_seq_len: 8192,
-            rope_base: 100_000.0,
-            norm_eps: 1e-5,
-        }
-    }
-}
-
-impl AnchorSection {
-    pub(crate) fn config(&self, vocab_size: usize) -> AnchorConfig {
-        AnchorConfig {
-            vocab_size,
-            d_model: self.d_model,
-            n_layers: self.n_layers,
-            n_heads: self.n_heads,
-            head_width: self.head_width,
-            ffn_width: self.ffn_width,
-            tied_embeddings: self.tied_embeddings,
-            max_seq_len: self.max_seq_len,
-            rope_base: self.rope_base,
-            norm_eps: self.norm_eps,
-            form: anchor::Form::default(),
         }
     }
 }

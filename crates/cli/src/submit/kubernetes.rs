@@ -21,6 +21,9 @@ pub(super) fn submit_to(args: &SubmitArgs, site: &Site) -> Result<()> {
     if let Some(init) = &config.anchor.init {
         on_volume(site, ("anchor.init", init))?;
     }
+    if let Some(checkpoint) = &config.anchor.checkpoint {
+        on_volume(site, ("anchor.checkpoint", checkpoint))?;
+    }
     refuse_secrets(&config)?;
     let name = name_of(&config.run.dir.to_string_lossy());
     let job = Job { name: &name, workers: shape.workers, shards: shape.shards, site };

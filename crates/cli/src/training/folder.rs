@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use cluster_tree::ClusterTree;
 use corpus::{Fingerprint, Tokenizer};
 
+use crate::checkpoint;
 use crate::config::Config;
 use crate::prepare::Prepared;
 use crate::run::write_whole;
@@ -31,6 +32,11 @@ pub(super) fn begin(config: &Config, prepared: &Prepared, resumed: Option<u64>) 
             .with_context(|| format!("{} goes on only with the corpus it began with", dir.display()))?;
     } else {
         copy_belongings(&prepared.dir, dir)?;
+        let checkpoint = config.anchor.checkpoint.as_deref().map(checkpoint::describe).transpose()?;
+        if let Some(template) = checkpoint.and_then(|checkpoint| checkpoint.chat_template) {
+            let bytes = fs::read(&template).with_context(|| format!("{}", template.display()))?;
+            write_whole(&dir.join("chat_template.jinja"), &bytes)?;
+        }
     }
     Ok(())
 }

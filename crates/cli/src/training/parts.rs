@@ -14,6 +14,7 @@ use memory_service::Identity;
 use train::{Attempt, Checkpoints};
 
 use super::folder::belongings;
+use crate::checkpoint;
 use crate::config::Config;
 use crate::prepare::Prepared;
 use crate::run::{device_of, hashes};
@@ -52,6 +53,7 @@ impl Assembled {
         let (tree, tokenizer) = belongings(config)?;
         let corpus = Arc::new(Corpus::open(&Prepared::of(config).dir)?);
         corpus.check_tokenizer(&tokenizer)?;
+        config.check_vocabulary(&tokenizer)?;
         let device = device_of(ranks.local_rank)?;
         let (anchor, tokens_before) = match resumed {
             Some(step) => {
@@ -123,8 +125,21 @@ pub(super) fn own_bank(
     Ok(Blocking::new(Arc::new(Bank::Local(bank)))?)
 }
 
-/// The anchor of `anchor.init` or a new one, and the tokens it was trained on.
+/// The anchor of `anchor.checkpoint`, of `anchor.init` or a new one, and the tokens it was trained on.
 fn initial_anchor(config: &Config, tokenizer: &Tokenizer, device: &Device) -> Result<(Anchor, u64)> {
+    if let Some(checkpoint) = &config.anchor.checkpoint {
+        let (anchor, tokens) = checkpoint::open(checkpoint, device)?;
+        let sizes = config.anchor.config(tokenizer.vocab_size());
+        if *anchor.config() != sizes {
+            bail!(
+                "anchor.checkpoint: {}: expected {sizes:?}, found {:?}",
+                checkpoint.display(),
+                anchor.config()
+            );
+        }
+        eprintln!("{:>18}: {}", "anchor.checkpoint", checkpoint.display());
+        return Ok((anchor, tokens));
+    }
     let Some(init) = &config.anchor.init else {
         let sizes = config.anchor.config(tokenizer.vocab_size());
         return Ok((Anchor::new(sizes, config.train.seed, (device, DType::F32))?, 0));

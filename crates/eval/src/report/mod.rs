@@ -1,14 +1,17 @@
 //! The run report: everything a run has measured, as one self-contained page.
 //!
-//! [`html`] is a pure function of a [`Report`], and [`route_study_html`] of a [`RouteStudy`]. The page holds its own style and its charts as inline SVG,
+//! [`html`] is a pure function of a [`Report`], [`route_study_html`] of a [`RouteStudy`], and [`posthoc_html`] of
+//! a [`Posthoc`]. The page holds its own style and its charts as inline SVG,
 //! asks the network for nothing, and follows the reader's light or dark setting.
 
 mod axis;
+mod card;
 mod charts;
 mod format;
 mod headline;
 mod page;
 mod palette;
+mod posthoc;
 mod routes;
 mod sections;
 mod strip;
@@ -24,7 +27,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::Rate;
 
+pub use card::{card_places, model_card};
 pub use page::html;
+pub use posthoc::{MethodRow, Posthoc, Reading, Side, posthoc_html};
 pub use routes::{MissLoss, MissedLoss, RouteStudy, RouterStudy, TextAgreement, route_study_html};
 
 /// Everything that a page shows. Written as `report.json` too, so that it can be rendered again; JSON has no

@@ -96,9 +96,55 @@ const ROUTERS: [(&str, Look<'static>); 6] = [
     ),
 ];
 
+/// What memory added to a checkpoint is compared with, in the order of tables and charts; `generic` stands between.
+const BEFORE: [(&str, Look<'static>); 2] = [
+    (
+        "before",
+        Look { class: "m-none", mark: Mark::Ring, short: "before", meaning: "the checkpoint as it was" },
+    ),
+    (
+        "memory",
+        Look {
+            class: "m-fetched",
+            mark: Mark::Disc,
+            short: "memory",
+            meaning: "the checkpoint with the blocks that a text fetches",
+        },
+    ),
+];
+const BESIDE: [(&str, Look<'static>); 3] = [
+    (
+        "lora",
+        Look {
+            class: "m-always-on",
+            mark: Mark::Square,
+            short: "LoRA",
+            meaning: "small matrices beside the checkpoint’s, the same for every text",
+        },
+    ),
+    (
+        "full",
+        Look {
+            class: "m-random",
+            mark: Mark::Triangle,
+            short: "fine-tuning",
+            meaning: "all weights of the checkpoint trained",
+        },
+    ),
+    (
+        "replay",
+        Look {
+            class: "m-ink",
+            mark: Mark::Cross,
+            short: "replay",
+            meaning: "the same with texts of before mixed in",
+        },
+    ),
+];
+
 /// Names that have a look of their own, in the order of tables and charts.
 fn all() -> impl Iterator<Item = &'static (&'static str, Look<'static>)> {
-    ROUTERS.iter().chain(&KNOWN)
+    BEFORE.iter().chain(&ROUTERS).chain(&KNOWN).chain(&BESIDE)
 }
 
 /// How the memory or router `name` is shown; one that is not known keeps its name.
@@ -119,7 +165,7 @@ pub(super) fn phrase(name: &str) -> String {
 
 /// The place of `name` in tables and charts: those not known come last.
 pub(super) fn rank(name: &str) -> usize {
-    all().position(|(known, _)| *known == name).unwrap_or(KNOWN.len() + ROUTERS.len())
+    all().position(|(known, _)| *known == name).unwrap_or(usize::MAX)
 }
 
 /// Each of `names` once, in the order of tables and charts.

@@ -6,7 +6,7 @@ use super::format::{compact, count, escape, percent, perplexity, plural, shorten
 use super::palette::rank;
 use super::strip::Strip;
 use super::tables::{Comparison, Line, memory_table, name, recall_table};
-use super::{Curve, RelationRow, Report, Sample};
+use super::{Curve, LabelRow, RelationRow, Report, Sample};
 
 /// Rows of a long table that are shown.
 const ROWS: usize = 40;
@@ -121,7 +121,12 @@ fn fetched_or_best(by_memory: &[(String, f64)]) -> f64 {
 }
 
 fn labels(report: &Report) -> Option<String> {
-    let mut rows: Vec<_> = report.labels.iter().collect();
+    label_section(&report.labels, "Perplexity by label")
+}
+
+/// Perplexity by label of the document.
+pub(super) fn label_section(labels: &[LabelRow], title: &str) -> Option<String> {
+    let mut rows: Vec<_> = labels.iter().collect();
     rows.sort_by(|a, b| b.tokens.cmp(&a.tokens).then_with(|| a.label.cmp(&b.label)));
     rows.truncate(ROWS);
     let values = rows.iter().flat_map(|row| row.by_memory.iter().map(|(_, perplexity)| *perplexity));
@@ -136,9 +141,9 @@ fn labels(report: &Report) -> Option<String> {
     };
     let about = format!(
         "Perplexity on held-out text, by label of the document; strips are logarithmic, further left is better{}",
-        left_off(report.labels.len(), "tokens")
+        left_off(labels.len(), "tokens")
     );
-    (!rows.is_empty()).then(|| section("Perplexity by label", &about, &comparison.table()))
+    (!rows.is_empty()).then(|| section(title, &about, &comparison.table()))
 }
 
 /// How a sentence about a table ends that shows `ROWS` of `n` rows, those with the most `weight`.

@@ -41,7 +41,7 @@ fn assert_text(text: &str) {
 }
 
 /// Fails if a picture is broken or holds a number that is not one.
-fn assert_sound(page: &str) {
+pub(super) fn assert_sound(page: &str) {
     for picture in pictures(page) {
         assert_well_formed(&format!("<svg{picture}</svg>"));
         let attribute = |name: &str| {

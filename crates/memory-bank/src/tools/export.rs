@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use crate::bank_store::unique;
 use crate::files::{Files, Parts};
 use crate::segment::block_bytes;
-use crate::tensor_file::{Tensor, header, io_error};
+use crate::tensor_file::{Tensor, header_with, io_error};
 use crate::{Checkpoint, Result, StoreBank};
 
 const PARTS: Parts = Parts { bytes: 8 << 20, in_flight: 4 };
@@ -40,7 +40,7 @@ pub struct Exported {
 
 /// Writes the weights of all blocks, those never updated too, into one safetensors file at `path`: a
 /// tensor `level{l}` for each level with memory, `[n_blocks + 1, …]`, … being [`crate::BlockSpec::block_shape`], the
-/// generic block last. So
+/// generic block last, and in its metadata the sizes as JSON, `spec`. So
 /// Python's `safe_open(path, "np").get_slice("level3")[i]` reads one block. The file is there once it is
 /// whole.
 pub async fn export(checkpoint: &Checkpoint, path: &Path, precision: Precision) -> Result<Exported> {
@@ -54,7 +54,8 @@ pub async fn export(checkpoint: &Checkpoint, path: &Path, precision: Precision) 
         let shape = sizes.into_iter().map(|size| size as u64).collect();
         Tensor { name: format!("level{level}"), dtype, shape }
     };
-    let start = header(&spec.levels().map(tensor).collect::<Vec<_>>());
+    let text = serde_json::to_string(spec).unwrap_or_default();
+    let start = header_with(&spec.levels().map(tensor).collect::<Vec<_>>(), Some(("spec", text)));
 
     let bank = StoreBank::new(checkpoint.clone());
     let batch = move |ids: Vec<ClusterId>| {
