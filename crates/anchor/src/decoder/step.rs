@@ -234,6 +234,9 @@ impl Decoder {
     }
 }
 
+/// Parts of blocks, and the rows that each serves.
+type Runs<'a, T> = Vec<(&'a T, Range<usize>)>;
+
 impl Rows<'_> {
     /// The most blocks of a path.
     fn n_levels(&self) -> usize {
@@ -241,8 +244,8 @@ impl Rows<'_> {
     }
 
     /// The rows of each block of a level that has what is asked for.
-    fn runs<T>(&self, level: usize, of: impl Fn(&PackedBlock) -> Option<&T>) -> Vec<(&T, Range<usize>)> {
-        let mut runs: Vec<(&T, Range<usize>)> = vec![];
+    fn runs<T>(&self, level: usize, of: impl Fn(&PackedBlock) -> Option<&T>) -> Runs<'_, T> {
+        let mut runs: Runs<T> = vec![];
         let mut last: Option<&Arc<PackedBlock>> = None;
         for (reading, memory) in self.readings.iter().zip(&self.memories) {
             let Some(block) = memory.blocks().get(level) else { continue };

@@ -242,16 +242,18 @@ impl Piece<'_> {
         let (m, r, row) = (rows.len(), weights.width, hidden_row(weights.width));
         let left = View::rows(&x[(own.start + rows.start) * d..], d);
         let first = of.first_product + rows.start * 2 * r;
-        // Both halves at once where their panels are not apart.
-        let halves = match columns.len() == r {
-            true => vec![0..2 * r],
-            false => vec![columns.clone(), r + columns.start..r + columns.end],
-        };
-        for part in halves {
+        let product = |part: Range<usize>| {
             let from = weights.before(part.start);
             let to = Output { to: products, offset: first + part.start, row: 2 * r, from };
             // SAFETY: the caller's promise; rows and columns are the run's.
             unsafe { multiply((m, left), weights.w_in.all().columns(part), to) }
+        };
+        // Both halves at once where their panels are not apart.
+        if columns.len() == r {
+            product(0..2 * r);
+        } else {
+            product(columns.clone());
+            product(r + columns.start..r + columns.end);
         }
         for i in 0..m {
             let (at, to) =
