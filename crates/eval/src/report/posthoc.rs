@@ -322,7 +322,10 @@ mod tests {
         assert_sound(&page);
         assert!(page.contains("Memory took the perplexity of a &lt;book&gt; from 40.00 to 40.00"), "{page}");
         let place = |text: &str| page.find(text).unwrap();
-        assert!(place("the checkpoint as it was<") < place("the blocks that a text fetches"));
+        // Charts tell of methods too.
+        let table = &page[place("What was learned")..];
+        let row = |text: &str| table.find(text).unwrap();
+        assert!(row("the checkpoint as it was<") < row("the blocks that a text fetches"));
         assert!(
             page.contains("Gain and damage") && page.contains("By frequency") && page.contains("us-history")
         );
