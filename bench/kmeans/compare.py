@@ -5,7 +5,6 @@ import glob
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,9 @@ import hnswlib
 import numpy as np
 from sklearn.cluster import KMeans
 from tokenizers import Tokenizer
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import machine  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DIM, ITERATIONS = 384, 20
@@ -378,12 +380,6 @@ def main():
 def versions():
     names = ("faiss-cpu", "scikit-learn", "hnswlib", "sentence-transformers", "torch")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 main()

@@ -5,12 +5,13 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import Program, chosen, machine, table  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PARTS = ("step", "checkpoint", "bf16")
@@ -56,42 +57,16 @@ PEERS = {
 }
 
 
-class Program:
-    """A program that answers each line by a line of JSON, after a first one. It ends when its input does."""
+class Side(Program):
+    """A side, which tells what it is and then answers each line by a step."""
 
     def __init__(self, command, threads):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.command = [str(part) for part in command]
-        self.process = subprocess.Popen(
-            self.command, **pipes, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-        )
-        self.first = self.line()
+        super().__init__(*command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        self.first = self.answer()
         self.steps = []
 
-    def line(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended with {self.process.wait()}")
-        return json.loads(line)
-
     def step(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self.line())
-        return self.steps[-1]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+        self.steps.append(self.ask())
 
     def seconds(self):
         # The first round warms up.
@@ -137,7 +112,7 @@ def compare(folder, args):
         programs = {}
         for name in dict.fromkeys(names):
             command = [*ours, *widths, *OURS[name]] if name in OURS else [*peer, *PEERS[name]]
-            programs[name] = stack.enter_context(Program(command, args.threads))
+            programs[name] = stack.enter_context(Side(command, args.threads))
         for i in range(args.rounds + 1):
             for program in programs.values():
                 # The other side's threads spin for some milliseconds before they sleep.
@@ -174,19 +149,8 @@ def tell(programs, found, args):
             f"of them libraries; {first['trained'] / 1e6:.2f}M trained{fetched}, {first['frozen'] / 1e6:.2f}M frozen, "
             f"first loss {first['first_loss']:.5f}"
         )
-    rows = {}
-    for key, target in ROWS.items():
-        if key not in found:
-            continue
-        value = found[key]
-        rows[key] = row = {"value": round(value, 6)}
-        if target is not None:
-            row.update(target=target, ok=bool(value <= target))
-        told = f"   target <= {target}   {'ok' if row['ok'] else 'missed'}" if target is not None else ""
-        print(f"  {key:<42} {value:10.5f}{told}")
-    missed = [key for key, row in rows.items() if row.get("ok") is False]
-    print(f"  {len(rows)} rows, {len(missed)} missed: {', '.join(missed)}")
-    return rows
+    targets = {key: (target, "<=") for key, target in ROWS.items()}
+    return table(targets, {key: [value] for key, value in found.items()})
 
 
 def main():
@@ -200,9 +164,7 @@ def main():
     parser.add_argument("--folder", help="where the model is made, or was made before")
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 15)
-    args.parts = args.only.split(",")
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"--only {','.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
+    args.parts = chosen(parser, args.only, PARTS)
     with contextlib.ExitStack() as stack:
         folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
         if not os.path.exists(os.path.join(folder, "config.json")):
@@ -221,12 +183,6 @@ def main():
 def versions():
     names = ("torch", "transformers", "peft")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 main()

@@ -5,14 +5,14 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
-import server
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import Bench, Program, chosen, machine, table  # noqa: E402
+import server  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PARTS = ("decode", "server", "cold", "overload")
@@ -40,47 +40,7 @@ OURS = ("none", "different-int8", "different-bf16", "different-f32", "shared-int
 PEERS = ("none", "different", "transformers")
 
 
-class Program:
-    """A program that answers lines by lines of JSON. It ends when its input does, and is killed if it does not."""
-
-    def __init__(self, *command):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.command = [str(part) for part in command]
-        self.process = subprocess.Popen(self.command, **pipes)
-
-    def ask(self, *words):
-        self.process.stdin.write(" ".join(str(word) for word in words) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
-class Bench:
-    def __init__(self, args):
-        self.args = args
-        self.figures, self.failed, self.told = {}, {}, []
-
-    def say(self, text):
-        print(text, file=sys.stderr, flush=True)
-
-    def note(self, key, value):
-        self.figures.setdefault(key, []).append(value)
-
+class Serve(Bench):
     def program(self, name):
         return os.path.join(self.args.target, name)
 
@@ -148,59 +108,26 @@ def main():
     parser.add_argument("--folder", help="where the served run is made, or was made before")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 5)
-    parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only {','.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
-    bench = Bench(args)
+    parts = chosen(parser, args.only, PARTS)
+    bench = Serve(args)
     with contextlib.ExitStack() as stack:
         args.folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
-        for part in parts:
-            start = time.monotonic()
-            try:
-                getattr(bench, part)()
-            except (RuntimeError, OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
-                bench.failed[part] = f"{type(error).__name__}: {error}"
-                bench.say(f"{part} failed: {bench.failed[part]}")
-            bench.say(f"{part}: {time.monotonic() - start:.0f} s")
-    rows = tell(bench, parts)
+        bench.run(parts)
+    rows = tell(bench)
     if args.json:
         about = {"machine": machine(), "versions": versions(), "rounds": args.rounds, "quick": args.quick}
         print(json.dumps({**about, "failed": bench.failed, **rows}))
     sys.exit(1 if bench.failed else 0)
 
 
-def tell(bench, parts):
+def tell(bench):
     print(f"\n{versions()}\n{bench.args.rounds} rounds, {machine()}")
     print("\n".join(bench.told))
-    rows = {}
-    for key, (target, sense) in ROWS.items():
-        if key not in bench.figures:
-            continue
-        # Of what must not happen at all, the worst round counts.
-        worst = key.endswith(("_errors", "_error"))
-        value = (max if worst else statistics.median)(bench.figures[key])
-        rows[key] = row = {"value": round(value, 6)}
-        if target is not None:
-            good = {"<=": value <= target, ">=": value >= target, "==": value == target}[sense]
-            row.update(target=target, ok=bool(good))
-        told = f"   target {sense} {target}   {'ok' if row['ok'] else 'missed'}" if target is not None else ""
-        print(f"  {key:<30} {value:10.4f}{told}")
-    for part in parts:
-        if part in bench.failed:
-            print(f"  {part:<30} failed: {bench.failed[part]}")
-    missed = [key for key, row in rows.items() if row.get("ok") is False]
-    print(f"  {len(rows)} rows, {len(missed)} missed: {', '.join(missed)}")
-    return rows
+    return table(ROWS, bench.figures, worst=("_errors", "_error"), failed=bench.failed)
 
 
 def versions():
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 main()

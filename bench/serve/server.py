@@ -9,6 +9,8 @@ import statistics
 import subprocess
 import time
 
+from common import forget
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOKENS = 40
 
@@ -142,16 +144,6 @@ def requests(bench):
             bench.note("memory_overhead", statistics.median(seconds["auto"]) / statistics.median(seconds["off"]))
     bench.told.append(f"  server: {TOKENS} tokens {1e3 * statistics.median(seconds['auto']):.0f} ms with memory, "
                       f"{1e3 * statistics.median(seconds['off']):.0f} ms without")
-
-
-def forget(folder):
-    """Has the system drop its cached pages of the files."""
-    os.sync()
-    for path, _, names in os.walk(folder):
-        for name in names:
-            handle = os.open(os.path.join(path, name), os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 def cold(bench):

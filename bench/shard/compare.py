@@ -5,12 +5,14 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import Bench, Program, chosen, forget, machine, table  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PARTS = ("fetch", "push", "wire", "memory", "save", "first", "overload")
@@ -82,45 +84,7 @@ ROWS = {
 }
 
 
-class Program:
-    """A program that answers lines by lines of JSON. It ends when its input does, and is killed if it does not."""
-
-    def __init__(self, *command):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.command = [str(part) for part in command]
-        self.process = subprocess.Popen(self.command, **pipes)
-        self.pid = self.process.pid
-
-    def answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(self.command)} ended with {self.process.wait()}")
-        return json.loads(line)
-
-    def ask(self, *words):
-        self.process.stdin.write(" ".join(str(word) for word in words) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(3)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
-class Bench:
-    def __init__(self, args):
-        self.args = args
-        self.figures, self.failed, self.told = {}, {}, []
-
+class Shard(Bench):
     def load(self, what, widths, branchings, *rest):
         """Our side, of a bank of these levels."""
         sizes = [",".join(str(number) for number in numbers) for numbers in (widths, branchings)]
@@ -128,14 +92,6 @@ class Bench:
 
     def python(self, script, *rest):
         return Program(sys.executable, os.path.join(HERE, script), *rest)
-
-    def say(self, text):
-        print(text, file=sys.stderr, flush=True)
-
-    def note(self, key, value):
-        self.figures.setdefault(key, []).append(value)
-
-    # Blocks over loopback.
 
     def fetch(self):
         widths, branching = list(WIDTHS.values()), [N_BLOCKS, 1, 1, 1]
@@ -364,15 +320,6 @@ def wait_for(port):
     raise RuntimeError(f"nothing listens on port {port}")
 
 
-def forget(folder):
-    """Has the system drop its cached pages of the files."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            handle = os.open(os.path.join(path, name), os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--load", required=True, help="our side")
@@ -386,61 +333,27 @@ def main():
     args.rounds = args.rounds or (1 if args.quick else 5)
     args.seconds = args.seconds or (0.3 if args.quick else 1.0)
     args.parameters = 4_000_000 if args.quick else 64_000_000
-    parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only {','.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
-    bench = Bench(args)
-    for part in parts:
-        start = time.monotonic()
-        try:
-            getattr(bench, part)()
-        except (RuntimeError, OSError, KeyError, ValueError) as error:
-            bench.failed[part] = f"{type(error).__name__}: {error}"
-            bench.say(f"{part} failed: {bench.failed[part]}")
-        bench.say(f"{part}: {time.monotonic() - start:.0f} s")
-    rows = tell(bench, parts)
+    bench = Shard(args)
+    bench.run(chosen(parser, args.only, PARTS))
+    rows = tell(bench)
     if args.json:
         about = {"machine": machine(), "versions": versions(), "rounds": args.rounds, "quick": args.quick}
         print(json.dumps({**about, "failed": bench.failed, **rows}))
     sys.exit(1 if bench.failed else 0)
 
 
-def tell(bench, parts):
+def tell(bench):
     print(f"\n{versions()}\n{bench.args.rounds} rounds of {bench.args.seconds} s, {machine()}")
     print("  grpcio: bytes as they are, a process for each client; its server is one interpreter, so one core at most")
     print("\n".join(bench.told))
     targets = {key: row[:2] for key, _, row in fetch_rows()} | ROWS
-    rows = {}
-    for key, (target, sense) in targets.items():
-        if key not in bench.figures:
-            continue
-        # Of what must not happen at all, the worst round counts.
-        worst = key.endswith(("_health_ms", "_errors"))
-        value = (max if worst else statistics.median)(bench.figures[key])
-        rows[key] = row = {"value": round(value, 6)}
-        if target is not None:
-            good = {"<=": value <= target, ">=": value >= target, "==": value == target}[sense]
-            row.update(target=target, ok=bool(good))
-        told = f"   target {sense} {target}   {'ok' if row['ok'] else 'missed'}" if target is not None else ""
-        print(f"  {key:<30} {value:10.4f}{told}")
-    for part in parts:
-        if part in bench.failed:
-            print(f"  {part:<30} failed: {bench.failed[part]}")
-    missed = [key for key, row in rows.items() if row.get("ok") is False]
-    print(f"  {len(rows)} rows, {len(missed)} missed: {', '.join(missed)}")
-    return rows
+    return table(targets, bench.figures, worst=("_health_ms", "_errors"), failed=bench.failed)
 
 
 def versions():
     redis = subprocess.run(["redis-server", "--version"], capture_output=True, text=True, check=True).stdout.split("v=")[1]
     names = ("torch", "grpcio", "safetensors")
     return ", ".join([*(f"{name} {importlib.metadata.version(name)}" for name in names), f"redis {redis.split()[0]}"])
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 main()

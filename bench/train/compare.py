@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import machine  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -164,12 +166,6 @@ def equal_losses(commands, args):
         run([*commands[name], "--steps", str(args.loss_steps)], args)["losses"] for name in ("ours", "eager")
     )
     return max(abs(a / b - 1) for a, b in zip(ours, theirs))
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 main()
