@@ -21,6 +21,7 @@ mod init;
 pub mod llama2c;
 mod memory;
 mod model;
+mod weights;
 
 pub use bytes::{TrainingBytes, TrainingShape};
 pub use cache::KvCache;

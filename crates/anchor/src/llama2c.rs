@@ -1,6 +1,8 @@
 //! Checkpoints of llama2.c in its first format: seven integers, then f32 numbers kind by kind, layer after layer.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -10,19 +12,27 @@ use crate::{Anchor, AnchorConfig, Error, Form, QkNorm, Result};
 /// Integers of the header: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len.
 const HEADER: usize = 7;
 
-/// Reads a checkpoint. The format has no tokenizer, no base of the rotation and no eps: these are 10,000 and 1e-5.
+/// What a checkpoint is, by its header alone. The format has no base of the rotation and no eps: these are 10,000 and
+/// 1e-5.
 ///
 /// # Errors
-/// When the file has not the length that its header asks for; names both.
+/// When the file has no header, or one of no model.
+pub fn describe(path: &Path) -> Result<AnchorConfig> {
+    let error = |e: std::io::Error| Error::File { path: path.into(), problem: e.to_string() };
+    let mut header = vec![];
+    File::open(path).map_err(error)?.take(HEADER as u64 * 4).read_to_end(&mut header).map_err(error)?;
+    parse(path, &header)
+}
+
+/// Reads a checkpoint, which has no tokenizer. The rest is as [`describe`] has it.
+///
+/// # Errors
+/// As [`describe`], and when the file has not the length that its header asks for; names both.
 pub fn read(path: &Path, (device, dtype): (&Device, DType)) -> Result<Anchor> {
     let error = |problem: String| Error::File { path: path.into(), problem };
     let bytes = std::fs::read(path).map_err(|e| error(e.to_string()))?;
+    let config = parse(path, &bytes)?;
     let (words, _) = bytes.as_chunks::<4>();
-    let Some(header) = words.first_chunk::<HEADER>() else {
-        return Err(error(format!("expected {HEADER} integers, found {} bytes", bytes.len())));
-    };
-    let config = config(header.map(i32::from_le_bytes)).map_err(&error)?;
-    config.check()?;
     let kinds = kinds(&config);
     // Between the final norm and the output lie tables of the rotation.
     let tables = config.max_seq_len * config.head_width;
@@ -58,6 +68,17 @@ pub fn read(path: &Path, (device, dtype): (&Device, DType)) -> Result<Anchor> {
         parameters.insert(name, Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?);
     }
     Ok(Anchor::from_parameters(config, parameters))
+}
+
+/// The configuration that the first bytes of a file tell.
+fn parse(path: &Path, bytes: &[u8]) -> Result<AnchorConfig> {
+    let error = |problem: String| Error::File { path: path.into(), problem };
+    let Some(header) = bytes.as_chunks::<4>().0.first_chunk::<HEADER>() else {
+        return Err(error(format!("expected {HEADER} integers, found {} bytes", bytes.len())));
+    };
+    let config = config(header.map(i32::from_le_bytes)).map_err(error)?;
+    config.check()?;
+    Ok(config)
 }
 
 fn config(header: [i32; HEADER]) -> std::result::Result<AnchorConfig, String> {

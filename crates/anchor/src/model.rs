@@ -9,7 +9,8 @@ use ops::{
 };
 
 use crate::memory::LayerMemory;
-use crate::{AnchorConfig, AttentionBias, Error, FetchedMemory, KvCache, LayerShape, QkNorm, Result, init};
+use crate::weights::{Layer, Projection, Rotations, Weights};
+use crate::{AnchorConfig, Error, FetchedMemory, KvCache, LayerShape, Result, init};
 
 /// A batch of token ids, row-major [B, T].
 #[derive(Clone, Copy, Debug)]
@@ -44,95 +45,6 @@ pub struct Anchor {
     parameters: BTreeMap<String, Tensor>,
     weights: Weights,
     rope: Rotations,
-}
-
-/// The rotations of all layers and of local ones, which may be the same.
-#[derive(Clone)]
-pub(crate) struct Rotations {
-    all: RopeTable,
-    local: RopeTable,
-}
-
-impl Rotations {
-    pub(crate) fn of(config: &AnchorConfig) -> Self {
-        let (n, width, rotation) = (config.max_seq_len, config.head_width, config.form.rope);
-        let all = rotation.table(n, width, config.rope_base);
-        let local = match config.form.local.as_ref().and_then(|local| local.rope_base) {
-            Some(base) => {
-                crate::Rotation { single: rotation.single, ..Default::default() }.table(n, width, base)
-            }
-            None => all.clone(),
-        };
-        Self { all, local }
-    }
-
-    pub(crate) fn of_layer(&self, layer: LayerShape) -> &RopeTable {
-        if layer.window.is_some() { &self.local } else { &self.all }
-    }
-}
-
-/// The parameters again, by use; their slots are their places in the order of names.
-struct Weights {
-    token_embedding: Traced, // [V, D]
-    layers: Vec<Layer>,
-    final_norm: Traced,     // [D]
-    output: Option<Traced>, // [V, D], none when tied
-}
-
-#[derive(Clone)]
-struct Layer {
-    shape: LayerShape,
-    attention_norm: Traced,              // [D]
-    query: Projection,                   // [H·K, D]
-    key: Projection,                     // [G·K, D]
-    value: Projection,                   // [G·K, D]
-    query_norm: Option<Traced>,          // [H·K] or [K]
-    key_norm: Option<Traced>,            // [G·K] or [K]
-    attention_output: Projection,        // [D, H·K]
-    attention_post_norm: Option<Traced>, // [D]
-    ffn_norm: Traced,                    // [D]
-    ffn: Traced,                         // [3, F, D]
-    ffn_inner_bias: Option<Traced>,      // [2·F]
-    ffn_outer_bias: Option<Traced>,      // [D]
-    ffn_post_norm: Option<Traced>,       // [D]
-}
-
-/// A matrix, and its bias if it has one.
-#[derive(Clone)]
-struct Projection {
-    weight: Traced,
-    bias: Option<Traced>,
-}
-
-impl Projection {
-    fn apply(&self, tape: &mut Tape, base: Option<&Traced>, x: &Traced) -> candle_core::Result<Traced> {
-        ops::affine(tape, base, x, &self.weight, self.bias.as_ref())
-    }
-
-    fn traced(&self) -> impl Iterator<Item = &Traced> {
-        [&self.weight].into_iter().chain(&self.bias)
-    }
-}
-
-impl Layer {
-    /// All of its weights.
-    fn traced(&self) -> impl Iterator<Item = &Traced> {
-        let Self { attention_norm, query, key, value, attention_output, ffn_norm, ffn, .. } = self;
-        let projections = [query, key, value, attention_output];
-        let optional = [
-            &self.query_norm,
-            &self.key_norm,
-            &self.attention_post_norm,
-            &self.ffn_inner_bias,
-            &self.ffn_outer_bias,
-            &self.ffn_post_norm,
-        ];
-        let always = [attention_norm, ffn_norm, ffn];
-        always
-            .into_iter()
-            .chain(projections.into_iter().flat_map(Projection::traced))
-            .chain(optional.into_iter().flatten())
-    }
 }
 
 /// What every block of one pass needs beside its weights and the memory.
@@ -496,48 +408,4 @@ pub(crate) fn scoring(config: &AnchorConfig) -> Scoring {
 pub(crate) fn kv_memory_shape(config: &AnchorConfig, layer: LayerShape) -> KvMemoryShape {
     let LayerShape { heads, kv_heads, head_width, .. } = layer;
     KvMemoryShape { heads, kv_heads, head_width, scale: scoring(config).factor(head_width) }
-}
-
-impl Weights {
-    fn of(
-        config: &AnchorConfig,
-        parameters: &BTreeMap<String, Tensor>,
-        traced: impl Fn(usize, Tensor) -> Traced,
-    ) -> Self {
-        let slots: BTreeMap<&str, usize> = parameters.keys().map(String::as_str).zip(0..).collect();
-        let get = |name: &str| traced(slots[name], parameters[name].clone());
-        let form = &config.form;
-        let layer = |i: usize| {
-            let get = |name: &str| get(&format!("layers.{i}.{name}"));
-            let maybe = |there: bool, name: &str| there.then(|| get(name));
-            let projection = |name: &str, biased: bool| Projection {
-                weight: get(name),
-                bias: maybe(biased, &format!("{name}_bias")),
-            };
-            let biased = form.attention.bias != AttentionBias::None;
-            let normed = form.attention.qk_norm != QkNorm::None;
-            Layer {
-                shape: config.layer(i),
-                attention_norm: get("attention_norm"),
-                query: projection("query", biased),
-                key: projection("key", biased),
-                value: projection("value", biased),
-                query_norm: maybe(normed, "query_norm"),
-                key_norm: maybe(normed, "key_norm"),
-                attention_output: projection("attention_output", form.attention.bias == AttentionBias::All),
-                attention_post_norm: maybe(form.post_norms, "attention_post_norm"),
-                ffn_norm: get("ffn_norm"),
-                ffn: get("ffn"),
-                ffn_inner_bias: maybe(form.ffn_bias, "ffn_inner_bias"),
-                ffn_outer_bias: maybe(form.ffn_bias, "ffn_outer_bias"),
-                ffn_post_norm: maybe(form.post_norms, "ffn_post_norm"),
-            }
-        };
-        Self {
-            token_embedding: get("token_embedding"),
-            layers: (0..config.n_layers).map(layer).collect(),
-            final_norm: get("final_norm"),
-            output: (!config.tied_embeddings).then(|| get("output")),
-        }
-    }
 }

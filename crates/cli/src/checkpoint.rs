@@ -76,11 +76,10 @@ pub(crate) fn describe(path: &Path) -> Result<About> {
             Ok(About { config, tokenizer: Some(file), chat_template, family: "a run".into(), tokens })
         }
         Kind::Llama2c => {
-            let anchor = llama2c::read(path, (&Device::Cpu, DType::F32)).with_context(context)?;
+            let config = llama2c::describe(path).with_context(context)?;
             // Its tokenizer is another file, whose tokens 1 and 2 begin and end a text.
             let tokens = SpecialTokens { bos: Some(1), eos: vec![2], pad: None };
-            let (config, family) = (anchor.config().clone(), "llama2.c".into());
-            Ok(About { config, tokenizer: None, chat_template: None, family, tokens })
+            Ok(About { config, tokenizer: None, chat_template: None, family: "llama2.c".into(), tokens })
         }
     }
 }
@@ -106,7 +105,7 @@ pub(crate) fn open(path: &Path, device: &Device) -> Result<(Anchor, u64)> {
 pub(crate) fn export(from: &Path, folder: &Path) -> Result<()> {
     let about = describe(from)?;
     let (anchor, _) = open(from, &Device::Cpu)?;
-    if from.join("config.toml").exists()
+    if matches!(kind(from)?, Kind::Run)
         && Config::load(&from.join("config.toml"), &[])?.train.phase.has_memory()
     {
         eprintln!("note: this is the anchor alone; `anchorage bank export` writes its memory");

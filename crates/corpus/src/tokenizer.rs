@@ -79,12 +79,13 @@ impl Tokenizer {
         inner.add_special_tokens([AddedToken::from(spelling, true)]).map_err(|e| failed(&name, e))?;
         inner.set_encode_special_tokens(true);
         // The highest id counts, not the number of entries: files with holes in their ids exist.
-        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        let vocab = inner.get_vocab(true);
+        let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
         let hash = hex(&Sha256::digest(&json));
         let is_whole =
             |model: &ModelWrapper| matches!(model, ModelWrapper::BPE(bpe) if bpe.get_unk_token().is_none());
         let keeps_all = inner.get_normalizer().is_none() && is_whole(inner.get_model());
-        let longest = keeps_all.then(|| inner.get_vocab(true).into_keys().map(|token| token.len()).max());
+        let longest = keeps_all.then(|| vocab.keys().map(String::len).max());
         Ok(Self { inner, json, hash, eot, vocab_size, longest: longest.flatten() })
     }
 

@@ -15,7 +15,7 @@ pub use memory::{PackedBlock, PathMemory};
 pub use ops::decode::{KvPages, SequenceCache};
 pub use step::{Logits, Scores, Segment};
 
-use crate::model::Rotations;
+use crate::weights::Rotations;
 use crate::{Anchor, AnchorConfig, Error, LayerShape, Result};
 
 /// How a decoder is made.

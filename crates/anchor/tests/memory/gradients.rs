@@ -8,9 +8,6 @@ use memory_bank::Block;
 
 use crate::fixtures::*;
 
-/// Half the distance of a finite difference: exact in f32, and small enough for an error of 1e-7.
-const STEP: f32 = 1.0 / 4096.0;
-
 #[test]
 fn block_gradients_are_those_of_finite_differences() {
     let (spec, batch) = (spec([4, 2]), Batch::random(4, 5, 6));
@@ -25,20 +22,7 @@ fn block_gradients_are_those_of_finite_differences() {
     };
     for (i, gradient) in gradients.iter().enumerate() {
         // 13 is coprime to the sizes, so the sample meets every matrix of every layer.
-        let sample: Vec<usize> = (0..gradient.values.len()).step_by(13).collect();
-        let difference = |&position: &usize| {
-            let mut moved = blocks.clone();
-            let value = blocks[i].values[position];
-            let mut at = |x: f32| {
-                moved[i].values[position] = x;
-                (loss(&moved), f64::from(x))
-            };
-            let ((high, x_high), (low, x_low)) = (at(value + STEP), at(value - STEP));
-            ((high - low) / (x_high - x_low)) as f32
-        };
-        let expected: Vec<f32> = sample.iter().map(difference).collect();
-        let found: Vec<f32> = sample.iter().map(|&position| gradient.values[position]).collect();
-        let error = relative_error(&found, &expected);
+        let error = difference_error((&blocks, i), gradient, 13, loss);
         assert!(error < 1e-4, "{}: {error}", gradient.id);
     }
 }

@@ -11,9 +11,6 @@ use crate::decoder::{decode, path_memories};
 use crate::fixtures::*;
 use crate::forms::anchor_of;
 
-/// Half the distance of a finite difference: exact in f32, and small enough for an error of 1e-7.
-const STEP: f32 = 1.0 / 4096.0;
-
 /// Three layers of the native form, and with shared keys, norms of heads and after, biases and windows; and of
 /// different sizes without any norm of queries.
 fn configs() -> Vec<AnchorConfig> {
@@ -140,20 +137,7 @@ fn gradients_of_every_kind_are_those_of_finite_differences() {
             };
             for (i, gradient) in gradients.iter().enumerate().step_by(2) {
                 let step = gradient.values.len().div_ceil(12) | 1;
-                let sample: Vec<usize> = (0..gradient.values.len()).step_by(step).collect();
-                let difference = |&position: &usize| {
-                    let mut moved = blocks.clone();
-                    let value = blocks[i].values[position];
-                    let mut at = |x: f32| {
-                        moved[i].values[position] = x;
-                        (loss(&moved), f64::from(x))
-                    };
-                    let ((high, x_high), (low, x_low)) = (at(value + STEP), at(value - STEP));
-                    ((high - low) / (x_high - x_low)) as f32
-                };
-                let expected: Vec<f32> = sample.iter().map(difference).collect();
-                let found: Vec<f32> = sample.iter().map(|&position| gradient.values[position]).collect();
-                let error = relative_error(&found, &expected);
+                let error = difference_error((&blocks, i), gradient, step, loss);
                 assert!(error < 1e-3, "{}: {}: {error}", name(&spec), gradient.id);
             }
         }

@@ -5,15 +5,13 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use eval::report::{MethodRow, Posthoc, Side, model_card};
+use eval::report::{MethodRow, Posthoc, Side, count, model_card};
 use eval::{N_BUCKETS, Rate};
 use memory_bank::{BlockSpec, Checkpoint, LoraOn, MemoryKind, MemoryLayers, Precision};
 use retrieve::{Exact, Query, Router};
-use sha2::{Digest, Sha256};
-use train::Checkpoints;
 
 use super::measure::Asked;
-use super::report::{BEFORE, grouped};
+use super::report::BEFORE;
 use crate::checkpoint;
 use crate::config::{Config, EmbedKind, PosthocSection};
 use crate::routing;
@@ -114,19 +112,17 @@ fn of_base(config: &Config, run: &Run, put: &mut impl FnMut(&str, String)) -> Re
     put("base_model", path.display().to_string());
     let family = checkpoint::describe(path)?.family;
     put("architecture", format!("{family}, {} layers of {}", sizes.n_layers, sizes.d_model));
-    put("n_anchor", grouped(sizes.n_parameters()));
-    let file = Checkpoints::of(&run.dir).dir(run.state.step).join("anchor.safetensors");
-    let bytes = fs::read(&file).with_context(|| format!("{}", file.display()))?;
-    put("anchor_hash", Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect());
+    put("n_anchor", count(sizes.n_parameters()));
+    put("anchor_hash", run.anchor.sha256()?);
     Ok(())
 }
 
 fn of_memory(run: &Run, put: &mut impl FnMut(&str, String)) -> Result<()> {
     let spec = run.identity().spec;
     put("kind", spec.kind.name().into());
-    put("n_bank", grouped(spec.bank_len()));
-    put("n_blocks", grouped(spec.levels().map(|level| spec.n_blocks(level) as u64).sum()));
-    put("n_fetch", grouped(spec.fetch_len()));
+    put("n_bank", count(spec.bank_len()));
+    put("n_blocks", count(spec.levels().map(|level| spec.n_blocks(level) as u64).sum()));
+    put("n_fetch", count(spec.fetch_len()));
     let share = spec.fetch_len() as f64 / run.anchor.config().n_parameters() as f64;
     put("fetch_share", format!("{:.1} %", share * 100.0));
     let (place, layers) = place(&spec);
@@ -138,7 +134,7 @@ fn of_memory(run: &Run, put: &mut impl FnMut(&str, String)) -> Result<()> {
     let tree = &run.tree;
     put("n_levels", tree.n_levels().to_string());
     let used = tree.counts(tree.n_levels() - 1).iter().filter(|&&n| n > 0).count();
-    put("n_leaves", grouped(used as u64));
+    put("n_leaves", count(used as u64));
     let embed = &run.config.embed;
     let path = embed.path.as_ref().map_or(String::new(), |path| path.display().to_string());
     put(
@@ -177,9 +173,9 @@ fn of_training(
     put: &mut impl FnMut(&str, String),
 ) -> Result<()> {
     let train = &run.config.train;
-    put("n_tokens", grouped(run.state.tokens_seen));
-    put("n_steps", grouped(train.steps));
-    put("batch_tokens", grouped(train.batch_size as u64 * u64::from(config.corpus.seq_len)));
+    put("n_tokens", count(run.state.tokens_seen));
+    put("n_steps", count(train.steps));
+    put("batch_tokens", count(train.batch_size as u64 * u64::from(config.corpus.seq_len)));
     let rate = train.memory_learning_rate;
     put("optimizer", format!("lazy AdamW, {rate:e} to {:e}", rate * train.final_share));
     put("seed", train.seed.to_string());
@@ -191,7 +187,7 @@ fn of_training(
     let corpus = run.corpus()?;
     put(
         "data",
-        format!("{} tokens a pass of {}", grouped(corpus.n_train_tokens()), config.corpus.files.join(", ")),
+        format!("{} tokens a pass of {}", count(corpus.n_train_tokens()), config.corpus.files.join(", ")),
     );
     Ok(())
 }
@@ -217,8 +213,8 @@ fn of_results(asked: &Asked, study: &Posthoc, put: &mut impl FnMut(&str, String)
     };
     put("learned_ppl", ppl(|row| &row.learned));
     put("other_ppl", ppl(|row| &row.kept));
-    put("n_gain", grouped(asked.learned.corpus.n_validation()));
-    put("n_questions", grouped(asked.learned.questions.len() as u64));
+    put("n_gain", count(asked.learned.corpus.n_validation()));
+    put("n_questions", count(asked.learned.questions.len() as u64));
     let names = [(BEFORE, "base model"), ("generic", "generic memory"), ("memory", "fetched memory")];
     let with = |rate: Option<Rate>, format: &dyn Fn(f64) -> String| match rate {
         Some(Rate { mean, low, high, .. }) => {
@@ -259,7 +255,7 @@ fn of_results(asked: &Asked, study: &Posthoc, put: &mut impl FnMut(&str, String)
         let Some((row, reading)) = row(study, method).and_then(|row| Some((row, row.reading()?))) else {
             continue;
         };
-        let (trained, gain, damage) = (grouped(row.trained), signed(reading.gain), signed(reading.damage));
+        let (trained, gain, damage) = (count(row.trained), signed(reading.gain), signed(reading.damage));
         lines.push(format!("| {name} | {trained} | {gain} | {damage} |"));
     }
     put("comparison_table", lines.join("\n"));

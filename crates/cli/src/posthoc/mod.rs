@@ -41,8 +41,8 @@ pub(crate) struct Seed {
     pub(crate) methods: Vec<(Method, Measured)>,
 }
 
-/// Trains every method with every seed, measures all, and writes what was found; what is there already is not
-/// done again.
+/// Trains every method with every seed, measures all, and writes what was found. What is trained already is not
+/// trained again.
 pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
     let config = Config::load(&args.config.config, &args.config.set)?;
     let Some(section) = &config.posthoc else {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
-use eval::report::{LabelRow, MethodRow, Posthoc, RecallRow, Side, card_places};
+use eval::report::{LabelRow, MethodRow, Posthoc, RecallRow, Side, card_places, count};
 use eval::{Answer, HeldOut, N_BUCKETS, Question, Rate, TokenSum, bootstrap_mean};
 use memory_bank::BlockStore;
 
@@ -174,13 +174,13 @@ fn summary(config: &Config, run: &Run, asked: &Asked, seeds: &[Seed]) -> Vec<(St
         config.anchor.checkpoint.as_ref().map_or(String::new(), |path| path.display().to_string());
     let mut facts = vec![
         ("checkpoint".to_string(), checkpoint),
-        ("its parameters".into(), grouped(run.anchor.config().n_parameters())),
+        ("its parameters".into(), count(run.anchor.config().n_parameters())),
     ];
     if let Some(bank) = &run.bank {
         let spec = bank.store().spec();
         facts.push(("memory".into(), format!("{}, layers {}", spec.kind.name(), spec.layers)));
-        facts.push(("fetched a text".into(), format!("{} parameters", grouped(spec.fetch_len()))));
-        facts.push(("memory bank".into(), format!("{} parameters", grouped(spec.bank_len()))));
+        facts.push(("fetched a text".into(), format!("{} parameters", count(spec.fetch_len()))));
+        facts.push(("memory bank".into(), format!("{} parameters", count(spec.bank_len()))));
         let levels = spec.branching.iter().zip(&spec.width);
         let shape: Vec<String> = levels.map(|(k, r)| format!("× {k} (width {r})")).collect();
         facts.push(("cluster tree".into(), shape.join(" ")));
@@ -197,19 +197,6 @@ fn summary(config: &Config, run: &Run, asked: &Asked, seeds: &[Seed]) -> Vec<(St
     facts.push(("seeds".into(), seeds.join(", ")));
     facts.push(("version".into(), env!("CARGO_PKG_VERSION").into()));
     facts
-}
-
-/// With separators.
-pub(super) fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 /// The table that ends the command; a dash is what was not measured.
@@ -260,6 +247,5 @@ mod tests {
         assert!((change.mean + 0.1).abs() < 1e-12 && change.high - change.low < 1e-9, "{change:?}");
         assert!((side.perplexity.mean.ln() - 104.0 / 60.0).abs() < 1e-12);
         assert_eq!((side.by_seed.len(), side.exact.unwrap().mean, side.chosen), (2, 1.0, None));
-        assert_eq!(grouped(1_234_567), "1,234,567");
     }
 }

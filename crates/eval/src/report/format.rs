@@ -97,7 +97,7 @@ fn trimmed(value: f64) -> String {
 }
 
 /// A whole number with commas between its thousands.
-pub(super) fn count(value: u64) -> String {
+pub fn count(value: u64) -> String {
     let digits = value.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -28,6 +28,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::Rate;
 
 pub use card::{card_places, model_card};
+pub use format::count;
 pub use page::html;
 pub use posthoc::{MethodRow, Posthoc, Reading, Side, posthoc_html};
 pub use routes::{MissLoss, MissedLoss, RouteStudy, RouterStudy, TextAgreement, route_study_html};

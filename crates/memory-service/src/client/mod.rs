@@ -3,8 +3,10 @@
 mod bulk;
 mod direct;
 mod keeping;
+mod options;
 mod retry;
 mod shard;
+mod stats;
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,136 +25,16 @@ use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 
+pub use options::RemoteOptions;
 pub use retry::Retry;
+pub use stats::{RemoteStats, ShardStat};
 
-use crate::identity::Identity;
 use crate::proto::SaveResponse;
-use crate::security::{Connector, Protocol, ReloadingTls};
-use crate::server::{Compression, FRAME_BYTES, WINDOW_BYTES};
-use crate::wire::Dtype;
+use crate::security::{Connector, Protocol};
 use keeping::Held;
+use options::endpoint;
 use shard::{Encoded, ShardClient, Version, encode};
-
-/// Where the shards of a bank are, and how they are reached.
-#[derive(Clone)]
-pub struct RemoteOptions {
-    /// `host:port` of every shard, in order.
-    pub shards: Vec<String>,
-    /// The sizes of the blocks.
-    pub spec: BlockSpec,
-    /// What the bank must be.
-    pub identity: Identity,
-    /// Ranks whose pushes make a step, as this client takes it; `None` when it only reads.
-    pub world_size: Option<usize>,
-    /// The attempt at a run that this client is of; shards refuse it once they have been told of a later one.
-    /// 0 is of none.
-    pub attempt: u64,
-    /// Of fetched weights on the wire.
-    pub fetch_dtype: Dtype,
-    /// Of pushed gradients on the wire.
-    pub push_dtype: Dtype,
-    /// Whether blocks may come over bulk streams, where the shards offer them.
-    pub bulk: bool,
-    /// Bytes of blocks that are read (not trained on) kept, to be fetched again only when they have changed.
-    pub cache_bytes: u64,
-    /// Connections to each shard at once.
-    pub streams: usize,
-    /// Of gRPC messages.
-    pub compression: Compression,
-    /// Certificates; without them connections are not encrypted.
-    pub tls: Option<Arc<ReloadingTls>>,
-    /// A bearer token.
-    pub token: Option<String>,
-    /// Seconds to wait for a connection.
-    pub connect_s: u64,
-    /// Seconds after which a shard whose system no longer answers is taken for gone.
-    pub silent_s: u64,
-    /// Seconds that one try of a request may take, waiting for its step included. A shard's own limit
-    /// should be reached before.
-    pub request_s: u64,
-    /// How long to try again.
-    pub retry: Retry,
-    /// Of the pauses between tries, which no two clients should share.
-    pub seed: u64,
-}
-
-impl RemoteOptions {
-    /// A bank at these shards, with the usual settings.
-    pub fn new(shards: Vec<String>, spec: BlockSpec, identity: Identity) -> Self {
-        Self {
-            shards,
-            spec,
-            identity,
-            world_size: None,
-            attempt: 0,
-            fetch_dtype: Dtype::F32,
-            push_dtype: Dtype::F32,
-            bulk: true,
-            cache_bytes: 0,
-            streams: 2,
-            compression: Compression::None,
-            tls: None,
-            token: None,
-            connect_s: 10,
-            silent_s: 30,
-            request_s: 660,
-            retry: Retry::default(),
-            seed: rand::rng().random(),
-        }
-    }
-}
-
-/// What a client has done so far.
-#[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
-pub struct RemoteStats {
-    /// Bytes of blocks fetched.
-    pub received_bytes: u64,
-    /// Bytes of blocks that were not sent, since what was kept of them had not changed.
-    pub unchanged_bytes: u64,
-    /// Bytes of gradients pushed.
-    pub sent_bytes: u64,
-    /// Tries that failed and were followed by another.
-    pub retries: u64,
-    /// Time of all fetches together, in microseconds.
-    pub fetch_us: u64,
-    /// Time of all pushes together, in microseconds.
-    pub push_us: u64,
-}
-
-/// How a shard is.
-#[derive(Copy, Clone, PartialEq, Eq, Debug)]
-pub struct ShardStat {
-    /// The last step applied.
-    pub applied: Step,
-    /// Steps that some rank has pushed and that wait for another.
-    pub pending: u64,
-    /// Blocks updated at least once.
-    pub touched: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    received: AtomicU64,
-    unchanged: AtomicU64,
-    sent: AtomicU64,
-    retries: AtomicU64,
-    fetch_us: AtomicU64,
-    push_us: AtomicU64,
-}
-
-impl Counters {
-    fn received(&self, n_bytes: usize) {
-        self.received.fetch_add(n_bytes as u64, Ordering::Relaxed);
-    }
-
-    fn unchanged(&self, n_bytes: usize) {
-        self.unchanged.fetch_add(n_bytes as u64, Ordering::Relaxed);
-    }
-
-    fn sent(&self, n_bytes: usize) {
-        self.sent.fetch_add(n_bytes as u64, Ordering::Relaxed);
-    }
-}
+use stats::Counters;
 
 /// A bank of several shards, as a [`BlockStore`]. A clone is another handle to the same connections.
 #[derive(Clone)]
@@ -510,23 +392,6 @@ impl Part {
     fn of(shard: usize) -> Self {
         Self { shard, places: Vec::new(), blocks: Vec::new() }
     }
-}
-
-fn endpoint(address: &str, options: &RemoteOptions) -> Result<Endpoint> {
-    let wrong = || setting("shards", "addresses like host:7070", address);
-    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
-    if host.is_empty() || port.parse::<u16>().is_err() {
-        return Err(wrong());
-    }
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| wrong())?;
-    Ok(endpoint
-        .connect_timeout(Duration::from_secs(options.connect_s))
-        .max_frame_size(FRAME_BYTES)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .http2_keep_alive_interval(Duration::from_secs(options.silent_s).div_f64(2.0))
-        .keep_alive_timeout(Duration::from_secs(options.silent_s).div_f64(2.0))
-        .tcp_nodelay(true))
 }
 
 fn setting(field: &'static str, expected: &str, found: impl ToString) -> Error {

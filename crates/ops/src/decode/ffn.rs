@@ -140,8 +140,9 @@ pub struct FfnRun<'a> {
 }
 
 /// y += Σ_levels (f(x·M1ᵀ) ⊙ (x·M2ᵀ))·M3 over the rows of each run of each level, in the order of the levels, `x`
-/// and `y` [N, D] (arXiv 2510.02375 §3), f being the activation. Weights are read once a run, however many rows it has. All levels are one
-/// parallel loop into the hidden layers and one out of them: small ones cost no more than their numbers.
+/// and `y` [N, D] (arXiv 2510.02375 §3), f being the activation. Weights are read once a run, however many rows it
+/// has. All levels are one parallel loop into the hidden layers and one out of them: small ones cost no more than
+/// their numbers.
 ///
 /// # Panics
 /// When runs of a level overlap, are out of order or reach beyond N, and when the shapes do not fit.
@@ -156,16 +157,16 @@ pub fn add_ffn(x: &[f32], y: &mut [f32], d: usize, activation: Activation, level
         }
     }
     let (mut n_products, mut n_hidden) = (0, 0);
-    let place = |FfnRun { weights, rows }: &FfnRun<'_>| {
-        let place = (n_products, n_hidden);
-        n_products += rows.len() * 2 * weights.width;
-        n_hidden += rows.len() * hidden_row(weights.width);
-        place
-    };
-    let places: Vec<(usize, usize)> = levels.iter().flatten().map(place).collect();
+    let mut runs = vec![];
+    for run in levels.iter().flatten() {
+        runs.push(Hidden { run, first_product: n_products, first: n_hidden });
+        n_products += run.rows.len() * 2 * run.weights.width;
+        n_hidden += run.rows.len() * hidden_row(run.weights.width);
+    }
+    if runs.is_empty() {
+        return;
+    }
     let (mut products, mut hidden) = (output(n_products), output(n_hidden));
-    let layers = |(run, (first_product, first)): (_, (usize, usize))| Hidden { run, first_product, first };
-    let runs: Vec<Hidden> = levels.iter().flatten().zip(places).map(layers).collect();
     let (all_products, all_hidden) = (Shared::new(&mut products), Shared::new(&mut hidden));
     let pieces = pieces(&runs);
     pieces.par_iter().with_max_len(1).for_each(|piece| {

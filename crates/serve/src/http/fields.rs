@@ -9,7 +9,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 /// The body of `/v1/completions` and `/v1/chat/completions`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // Fields that are taken and ignored are never read.
+#[expect(dead_code, reason = "fields that are taken and ignored are never read")]
 pub(super) struct Fields {
     pub(super) model: Option<String>,
     pub(super) prompt: Option<Prompts>,
@@ -139,7 +139,7 @@ impl Fields {
 /// What a stream tells at its end.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // The last two are taken and ignored.
+#[expect(dead_code, reason = "the last two are taken and ignored")]
 pub(super) struct StreamOptions {
     pub(super) include_usage: Option<bool>,
     pub(super) include_obfuscation: Option<bool>,

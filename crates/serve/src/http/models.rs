@@ -47,7 +47,7 @@ pub(super) async fn one(State(app): State<App>, Path(name): Path<String>) -> Ans
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code)] // The last is taken and ignored.
+#[expect(dead_code, reason = "the last is taken and ignored")]
 struct EmbeddingFields {
     model: Option<String>,
     input: Option<Prompts>,

@@ -4,7 +4,6 @@ mod answering;
 mod bounds;
 mod keys;
 #[path = "../memory/made_up.rs"]
-#[allow(dead_code)] // What the tests of memory use.
 mod made_up;
 mod refusing;
 mod swapping;

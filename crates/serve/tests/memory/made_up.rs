@@ -1,33 +1,14 @@
-//! A made-up tree of 2 × 3 leaves in the plane, an embedder that reads vectors, and banks of it on disk.
+//! A made-up tree of 2 × 3 leaves in the plane, and banks of it on disk.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use cluster_tree::{ClusterId, ClusterTree, Level};
-use embed::Embedder;
 use memory_bank::{
     AdamW, BankOptions, Block, BlockSpec, BlockStore, Identity, LocalBank, Schedule, Step, TierOptions,
 };
-use retrieve::{Beam, Retriever};
-use serve::memory::{BankSource, MemoryOptions, Reach, Retrieval, RetrievalParts};
-
-/// Reads `"x y"`: the vector itself.
-pub(crate) struct Numbers;
-
-impl Embedder for Numbers {
-    fn dim(&self) -> usize {
-        2
-    }
-
-    fn fingerprint(&self) -> &str {
-        "numbers"
-    }
-
-    fn embed(&self, texts: &[&str]) -> embed::Result<Vec<f32>> {
-        Ok(texts.iter().flat_map(|text| text.split(' ').map(|part| part.parse().unwrap())).collect())
-    }
-}
+use serve::memory::BankSource;
 
 /// Leaves 0 to 2 below cluster 0 at (1, −0.1 … 0.1), 3 to 5 below cluster 1 at (−1, −0.1 … 0.1); leaf 5 is empty.
 pub(crate) fn tree() -> Arc<ClusterTree> {
@@ -74,16 +55,6 @@ pub(crate) async fn save(root: &Path, identity: &Identity, n_steps: u64, blocks:
 
 pub(crate) fn id(level: u8, index: u32) -> ClusterId {
     ClusterId { level, index }
-}
-
-pub(crate) fn retrieval(options: MemoryOptions) -> Retrieval {
-    retrieval_of(identity(), options)
-}
-
-pub(crate) fn retrieval_of(identity: Identity, options: MemoryOptions) -> Retrieval {
-    let retriever = Retriever::new(Box::new(Numbers), Box::new(Beam::new(tree(), 2).unwrap())).unwrap();
-    let reach = Reach { bank: "made-up".to_owned(), ..Reach::default() };
-    Retrieval::new(RetrievalParts { retriever, tree: tree(), identity, page: None, reach, options }).unwrap()
 }
 
 pub(crate) fn folder(path: &Path) -> BankSource {

@@ -9,7 +9,8 @@ use serve::memory::{
     Ask, Banks, Blocked, Error, Memory, MemoryOptions, Reach, Retrieval, RetrievalParts, Selected,
 };
 
-use crate::made_up::{Numbers, folder, id, identity, retrieval, save, tree};
+use crate::made_up::{folder, id, identity, save, tree};
+use crate::reader::{Numbers, retrieval};
 
 fn path(text: &str) -> ClusterPath {
     ClusterPath::parse(text, 2).unwrap()

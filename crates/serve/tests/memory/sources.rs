@@ -10,7 +10,8 @@ use memory_service::{Compression, Limits, ServeOptions, Source, serve};
 use serve::memory::{BankSource, Error, MemoryOptions};
 use tokio::net::TcpListener;
 
-use crate::made_up::{folder, id, identity, retrieval, save};
+use crate::made_up::{folder, id, identity, save};
+use crate::reader::retrieval;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bank_is_read_from_wherever_it_is() {

@@ -7,7 +7,8 @@ use futures::future::join_all;
 use memory_bank::{BlockDtype, DiskOptions, TierOptions};
 use serve::memory::{Ask, BankSource, Banks, Blocked, Error, Memory, MemoryOptions, MemoryStats, Retrieval};
 
-use crate::made_up::{folder, id, identity, retrieval, save, spec};
+use crate::made_up::{folder, id, identity, save, spec};
+use crate::reader::retrieval;
 
 fn ask(memory: Memory, text: &str) -> Ask {
     Ask { bank: None, text: text.to_owned(), memory, blocked: Arc::new(Blocked::default()) }
@@ -121,7 +122,7 @@ async fn packed_blocks_stay_within_their_limit_and_pinned_levels_stay() {
     wide.spec.width = vec![16, 8];
     let bank = save(dir.path(), &wide, 1, &[id(0, 0)]).await;
     let options = MemoryOptions { packed_mib: 2, pinned_levels: vec![0], prefetch: 0 };
-    let served = crate::made_up::retrieval_of(wide, options);
+    let served = crate::reader::retrieval_of(wide, options);
     served.banks().load(Banks::DEFAULT, folder(&bank)).await.unwrap();
     assert_eq!(served.stats().packed.n_blocks, 3);
     for _ in 0..3 {
@@ -137,7 +138,7 @@ async fn packed_blocks_stay_within_their_limit_and_pinned_levels_stay() {
     assert!(levels[1].n_evictions > 0, "{levels:?}");
 
     let options = MemoryOptions { packed_mib: 1, pinned_levels: vec![0], prefetch: 0 };
-    let served = crate::made_up::retrieval_of(served.identity().clone(), options);
+    let served = crate::reader::retrieval_of(served.identity().clone(), options);
     let error = served.banks().load(Banks::DEFAULT, folder(&bank)).await.unwrap_err();
     assert_eq!(error.to_string(), "packed_mib: expected at least 2 for pinned levels [0], found 1");
 }
