@@ -5,11 +5,12 @@ use cluster_tree::{ClusterId, ClusterPath};
 use corpus::{Batch, Corpus, IGNORE, Sequence};
 use generate::Model;
 use memory_bank::BlockStore;
+use serde::{Deserialize, Serialize};
 
 use crate::{MemoryMode, Result};
 
 /// Negative log-likelihood over some tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TokenSum {
     /// Their sum, nats.
     pub nats: f64,
@@ -44,7 +45,7 @@ impl TokenSum {
 }
 
 /// The loss on held-out documents.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct HeldOut {
     /// Over all tokens.
     pub total: TokenSum,

@@ -18,6 +18,16 @@ pub enum MemoryMode {
 }
 
 impl MemoryMode {
+    /// As in tables and the names of files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Generic => "generic",
+            Self::Fetched => "fetched",
+            Self::Random => "random",
+        }
+    }
+
     /// The path that a context of index `index` and path `own` is given; `leaves` are those to draw a
     /// random one from.
     ///

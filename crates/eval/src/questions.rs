@@ -6,7 +6,7 @@ use cluster_tree::ClusterPath;
 use corpus::Tokenizer;
 use generate::{Continuation, Model, Options, Prompt, generate, score};
 use memory_bank::BlockStore;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -20,7 +20,7 @@ pub const TRAIN: &str = "train";
 const HELD_OUT: &str = "held_out";
 
 /// A closed-book question: a text to complete.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Question {
     /// The text before the answer, without a trailing space.
     pub prompt: String,
@@ -37,7 +37,7 @@ pub struct Question {
 }
 
 /// Whether a question was answered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// Greedy completion up to the full stop is the answer to the letter.
     pub exact: bool,

@@ -1,19 +1,21 @@
 //! What a run knows of what was learned, and of what was not.
 
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use cluster_tree::ClusterPath;
-use corpus::{Corpus, Tokenizer};
+use corpus::{Corpus, Tokenizer, hash_inputs};
 use eval::{Answer, AskOptions, HeldOut, MemoryMode, Question, Sample, ask, held_out, read_questions};
 use memory_bank::BlockStore;
+use serde::{Deserialize, Serialize};
 
 use super::cloze;
 use super::corpora::Corpora;
 use crate::config::{Config, EvalSection, PosthocSection};
 use crate::evaluate::{select, training_rate};
 use crate::prepare::{Prepared, Windows};
-use crate::run::Run;
+use crate::run::{Run, write_whole};
 
 /// Held-out text and questions about it.
 pub(super) struct Text {
@@ -28,9 +30,12 @@ pub(super) struct Asked {
     pub(super) learned: Text,
     pub(super) kept: Text,
     section: EvalSection,
+    /// Hash of all that is asked.
+    hash: String,
 }
 
 /// What was measured of one run.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Measured {
     pub(super) learned: OfText,
     pub(super) kept: OfText,
@@ -43,6 +48,7 @@ pub(crate) struct Measured {
 }
 
 /// What was measured on one kind of text.
+#[derive(Serialize, Deserialize)]
 pub(super) struct OfText {
     pub(super) held_out: HeldOut,
     pub(super) answers: Vec<Answer>,
@@ -76,15 +82,35 @@ impl Asked {
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
         let most = section.n_questions;
-        Ok(Self {
-            learned: Text::open(&corpora.learned, (&section.questions, most), tokenizer)?,
-            kept: Text::open(&corpora.kept, (&section.kept_questions, most), tokenizer)?,
-            section: config.eval.clone(),
-        })
+        let learned = Text::open(&corpora.learned, (&section.questions, most), tokenizer)?;
+        let kept = Text::open(&corpora.kept, (&section.kept_questions, most), tokenizer)?;
+        let mut parts = vec!["measured.v1".to_string(), serde_json::to_string(&config.eval)?];
+        for text in [&learned, &kept] {
+            parts.push(text.corpus.fingerprint().hash());
+            parts.extend(text.questions.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?);
+        }
+        Ok(Self { learned, kept, section: config.eval.clone(), hash: hash_inputs(&parts) })
     }
 
-    /// Measures a run with one kind of memory.
-    pub(super) fn measure(&self, run: &Run, mode: MemoryMode) -> Result<Measured> {
+    /// Measures a run with one kind of memory, unless its folder has what the same measurement found before.
+    pub(super) fn measure(&self, name: &str, run: &Run, mode: MemoryMode) -> Result<Measured> {
+        let parts = [&self.hash, &toml::to_string(&run.config)?, &serde_json::to_string(&run.state)?];
+        let inputs = hash_inputs(&parts);
+        let file = run.dir.join(format!("measured-{}.json", mode.name()));
+        let found = fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        if let Some((of, measured)) = found
+            && inputs == *String::as_str(&of)
+        {
+            eprintln!("{:>18}: {name}: measured already", "measure");
+            return Ok(measured);
+        }
+        eprintln!("{:>18}: {name}", "measure");
+        let measured = self.measure_anew(run, mode)?;
+        write_whole(&file, &serde_json::to_vec(&(inputs, &measured))?)?;
+        Ok(measured)
+    }
+
+    fn measure_anew(&self, run: &Run, mode: MemoryMode) -> Result<Measured> {
         let anchor = run.anchor.config().n_parameters();
         let spec = run.bank.as_ref().map(|bank| bank.store().spec().clone());
         let fetched = spec.as_ref().map_or(0, |spec| spec.fetch_len());

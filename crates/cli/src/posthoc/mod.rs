@@ -41,8 +41,8 @@ pub(crate) struct Seed {
     pub(crate) methods: Vec<(Method, Measured)>,
 }
 
-/// Trains every method with every seed, measures all, and writes what was found. What is trained already is not
-/// trained again.
+/// Trains every method with every seed, measures all, and writes what was found. What is trained or measured already
+/// is not again.
 pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
     let config = Config::load(&args.config.config, &args.config.set)?;
     let Some(section) = &config.posthoc else {
@@ -63,15 +63,14 @@ pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
     }
     let first = Run::open(&dir(&config, Method::Memory, seeds[0]))?;
     let asked = Asked::open(&config, section, &corpora, &first.tokenizer)?;
-    eprintln!("{:>18}: the checkpoint as it was", "measure");
-    let before = asked.measure(&first, MemoryMode::None)?;
+    let before = asked.measure("the checkpoint as it was", &first, MemoryMode::None)?;
     let mut measured: Vec<Seed> = vec![];
     for &seed in &seeds {
         let mut of_seed = vec![];
         for &method in &methods {
             let run = Run::open(&dir(&config, method, seed))?;
-            eprintln!("{:>18}: seed {seed}, {}", "measure", method.name());
-            of_seed.push((method, asked.measure(&run, mode(method))?));
+            let name = format!("seed {seed}, {}", method.name());
+            of_seed.push((method, asked.measure(&name, &run, mode(method))?));
         }
         measured.push(Seed { seed, methods: of_seed });
     }

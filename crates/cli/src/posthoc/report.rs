@@ -98,21 +98,13 @@ fn method_row(
 }
 
 fn side((before, runs): (Option<&OfText>, &[&OfText]), is_asked: bool, choices: bool) -> Side {
-    let sequences = |run: &OfText| -> Vec<TokenSum> { run.held_out.sequences.clone() };
-    let all: Vec<(f64, u64)> =
-        runs.iter().flat_map(|run| sequences(run)).map(|sum| (sum.nats, sum.tokens)).collect();
-    let loss = per_token(&all).unwrap_or_default();
-    let change = before.and_then(|before| {
-        let differences = runs.iter().flat_map(|run| {
-            let pairs = run.held_out.sequences.iter().zip(&before.held_out.sequences);
-            pairs.map(|(now, then)| (now.nats - then.nats, now.tokens))
-        });
-        per_token(&differences.collect::<Vec<_>>())
-    });
+    let now: Vec<&[TokenSum]> = runs.iter().map(|run| &run.held_out.sequences[..]).collect();
+    let loss = per_token(&over_seeds(&now, |_| 0.0)).unwrap_or_default();
+    let change =
+        before.and_then(|before| per_token(&over_seeds(&now, |i| before.held_out.sequences[i].nats)));
     let share = |property: fn(&Answer) -> bool| {
-        let answers = runs.iter().flat_map(|run| &run.answers);
-        let values: Vec<f64> = answers.map(|answer| f64::from(u8::from(property(answer)))).collect();
-        if is_asked { bootstrap_mean(&values) } else { None }
+        let answers: Vec<&[Answer]> = runs.iter().map(|run| &run.answers[..]).collect();
+        if is_asked { bootstrap_mean(&shares(&answers, |_| true, property)) } else { None }
     };
     Side {
         perplexity: Rate { mean: loss.mean.exp(), low: loss.low.exp(), high: loss.high.exp(), n: loss.n },
@@ -123,18 +115,33 @@ fn side((before, runs): (Option<&OfText>, &[&OfText]), is_asked: bool, choices: 
     }
 }
 
+/// Nats above `less` and tokens of each sequence, means of the runs: an interval is over texts, and seeds are not more
+/// of them.
+fn over_seeds(runs: &[&[TokenSum]], less: impl Fn(usize) -> f64) -> Vec<(f64, u64)> {
+    let sequence = |(i, first): (usize, &TokenSum)| {
+        let nats = runs.iter().map(|run| run[i].nats).sum::<f64>() / runs.len() as f64;
+        (nats - less(i), first.tokens)
+    };
+    runs.first().map_or(vec![], |first| first.iter().enumerate().map(sequence).collect())
+}
+
+/// The share of the runs in which an answer has a property, for each question that `keep` admits.
+fn shares(runs: &[&[Answer]], keep: impl Fn(usize) -> bool, property: fn(&Answer) -> bool) -> Vec<f64> {
+    let n_questions = runs.first().map_or(0, |first| first.len());
+    let share = |question: usize| {
+        runs.iter().filter(|run| property(&run[question])).count() as f64 / runs.len() as f64
+    };
+    (0..n_questions).filter(|&question| keep(question)).map(share).collect()
+}
+
 fn by_bucket(
     questions: &[Question],
     measured: &[&Measured],
     property: fn(&Answer) -> bool,
 ) -> Vec<Option<Rate>> {
+    let answers: Vec<&[Answer]> = measured.iter().map(|measured| &measured.learned.answers[..]).collect();
     let bucket = |bucket: usize| {
-        let of_run = |measured: &&Measured| -> Vec<f64> {
-            let asked = questions.iter().zip(&measured.learned.answers);
-            let of_bucket = asked.filter(|(question, _)| question.bucket == bucket);
-            of_bucket.map(|(_, answer)| f64::from(u8::from(property(answer)))).collect()
-        };
-        bootstrap_mean(&measured.iter().flat_map(of_run).collect::<Vec<_>>())
+        bootstrap_mean(&shares(&answers, |question| questions[question].bucket == bucket, property))
     };
     (1..=N_BUCKETS).map(bucket).collect()
 }
@@ -247,5 +254,7 @@ mod tests {
         assert!((change.mean + 0.1).abs() < 1e-12 && change.high - change.low < 1e-9, "{change:?}");
         assert!((side.perplexity.mean.ln() - 104.0 / 60.0).abs() < 1e-12);
         assert_eq!((side.by_seed.len(), side.exact.unwrap().mean, side.chosen), (2, 1.0, None));
+        // A seed more is not a text more.
+        assert_eq!((change.n, side.exact.unwrap().n), (3, 1));
     }
 }
