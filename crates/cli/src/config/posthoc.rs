@@ -54,10 +54,10 @@ pub(crate) struct PosthocSection {
     pub(crate) replay_share: f64,
     /// Files of texts that are never trained on: the damage to all of them is measured.
     pub(crate) kept: Vec<String>,
-    /// A questions.jsonl about what is learned; without it held-out sentences are asked about.
+    /// A questions.jsonl about what is learned; without it sentences are asked about that are trained on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) questions: Option<PathBuf>,
-    /// The same about what is kept.
+    /// The same about what is kept; without it of held-out sentences.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) kept_questions: Option<PathBuf>,
     /// Sentences of each that are asked about at most.

@@ -1,9 +1,9 @@
-//! Questions made from text: the last word of a held-out sentence.
+//! Questions made from text: the last word of a sentence.
 //!
 //! The rule. A sentence begins after a full stop and a space, or in a new line, with a capital, and ends in a full
 //! stop; it has 8 to 40 words and no other full stop. Its last word is asked for: 4 or more lower-case letters, which
 //! the training documents have at least once. The first piece of a window is left out, as it may begin within a
-//! sentence. Sentences are taken evenly over the held-out windows. Buckets are fifths of the questions by how often
+//! sentence. Sentences are taken evenly over the windows of the documents that are asked about. Buckets are fifths of the questions by how often
 //! the training documents have the word; words as frequent as each other are of one bucket. The three other choices
 //! are words that other questions of the bucket ask for.
 
@@ -27,12 +27,29 @@ const OTHERS: usize = 3;
 /// A sentence without its last word, and that.
 type Cloze = (String, String);
 
-/// At most `most` questions about the held-out documents of a prepared corpus, and the labels of their buckets.
-pub(super) fn questions(windows: &Windows, most: usize) -> Result<(Vec<Question>, Vec<String>)> {
+/// Which documents of a corpus are asked about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum About {
+    /// Those that are trained on.
+    Read,
+    /// Those that are not.
+    HeldOut,
+}
+
+/// At most `most` questions about documents of a prepared corpus, and the labels of their buckets.
+pub(super) fn questions(
+    windows: &Windows,
+    about: About,
+    most: usize,
+) -> Result<(Vec<Question>, Vec<String>)> {
     let (training, held_out) = divided(windows)?;
     let counts = word_counts(windows, &training)?;
+    let asked = match about {
+        About::Read => &training,
+        About::HeldOut => &held_out,
+    };
     let mut found: Vec<Cloze> = vec![];
-    for batch in held_out.chunks(BATCH) {
+    for batch in asked.chunks(BATCH) {
         found.extend(windows.texts(batch)?.iter().flat_map(|text| clozes(text)));
     }
     found.retain(|(_, word)| counts.contains_key(word));

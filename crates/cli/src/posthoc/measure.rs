@@ -10,14 +10,14 @@ use eval::{Answer, AskOptions, HeldOut, MemoryMode, Question, Sample, ask, held_
 use memory_bank::BlockStore;
 use serde::{Deserialize, Serialize};
 
-use super::cloze;
+use super::cloze::{self, About};
 use super::corpora::Corpora;
 use crate::config::{Config, EvalSection, PosthocSection};
 use crate::evaluate::{select, training_rate};
 use crate::prepare::{Prepared, Windows};
 use crate::run::{Run, write_whole};
 
-/// Held-out text and questions about it.
+/// Held-out text, and questions.
 pub(super) struct Text {
     pub(super) corpus: Corpus,
     pub(super) questions: Vec<Question>,
@@ -57,7 +57,7 @@ pub(super) struct OfText {
 impl Text {
     fn open(
         config: &Config,
-        (given, most): (&Option<PathBuf>, usize),
+        (given, about, most): (&Option<PathBuf>, About, usize),
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
         let prepared = Prepared::of(config);
@@ -68,7 +68,7 @@ impl Text {
                 let labels = (1..=eval::N_BUCKETS).map(|bucket| format!("bucket {bucket}")).collect();
                 (select(read_questions(path)?, config.eval.questions_per_bucket), labels)
             }
-            None => cloze::questions(&Windows::open(&prepared)?, most)?,
+            None => cloze::questions(&Windows::open(&prepared)?, about, most)?,
         };
         Ok(Self { corpus, questions, buckets })
     }
@@ -82,8 +82,8 @@ impl Asked {
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
         let most = section.n_questions;
-        let learned = Text::open(&corpora.learned, (&section.questions, most), tokenizer)?;
-        let kept = Text::open(&corpora.kept, (&section.kept_questions, most), tokenizer)?;
+        let learned = Text::open(&corpora.learned, (&section.questions, About::Read, most), tokenizer)?;
+        let kept = Text::open(&corpora.kept, (&section.kept_questions, About::HeldOut, most), tokenizer)?;
         let mut parts = vec!["measured.v1".to_string(), serde_json::to_string(&config.eval)?];
         for text in [&learned, &kept] {
             parts.push(text.corpus.fingerprint().hash());

@@ -195,10 +195,10 @@ fn summary(config: &Config, run: &Run, asked: &Asked, seeds: &[Seed]) -> Vec<(St
     let train = &config.train;
     facts.push(("training".into(), format!("{} steps of {} sequences", train.steps, train.batch_size)));
     for (name, text) in
-        [("held out of what was learned", &asked.learned), ("held out of the rest", &asked.kept)]
+        [("asked of what was learned", &asked.learned), ("asked of what was not", &asked.kept)]
     {
         let n = (text.corpus.n_validation(), text.questions.len());
-        facts.push((name.into(), format!("{} sequences, {} questions", n.0, n.1)));
+        facts.push((name.into(), format!("{} held-out sequences, {} questions", n.0, n.1)));
     }
     let seeds: Vec<String> = seeds.iter().map(|seed| seed.seed.to_string()).collect();
     facts.push(("seeds".into(), seeds.join(", ")));
