@@ -8,17 +8,22 @@ use anchor::{Anchor, AnchorConfig, llama2c};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use corpus::Tokenizer;
+use serde_json::Value;
 use train::Checkpoints;
 
 use crate::config::Config;
+use crate::run::write_whole;
+
+/// Beside a tokenizer.json.
+const TOKENIZER_SETTINGS: &str = "tokenizer_config.json";
 
 /// What a checkpoint is, without its weights.
 pub(crate) struct About {
     pub(crate) config: AnchorConfig,
     /// Its tokenizer.json, if it has one.
     pub(crate) tokenizer: Option<PathBuf>,
-    /// Its template of chats, if it has one as a file.
-    pub(crate) chat_template: Option<PathBuf>,
+    /// Its template of chats, if it has one.
+    pub(crate) chat_template: Option<String>,
     /// In words: "qwen3 of transformers".
     pub(crate) family: String,
     /// Tokens of its own, where it says some.
@@ -57,7 +62,7 @@ pub(crate) fn describe(path: &Path) -> Result<About> {
         Kind::Folder => {
             let hf::Folder { model_type, config, tokens, tokenizer, chat_template } =
                 hf::describe(path).with_context(context)?;
-            let chat_template = chat_template.filter(|file| file.extension().is_some_and(|e| e == "jinja"));
+            let chat_template = chat_template.as_deref().map(template).transpose()?.flatten();
             Ok(About {
                 config,
                 tokenizer,
@@ -70,9 +75,10 @@ pub(crate) fn describe(path: &Path) -> Result<About> {
             let run = Config::load(&path.join("config.toml"), &[]).with_context(context)?;
             let file = path.join("tokenizer.json");
             let tokenizer = Tokenizer::load(&file).with_context(context)?;
-            let tokens = SpecialTokens { eos: vec![tokenizer.eot()], ..SpecialTokens::default() };
+            let tokens = SpecialTokens { bos: tokenizer.bos(), eos: tokenizer.ends().to_vec(), pad: None };
             let config = run.anchor.config(tokenizer.vocab_size());
-            let chat_template = Some(path.join("chat_template.jinja")).filter(|file| file.exists());
+            let template_file = Some(path.join("chat_template.jinja")).filter(|file| file.exists());
+            let chat_template = template_file.as_deref().map(template).transpose()?.flatten();
             Ok(About { config, tokenizer: Some(file), chat_template, family: "a run".into(), tokens })
         }
         Kind::Llama2c => {
@@ -82,6 +88,22 @@ pub(crate) fn describe(path: &Path) -> Result<About> {
             Ok(About { config, tokenizer: None, chat_template: None, family: "llama2.c".into(), tokens })
         }
     }
+}
+
+/// The template of chats that a file is, or has in itself as tokenizer_config.json does: by itself, or among others as
+/// the default.
+fn template(file: &Path) -> Result<Option<String>> {
+    let of_file = || format!("{}", file.display());
+    let text = std::fs::read_to_string(file).with_context(of_file)?;
+    if file.extension().is_some_and(|extension| extension == "jinja") {
+        return Ok(Some(text));
+    }
+    let settings: Value = serde_json::from_str(&text).with_context(of_file)?;
+    let found = match &settings["chat_template"] {
+        Value::Array(all) => all.iter().find(|one| one["name"] == "default").map(|one| &one["template"]),
+        one => Some(one),
+    };
+    Ok(found.and_then(Value::as_str).map(str::to_owned))
 }
 
 /// The anchor of the checkpoint at `path` in f32, and the tokens that it was trained on, as far as that is known.
@@ -100,6 +122,25 @@ pub(crate) fn open(path: &Path, device: &Device) -> Result<(Anchor, u64)> {
     }
 }
 
+/// What transformers wants to know of a tokenizer beside its tokenizer.json: the file that stands there, or one that
+/// says how texts begin and end.
+fn tokenizer_settings(file: &Path, max_seq_len: usize) -> Result<Vec<u8>> {
+    let beside = file.with_file_name(TOKENIZER_SETTINGS);
+    if beside.exists() {
+        return std::fs::read(&beside).with_context(|| format!("{}", beside.display()));
+    }
+    let tokenizer = Tokenizer::load(file)?;
+    let spelling = |token: u32| tokenizer.decode(&[token]);
+    let settings = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos().map(spelling).transpose()?,
+        "eos_token": spelling(tokenizer.eot())?,
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": false,
+    });
+    Ok(serde_json::to_vec_pretty(&settings)?)
+}
+
 /// Writes the anchor of the checkpoint at `from` as a folder that transformers loads, with its tokenizer if it has
 /// one.
 pub(crate) fn export(from: &Path, folder: &Path) -> Result<()> {
@@ -112,13 +153,16 @@ pub(crate) fn export(from: &Path, folder: &Path) -> Result<()> {
     }
     let family = hf::write(&anchor, folder, &about.tokens)?;
     let mut files = vec!["config.json", "model.safetensors"];
-    for (name, file) in [("tokenizer.json", &about.tokenizer), ("chat_template.jinja", &about.chat_template)]
-    {
-        if let Some(file) = file {
-            let bytes = std::fs::read(file).with_context(|| format!("{}", file.display()))?;
-            crate::run::write_whole(&folder.join(name), &bytes)?;
-            files.push(name);
-        }
+    if let Some(file) = &about.tokenizer {
+        let bytes = std::fs::read(file).with_context(|| format!("{}", file.display()))?;
+        write_whole(&folder.join("tokenizer.json"), &bytes)?;
+        let settings = tokenizer_settings(file, anchor.config().max_seq_len)?;
+        write_whole(&folder.join(TOKENIZER_SETTINGS), &settings)?;
+        files.extend(["tokenizer.json", TOKENIZER_SETTINGS]);
+    }
+    if let Some(template) = &about.chat_template {
+        write_whole(&folder.join("chat_template.jinja"), template.as_bytes())?;
+        files.push("chat_template.jinja");
     }
     println!(
         "{}: {family}, {} parameters ({})",

@@ -213,7 +213,7 @@ impl Config {
 
     /// Fails when the anchor has no row for a token.
     pub(crate) fn check_vocabulary(&self, tokenizer: &Tokenizer) -> Result<()> {
-        let (found, most) = (tokenizer.vocab_size(), self.anchor.config(tokenizer.vocab_size()).vocab_size);
+        let (found, most) = (tokenizer.n_needed(), self.anchor.config(tokenizer.vocab_size()).vocab_size);
         if found > most {
             bail!("corpus.tokenizer: expected at most the {most} tokens of anchor.checkpoint, found {found}");
         }

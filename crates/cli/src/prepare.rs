@@ -109,6 +109,7 @@ fn tokenise(config: &Config, prepared: &Prepared) -> Result<String> {
     if let Some(tokenizer) = &given {
         config.check_vocabulary(tokenizer)?;
         parts.push(tokenizer.hash().to_string());
+        parts.extend(tokenizer.bos().map(|bos| format!("begins with {bos}")));
     }
     let inputs = hash_inputs(&parts);
     stage(prepared, "tokenise", &inputs, || {

@@ -17,6 +17,17 @@ pub struct TextStream {
 }
 
 impl TextStream {
+    /// A stream of what follows the token `last`, whose text is not returned again.
+    ///
+    /// # Errors
+    /// On an id that the vocabulary does not have.
+    pub fn behind(tokenizer: &Tokenizer, last: Option<u32>) -> Result<Self> {
+        match last.filter(|_| tokenizer.joins()) {
+            None => Ok(Self::default()),
+            Some(last) => Ok(Self { window: vec![last], n_given: tokenizer.decode(&[last])?.len() }),
+        }
+    }
+
     /// Appends a token and returns the text that has become certain: what may be the beginning of a character waits
     /// for its end.
     ///

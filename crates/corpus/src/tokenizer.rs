@@ -1,6 +1,7 @@
 //! Text and token ids.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -19,6 +20,9 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// The end-of-text tokens that [`Tokenizer::load`] looks for, in this order.
 pub const END_OF_TEXT_NAMES: [&str; 4] = [END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"];
 
+/// The tokens that end the turns of a chat, where a tokenizer has them: they end a text too.
+pub const END_OF_TURN_NAMES: [&str; 4] = ["<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>"];
+
 /// The default of `sample_bytes` in [`Tokenizer::train`]: 64 MiB.
 pub const SAMPLE_BYTES: usize = 64 << 20;
 
@@ -29,8 +33,15 @@ pub struct Tokenizer {
     json: Vec<u8>,
     hash: String,
     eot: u32,
+    bos: Option<u32>,
+    ends: Vec<u32>,
     vocab_size: usize,
+    n_needed: usize,
     longest: Option<usize>,
+    /// Whether the text of a token depends on whether it is the first.
+    joins: bool,
+    /// The same one that takes text which spells a special token for that token; made when it is needed.
+    marking: OnceLock<Box<Inner>>,
 }
 
 impl Tokenizer {
@@ -58,8 +69,8 @@ impl Tokenizer {
         Self::new(json.into_bytes(), Path::new("training"), &[END_OF_TEXT])
     }
 
-    /// Loads any `tokenizer.json`, with the first of [`END_OF_TEXT_NAMES`] that it has as end-of-text
-    /// token. Fails on a file that is missing or damaged, and when it has none of them.
+    /// Loads any `tokenizer.json`, with the first of [`END_OF_TEXT_NAMES`] that it has as a special token, or else as
+    /// any (`</s>` ends a text for some and strikes it through for others), as end-of-text token. Fails on a file that is missing or damaged, and when it has none of them.
     pub fn load(path: &Path) -> Result<Self> {
         let json = std::fs::read(path).map_err(Error::io(path))?;
         Self::new(json, path, &END_OF_TEXT_NAMES)
@@ -68,25 +79,51 @@ impl Tokenizer {
     fn new(json: Vec<u8>, path: &Path, end_of_text: &[&str]) -> Result<Self> {
         let name = path.display().to_string();
         let mut inner = Inner::from_bytes(&json).map_err(|e| failed(&name, e))?;
-        let (spelling, eot) =
-            end_of_text.iter().find_map(|name| Some((*name, inner.token_to_id(name)?))).ok_or_else(|| {
-                Error::NoEndOfText { path: path.to_owned(), looked_for: end_of_text.join(", ") }
+        let added = inner.get_added_tokens_decoder();
+        let special = |name: &&str| {
+            inner.token_to_id(name).filter(|id| added.get(id).is_some_and(|token| token.special))
+        };
+        let (spelling, eot) = end_of_text
+            .iter()
+            .find_map(|name| Some((*name, special(name)?)))
+            .or_else(|| end_of_text.iter().find_map(|name| Some((*name, inner.token_to_id(name)?))))
+            .ok_or_else(|| Error::NoEndOfText {
+                path: path.to_owned(),
+                looked_for: end_of_text.join(", "),
             })?;
+        let ends = std::iter::once(eot).chain(END_OF_TURN_NAMES.iter().filter_map(special)).collect();
         // Documents are never cut or filled up behind the caller's back, text that spells a special
         // token stays text, and the end of text counts as special even where the file does not say so.
         inner.with_truncation(None).map_err(|e| failed(&name, e))?;
         inner.with_padding(None);
+        let bos = before(&inner, &name)?.filter(|&bos| bos != eot);
         inner.add_special_tokens([AddedToken::from(spelling, true)]).map_err(|e| failed(&name, e))?;
         inner.set_encode_special_tokens(true);
         // The highest id counts, not the number of entries: files with holes in their ids exist.
         let vocab = inner.get_vocab(true);
         let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        let texts = inner.get_vocab(false).into_values();
+        let plain = added.iter().filter(|(_, token)| !token.special).map(|(&id, _)| id);
+        let highest = texts.chain(plain).chain([eot]).chain(bos).max();
         let hash = hex(&Sha256::digest(&json));
         let is_whole =
             |model: &ModelWrapper| matches!(model, ModelWrapper::BPE(bpe) if bpe.get_unk_token().is_none());
         let keeps_all = inner.get_normalizer().is_none() && is_whole(inner.get_model());
         let longest = keeps_all.then(|| vocab.keys().map(String::len).max());
-        Ok(Self { inner, json, hash, eot, vocab_size, longest: longest.flatten() })
+        let joins = joins(&inner, &name)?;
+        Ok(Self {
+            inner,
+            json,
+            hash,
+            eot,
+            bos,
+            ends,
+            vocab_size,
+            n_needed: highest.map_or(0, |id| id as usize + 1),
+            longest: longest.flatten(),
+            joins,
+            marking: OnceLock::new(),
+        })
     }
 
     /// No token stands for more bytes of text than this. None where text may be shortened before it is divided, or
@@ -98,6 +135,21 @@ impl Tokenizer {
     /// The token ids of `text`, without any special token; text that spells one is plain text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| failed("encoding", e))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The token ids of `text` as a template of chats makes it: what spells a special token is that token.
+    pub fn encode_marked(&self, text: &str) -> Result<Vec<u32>> {
+        let name = "a template of chats";
+        let marking = match self.marking.get() {
+            Some(marking) => marking,
+            None => {
+                let mut inner = self.inner.clone();
+                inner.set_encode_special_tokens(false);
+                self.marking.get_or_init(|| Box::new(inner))
+            }
+        };
+        let encoding = marking.encode_fast(text, false).map_err(|e| failed(name, e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -121,14 +173,60 @@ impl Tokenizer {
         self.inner.decode(tokens, false).map_err(|e| failed("decoding", e))
     }
 
+    /// The text of token ids that follow the token `last`, if one comes before: some tokenizers take a space off the
+    /// first token of a text.
+    pub fn decode_behind(&self, last: Option<u32>, tokens: &[u32]) -> Result<String> {
+        match last.filter(|_| self.joins) {
+            None => self.decode(tokens),
+            Some(last) => {
+                let text = self.decode(&[&[last], tokens].concat())?;
+                let n_before = self.decode(&[last])?.len();
+                Ok(text.get(n_before..).unwrap_or_default().to_owned())
+            }
+        }
+    }
+
+    /// Whether the text of a token depends on whether it is the first of a text.
+    pub(crate) fn joins(&self) -> bool {
+        self.joins
+    }
+
     /// The end-of-text token.
     pub fn eot(&self) -> u32 {
         self.eot
     }
 
+    /// The token that the file puts before every text, unless that is the end-of-text token: a model which was trained
+    /// with it reads badly without.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// What comes before a text that continues none: the beginning-of-text token, or without one the end-of-text
+    /// token, which is what stands before a document then.
+    pub fn begin(&self) -> u32 {
+        self.bos.unwrap_or(self.eot)
+    }
+
+    /// Tokens behind which there is nothing more: the end-of-text token, then those of [`END_OF_TURN_NAMES`].
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
+    }
+
+    /// Whether the file says that a token is special.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&token).is_some_and(|t| t.special)
+    }
+
     /// One more than the highest token id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// One more than the highest token id that text can have, or that begins or ends it: some files have special
+    /// tokens beyond, for images say, which models of text have no rows for.
+    pub fn n_needed(&self) -> usize {
+        self.n_needed
     }
 
     /// Sha256 of the `tokenizer.json`, as hexadecimal digits.
@@ -140,6 +238,24 @@ impl Tokenizer {
     pub fn save(&self, path: &Path) -> Result<()> {
         write_whole(path, &self.json)
     }
+}
+
+/// The one token that the tokenizer puts before a text, if it does.
+fn before(inner: &Inner, name: &str) -> Result<Option<u32>> {
+    let ids = |mark: bool| -> Result<Vec<u32>> {
+        let encoding = inner.encode_fast("a", mark).map_err(|e| failed(name, e))?;
+        Ok(encoding.get_ids().to_vec())
+    };
+    let (plain, marked) = (ids(false)?, ids(true)?);
+    Ok(marked.split_first().filter(|(_, rest)| rest.starts_with(&plain)).map(|(&first, _)| first))
+}
+
+/// Whether the text of tokens is not that of each, one after the other.
+fn joins(inner: &Inner, name: &str) -> Result<bool> {
+    let wrong = |e| failed(name, e);
+    let ids = inner.encode_fast("a a", false).map_err(wrong)?.get_ids().to_vec();
+    let each = ids.iter().map(|&id| inner.decode(&[id], false)).collect::<std::result::Result<String, _>>();
+    Ok(inner.decode(&ids, false).map_err(wrong)? != each.map_err(wrong)?)
 }
 
 /// The first `sample_bytes` bytes of the texts; the last one is cut at a character.
@@ -289,6 +405,73 @@ mod tests {
         let wanted =
             format!("tokenizer.json: no end-of-text token, looked for {}", END_OF_TEXT_NAMES.join(", "));
         assert!(error.ends_with(&wanted), "{error}");
+    }
+
+    /// A tokenizer of the trained kind with more added tokens (spelling, id, whether special), and `before` put before
+    /// every text.
+    fn with_added(added: &[(&str, u32, bool)], before: Option<&str>) -> Tokenizer {
+        let mut json: serde_json::Value = serde_json::from_slice(&train(290).json).unwrap();
+        let tokens = json["added_tokens"].as_array_mut().unwrap();
+        for &(content, id, special) in added {
+            tokens.push(serde_json::json!({
+                "id": id, "content": content, "special": special,
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            }));
+        }
+        if let Some(name) = before {
+            let id = added.iter().find(|(content, ..)| *content == name).unwrap().1;
+            let token = serde_json::json!({"SpecialToken": {"id": name, "type_id": 0}});
+            let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+            json["post_processor"] = serde_json::json!({
+                "type": "TemplateProcessing", "single": [token, text], "pair": [token, text, text],
+                "special_tokens": {name: {"id": name, "ids": [id], "tokens": [name]}},
+            });
+        }
+        Tokenizer::new(json.to_string().into_bytes(), Path::new("made up"), &END_OF_TEXT_NAMES[1..]).unwrap()
+    }
+
+    #[test]
+    fn a_file_says_what_begins_and_ends_texts() {
+        let plain = train(290);
+        assert_eq!((plain.bos(), plain.begin(), plain.ends()), (None, 0, &[0][..]));
+        // As Gemma has them: what others end a text with strikes it through, and one token is for images alone.
+        let added = [
+            ("</s>", 290, false),
+            ("<eos>", 291, true),
+            ("<bos>", 292, true),
+            ("<end_of_turn>", 293, true),
+            ("<image>", 294, true),
+        ];
+        let tokenizer = with_added(&added, Some("<bos>"));
+        assert_eq!((tokenizer.eot(), tokenizer.bos(), tokenizer.begin()), (291, Some(292), 292));
+        assert_eq!(tokenizer.ends(), [291, 293]);
+        assert_eq!((tokenizer.vocab_size(), tokenizer.n_needed()), (295, 293));
+        assert!(tokenizer.is_special(293) && !tokenizer.is_special(290));
+        // Text is text, and a template's tokens are tokens.
+        let text = "<bos>a cat<end_of_turn>";
+        assert!(tokenizer.encode(text).unwrap().iter().all(|&token| token < 290));
+        let cat = tokenizer.encode("a cat").unwrap();
+        assert_eq!(tokenizer.encode_marked(text).unwrap(), [&[292], &cat[..], &[293]].concat());
+        // A text's beginning that is its end as well is none of its own.
+        assert_eq!(with_added(&[("</s>", 290, true)], Some("</s>")).bos(), None);
+    }
+
+    #[test]
+    fn text_behind_a_token_keeps_its_space() {
+        let mut json: serde_json::Value = serde_json::from_slice(&train(290).json).unwrap();
+        json["decoder"] = serde_json::json!({"type": "Sequence", "decoders": [
+            json["decoder"], {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]});
+        let stripping =
+            Tokenizer::new(json.to_string().into_bytes(), Path::new("made up"), &[END_OF_TEXT]).unwrap();
+        for tokenizer in [train(290), stripping] {
+            let (last, tokens) = (tokenizer.encode("mat").unwrap(), tokenizer.encode(" the cat").unwrap());
+            assert_eq!(tokenizer.decode_behind(last.last().copied(), &tokens).unwrap(), " the cat");
+            let mut stream = crate::TextStream::behind(&tokenizer, last.last().copied()).unwrap();
+            let mut text = String::new();
+            tokens.iter().for_each(|&token| text += &stream.push(&tokenizer, token).unwrap());
+            assert_eq!(text + &stream.finish(&tokenizer).unwrap(), " the cat");
+        }
     }
 
     #[test]

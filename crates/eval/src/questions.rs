@@ -130,10 +130,18 @@ fn choose<S: BlockStore>(
 ) -> Result<()> {
     let mut continuations = vec![];
     for (&i, prompt) in batch.iter().zip(prompts) {
-        let context = [&[tokenizer.eot()], &prompt.tokens[..]].concat();
-        for choice in &questions[i].choices {
-            let tokens = tokenizer.encode(&format!(" {choice}."))?;
-            continuations.push(Continuation { context: context.clone(), tokens, path: prompt.path.clone() });
+        let of_choice = |choice| tokenizer.encode(&format!("{} {choice}.", questions[i].prompt));
+        let wholes = questions[i].choices.iter().map(of_choice).collect::<corpus::Result<Vec<_>>>()?;
+        // Some tokenizers divide a choice by itself otherwise than behind its prompt.
+        let common = |whole: &Vec<u32>| whole.iter().zip(&prompt.tokens).take_while(|(a, b)| a == b).count();
+        let n_common = wholes.iter().map(common).min().unwrap_or(0);
+        for whole in &wholes {
+            let (before, tokens) = whole.split_at(n_common);
+            continuations.push(Continuation {
+                context: [&[tokenizer.begin()], before].concat(),
+                tokens: tokens.to_vec(),
+                path: prompt.path.clone(),
+            });
         }
     }
     let mut scores = score(model, &continuations)?.into_iter();

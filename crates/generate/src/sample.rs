@@ -99,7 +99,7 @@ pub fn generate<S: BlockStore>(
     let pads: Vec<u32> = prompts.iter().map(|prompt| (longest - 1 - prompt.tokens.len()) as u32).collect();
     let (mut tokens, mut starts) = (vec![], vec![]);
     for (prompt, &pad) in prompts.iter().zip(&pads) {
-        tokens.extend((0..=pad).map(|_| tokenizer.eot()));
+        tokens.extend((0..=pad).map(|_| tokenizer.begin()));
         tokens.extend(&prompt.tokens);
         starts.extend((0..longest as u32).map(|position| position.min(pad)));
     }
@@ -125,7 +125,12 @@ pub fn generate<S: BlockStore>(
         }
         (starts, len) = (pads.clone(), 1);
     }
-    running.into_iter().map(|running| complete(tokenizer, running.tokens, &options.stop)).collect()
+    let last = |prompt: &Prompt| prompt.tokens.last().copied();
+    running
+        .into_iter()
+        .zip(prompts)
+        .map(|(running, prompt)| complete(tokenizer, (last(prompt), running.tokens), &options.stop))
+        .collect()
 }
 
 /// Chooses a token for each sequence; one that is done repeats its last.
@@ -144,16 +149,21 @@ fn next_tokens(logits: &Tensor, running: &mut [Running], options: &Options) -> R
 }
 
 fn ended(tokenizer: &Tokenizer, tokens: &[u32], stop: &[String]) -> Result<bool> {
-    if tokens.last() == Some(&tokenizer.eot()) {
+    if tokens.last().is_some_and(|last| tokenizer.ends().contains(last)) {
         return Ok(true);
     }
     let text = tokenizer.decode(tokens)?;
     Ok(stop.iter().any(|stop| text.contains(stop)))
 }
 
-fn complete(tokenizer: &Tokenizer, tokens: Vec<u32>, stop: &[String]) -> Result<Completion> {
-    let before_eot: Vec<u32> = tokens.iter().copied().take_while(|&token| token != tokenizer.eot()).collect();
-    let mut text = tokenizer.decode(&before_eot)?;
+/// What was generated behind the token `last`.
+fn complete(
+    tokenizer: &Tokenizer,
+    (last, tokens): (Option<u32>, Vec<u32>),
+    stop: &[String],
+) -> Result<Completion> {
+    let n = tokens.iter().position(|token| tokenizer.ends().contains(token)).unwrap_or(tokens.len());
+    let mut text = tokenizer.decode_behind(last, &tokens[..n])?;
     let end = stop.iter().filter_map(|stop| text.find(stop)).min();
     text.truncate(end.unwrap_or(text.len()));
     Ok(Completion { text, tokens })

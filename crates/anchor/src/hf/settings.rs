@@ -123,11 +123,12 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// One id, a list of them, or none.
+    /// One id, a list of them, or none; old files have −1 for none.
     pub(super) fn ids(&self, key: &str) -> Result<Vec<u32>> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids: Option<Vec<u32>> = match self.value(key) {
             Value::Null => Some(vec![]),
+            none if none.as_i64().is_some_and(|id| id < 0) => Some(vec![]),
             Value::Array(ids) => ids.iter().map(id).collect(),
             one => id(one).map(|id| vec![id]),
         };

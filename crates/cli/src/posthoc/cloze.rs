@@ -5,7 +5,7 @@
 //! the training documents have at least once. The first piece of a window is left out, as it may begin within a
 //! sentence. Sentences are taken evenly over the windows of the documents that are asked about. Buckets are fifths of the questions by how often
 //! the training documents have the word; words as frequent as each other are of one bucket. The three other choices
-//! are words that other questions of the bucket ask for.
+//! are words that other questions of the bucket ask for, or of the next ones where it has too few.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -128,11 +128,14 @@ fn bucketed(chosen: Vec<Cloze>, counts: &HashMap<String, u64>) -> (Vec<Question>
     let question = |(prompt, answer): &Cloze| {
         let of_bucket = &words[&bucket(answer)];
         let place = of_bucket.iter().position(|word| word == answer).unwrap_or(0);
-        // Spread over the bucket; a small one has fewer.
+        // Spread over the bucket; a small one has too few.
         let other = |i: usize| of_bucket[(place + i * of_bucket.len() / (OTHERS + 1)) % of_bucket.len()];
+        let mut near: Vec<usize> = words.keys().copied().collect();
+        near.sort_by_key(|b| b.abs_diff(bucket(answer)));
+        let more = near.iter().flat_map(|b| words[b].iter().copied());
         let mut choices = vec![answer.clone()];
-        for choice in (1..=OTHERS).map(other) {
-            if !choices.iter().any(|known| known == choice) {
+        for choice in (1..=OTHERS).map(other).chain(more) {
+            if choices.len() <= OTHERS && !choices.iter().any(|known| known == choice) {
                 choices.push(choice.into());
             }
         }
@@ -184,7 +187,7 @@ mod tests {
         let buckets: Vec<usize> = questions.iter().map(|question| question.bucket).collect();
         assert_eq!(buckets, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]);
         assert_eq!(labels, ["1–2 times", "3–4 times", "5–6 times", "7–8 times", "9– times"]);
-        assert_eq!(questions[2].choices, ["charlie", "delta"]);
+        assert_eq!(questions[2].choices, ["charlie", "delta", "alpha", "bravo"]);
         let (none, _) = bucketed(vec![], &counts);
         assert!(none.is_empty());
     }

@@ -1,4 +1,5 @@
-//! The folder that a bank is handed over as: bank.safetensors, spec.json, tree.safetensors, and the model card.
+//! The folder that a bank is handed over as: bank.safetensors, spec.json, tree.safetensors, the embedder if it was
+//! fitted on the corpus, and the model card.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,12 +14,15 @@ use retrieve::{Exact, Query, Router};
 use super::measure::Asked;
 use super::report::BEFORE;
 use crate::checkpoint;
-use crate::config::{Config, EmbedKind, PosthocSection};
+use crate::config::{Config, EmbedKind, Method, PosthocSection};
 use crate::routing;
 use crate::run::{Run, write_whole};
 
 /// Values of the card's places, by name.
 type Card = BTreeMap<String, String>;
+
+/// The embedder of a tree, if it was fitted on the corpus.
+const EMBEDDER: &str = "embedder.safetensors";
 
 /// What stands where nothing was asked or said.
 const UNKNOWN: &str = "not stated";
@@ -27,6 +31,8 @@ const UNKNOWN: &str = "not stated";
 /// written.
 pub(crate) fn hand_over(run: &Run, folder: &Path, bf16: bool) -> Result<()> {
     let study = run.dir.ancestors().nth(2).map(|dir| dir.join("posthoc.json")).filter(|path| path.exists());
+    // The others of a posthoc are what its memory is compared with.
+    let study = study.filter(|_| run.dir.ends_with(Method::Memory.name()));
     if run.bank.is_none() || !run.memory_folder().is_dir() {
         bail!("{}: expected a memory bank in its checkpoint, found none", run.dir.display());
     }
@@ -41,8 +47,14 @@ pub(crate) fn hand_over(run: &Run, folder: &Path, bf16: bool) -> Result<()> {
     write_whole(&folder.join("spec.json"), serde_json::to_string_pretty(&spec)?.as_bytes())?;
     run.tree.save(&folder.join("tree.safetensors"))?;
     let mut files = vec!["bank.safetensors", "spec.json", "tree.safetensors"];
+    let fitted = run.dir.join(EMBEDDER);
+    if fitted.exists() {
+        let bytes = fs::read(&fitted).with_context(|| format!("{}", fitted.display()))?;
+        write_whole(&folder.join(EMBEDDER), &bytes)?;
+        files.push(EMBEDDER);
+    }
     match study {
-        None => eprintln!("note: no model card: {} is no run of `anchorage posthoc`", run.dir.display()),
+        None => eprintln!("note: no model card: {} is no memory of `anchorage posthoc`", run.dir.display()),
         Some(path) => {
             let text = fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
             let study: Posthoc =
@@ -140,11 +152,14 @@ fn of_memory(run: &Run, put: &mut impl FnMut(&str, String)) -> Result<()> {
     put(
         "embedder",
         match embed.kind {
-            EmbedKind::Hashed => "the hashed embedder of the run (embedder.safetensors)".into(),
+            EmbedKind::Hashed => "the hashed embedder fitted on the corpus (embedder.safetensors)".into(),
             EmbedKind::Static => format!("the static embedder {path}"),
             EmbedKind::Bert => format!("the sentence transformer {path}"),
         },
     );
+    // That of the corpus is in the folder, and found there.
+    put("embed", if embed.kind == EmbedKind::Hashed { String::new() } else { "embed=embed, ".into() });
+    put("beam", run.config.tree.beam.to_string());
     put("embedding_dim", tree.dim().to_string());
     Ok(())
 }
@@ -213,7 +228,7 @@ fn of_results(asked: &Asked, study: &Posthoc, put: &mut impl FnMut(&str, String)
     };
     put("learned_ppl", ppl(|row| &row.learned));
     put("other_ppl", ppl(|row| &row.kept));
-    put("n_gain", count(asked.learned.corpus.n_validation()));
+    put("n_gain", count(row(study, "memory").map_or(0, |row| row.learned.perplexity.n as u64)));
     put("n_questions", count(asked.learned.questions.len() as u64));
     let names = [(BEFORE, "base model"), ("generic", "generic memory"), ("memory", "fetched memory")];
     let with = |rate: Option<Rate>, format: &dyn Fn(f64) -> String| match rate {

@@ -61,9 +61,10 @@ pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
             }
         }
     }
-    let first = Run::open(&dir(&config, Method::Memory, seeds[0]))?;
-    let asked = Asked::open(&config, section, &corpora, &first.tokenizer)?;
-    let before = asked.measure("the checkpoint as it was", &first, MemoryMode::None)?;
+    let first = dir(&config, Method::Memory, seeds[0]);
+    let asked = Asked::open(&config, section, &corpora, &Run::open(&first)?.tokenizer)?;
+    // One run at a time is held.
+    let before = asked.measure("the checkpoint as it was", &Run::open(&first)?, MemoryMode::None)?;
     let mut measured: Vec<Seed> = vec![];
     for &seed in &seeds {
         let mut of_seed = vec![];
@@ -74,6 +75,7 @@ pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
         }
         measured.push(Seed { seed, methods: of_seed });
     }
+    let first = Run::open(&first)?;
     let command = format!("anchorage posthoc {}", args.config.config.display());
     let study = report::build((&config, section), (&first, &command), &asked, (&before, &measured))?;
     let folder = &config.run.dir;

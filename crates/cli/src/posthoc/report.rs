@@ -58,7 +58,7 @@ pub(super) fn build(
     let of = |key: &str, otherwise: &str| section.card.get(key).cloned().unwrap_or_else(|| otherwise.into());
     let mut study = Posthoc {
         run: config.run.dir.display().to_string(),
-        summary: summary(config, run, asked, seeds),
+        summary: summary((config, run), asked, (before, seeds)),
         learned: of("learned", "what was learned"),
         kept: of("other", "what was not"),
         methods: methods.iter().map(row).collect(),
@@ -176,7 +176,11 @@ fn labels(methods: &[OfMethod]) -> Vec<LabelRow> {
     rows
 }
 
-fn summary(config: &Config, run: &Run, asked: &Asked, seeds: &[Seed]) -> Vec<(String, String)> {
+fn summary(
+    (config, run): (&Config, &Run),
+    asked: &Asked,
+    (before, seeds): (&Measured, &[Seed]),
+) -> Vec<(String, String)> {
     let checkpoint =
         config.anchor.checkpoint.as_ref().map_or(String::new(), |path| path.display().to_string());
     let mut facts = vec![
@@ -194,10 +198,11 @@ fn summary(config: &Config, run: &Run, asked: &Asked, seeds: &[Seed]) -> Vec<(St
     }
     let train = &config.train;
     facts.push(("training".into(), format!("{} steps of {} sequences", train.steps, train.batch_size)));
-    for (name, text) in
-        [("asked of what was learned", &asked.learned), ("asked of what was not", &asked.kept)]
-    {
-        let n = (text.corpus.n_validation(), text.questions.len());
+    for (name, text, of_text) in [
+        ("asked of what was learned", &asked.learned, &before.learned),
+        ("asked of what was not", &asked.kept, &before.kept),
+    ] {
+        let n = (of_text.held_out.sequences.len(), text.questions.len());
         facts.push((name.into(), format!("{} held-out sequences, {} questions", n.0, n.1)));
     }
     let seeds: Vec<String> = seeds.iter().map(|seed| seed.seed.to_string()).collect();

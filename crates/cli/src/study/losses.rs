@@ -83,8 +83,8 @@ pub(super) fn losses(
 fn text(run: &Run, windows: &Windows, (place, window): (usize, usize)) -> Result<Option<Text>> {
     let mut tokens = windows.store.window_tokens(window)?;
     tokens.truncate(run.config.corpus.seq_len as usize);
-    let begins = windows.store.begins_document(&windows.store.window(window)?)?;
-    let context = if begins { vec![windows.store.eot()] } else { tokens.drain(..1).collect() };
+    let before = windows.store.before(&windows.store.window(window)?)?;
+    let context = before.map_or_else(|| tokens.drain(..1).collect(), |token| vec![token]);
     Ok((!tokens.is_empty()).then_some(Text { place, context, tokens }))
 }
 

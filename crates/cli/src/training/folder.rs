@@ -34,8 +34,7 @@ pub(super) fn begin(config: &Config, prepared: &Prepared, resumed: Option<u64>) 
         copy_belongings(&prepared.dir, dir)?;
         let checkpoint = config.anchor.checkpoint.as_deref().map(checkpoint::describe).transpose()?;
         if let Some(template) = checkpoint.and_then(|checkpoint| checkpoint.chat_template) {
-            let bytes = fs::read(&template).with_context(|| format!("{}", template.display()))?;
-            write_whole(&dir.join("chat_template.jinja"), &bytes)?;
+            write_whole(&dir.join("chat_template.jinja"), template.as_bytes())?;
         }
     }
     Ok(())

@@ -177,6 +177,9 @@ impl Corpus {
             self.add_piece(set, piece, offset, record.len as usize, &mut sequence)?;
             (piece, offset) = (piece + 1, 0);
         }
+        if let (Some(bos), Some(first)) = (self.store.bos(), sequence.tokens.first_mut()) {
+            *first = bos;
+        }
         Ok(sequence)
     }
 
@@ -195,11 +198,9 @@ impl Corpus {
         let window = self.store.window(*window as usize)?;
         sequence.doc_starts.push(sequence.tokens.len() as u32);
         sequence.documents.push(window.document);
-        let n_eot = u64::from(self.store.begins_document(&window)?);
-        if offset < n_eot {
-            sequence.tokens.push(self.store.eot());
-        }
-        let skip = offset.saturating_sub(n_eot);
+        let before = self.store.before(&window)?;
+        sequence.tokens.extend(before.filter(|_| offset == 0));
+        let skip = offset.saturating_sub(u64::from(before.is_some()));
         let rest = u64::from(window.len).checked_sub(skip).ok_or(Error::OutOfRange {
             what: "token of a window",
             index: skip,

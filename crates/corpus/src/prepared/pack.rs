@@ -51,7 +51,9 @@ pub struct PackSummary {
 /// joined to one stream and cut into sequences of `seq_len + 1` tokens with stride `seq_len`, so that
 /// every token of the stream but its first is a target exactly once (paper, section on training: only
 /// documents of the same leaf share a sequence). The first window of a document begins with the
-/// end-of-text token; a later one goes on without it. A leaf's last sequence may be shorter, down to
+/// end-of-text token; a later one goes on without it. Where the tokenizer has a token that begins texts, every window
+/// and every sequence begins with that instead: a sequence that is cut from within a window has it in place of its
+/// first token, which is no target. A leaf's last sequence may be shorter, down to
 /// two tokens. Validation windows are packed the same way into a second set.
 ///
 /// `leaf_of_window[i]` is the leaf of window `i` in a tree of `branching` children per level, coarse to
@@ -127,7 +129,7 @@ struct Piece {
     leaf: u32,
     order: u64,
     window: u32,
-    /// Tokens, with the end-of-text token of a document's first window.
+    /// Tokens, with the one that stands before the window.
     len: u64,
 }
 
@@ -143,7 +145,7 @@ fn packing(
             return Ok(None);
         }
         let order = mix2(options.seed, index as u64);
-        let len = u64::from(window.len) + u64::from(store.begins_document(&window)?);
+        let len = u64::from(window.len) + u64::from(store.before(&window)?.is_some());
         Ok(Some(Piece { leaf, order, window: index as u32, len }))
     };
     let pieces = leaf_of_window.par_iter().enumerate().map(piece).filter_map(Result::transpose);

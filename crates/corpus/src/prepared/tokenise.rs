@@ -214,6 +214,7 @@ fn finish(job: &Job, writer: Writer) -> Result<TokeniseSummary> {
         tokenizer: job.tokenizer.hash().to_owned(),
         vocab_size: job.tokenizer.vocab_size(),
         eot: job.tokenizer.eot(),
+        bos: job.tokenizer.bos(),
         window: job.options.window,
         validation_permille: job.options.validation_permille,
         n_documents: done.n_documents,

@@ -32,6 +32,8 @@ pub(super) struct Manifest {
     pub(super) tokenizer: String,
     pub(super) vocab_size: usize,
     pub(super) eot: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) bos: Option<u32>,
     /// Tokens of a window at most.
     pub(super) window: u32,
     /// Documents of a thousand that are validation.
@@ -194,6 +196,20 @@ impl TokenStore {
         let mut tokens = Vec::with_capacity(window.len as usize);
         self.extend_tokens(&mut tokens, window.start, window.len as usize)?;
         Ok(tokens)
+    }
+
+    /// The token that stands before a window: that which begins texts before each, or without one the end-of-text
+    /// token before the first of a document.
+    pub fn before(&self, window: &Window) -> Result<Option<u32>> {
+        match self.manifest.bos {
+            Some(bos) => Ok(Some(bos)),
+            None => Ok(self.begins_document(window)?.then_some(self.manifest.eot)),
+        }
+    }
+
+    /// The token that begins every text, if there is one.
+    pub(super) fn bos(&self) -> Option<u32> {
+        self.manifest.bos
     }
 
     /// Whether `window` is the first of its document.

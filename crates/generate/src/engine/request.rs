@@ -23,7 +23,7 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// When the memory is asked for anew; none keeps it.
     pub reroute: Option<Reroute>,
-    /// Goes on after the end-of-text token, which has no text then.
+    /// Goes on after a token that ends texts, which has no text then.
     pub ignore_eot: bool,
 }
 

@@ -196,11 +196,14 @@ impl Sequence {
             Some(n_top) => Distribution::new(row)?.score(token, n_top),
             None => TokenScore { token, logprob: None, top: vec![] },
         };
+        if self.is_prompt() {
+            self.text = TextStream::behind(tokenizer, self.tokens.last().copied())?;
+        }
         self.times.first_token.get_or_insert_with(Instant::now);
         *self.seen.entry(token).or_default() += 1;
         self.tokens.push(token);
         self.n_since_reroute += 1;
-        let is_eot = token == tokenizer.eot();
+        let is_eot = tokenizer.ends().contains(&token);
         let piece = if is_eot { String::new() } else { self.text.push(tokenizer, token)? };
         let Shown { text, stop } = self.stops.push(&piece);
         let ended = self.ended(tokenizer, is_eot, stop)?;

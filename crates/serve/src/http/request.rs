@@ -43,6 +43,8 @@ pub(super) struct Bounds {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Prompt {
     Text(String),
+    /// What a template of chats made: tokens that it spells are those tokens.
+    Chat(String),
     Ids(Vec<u32>),
 }
 
@@ -122,7 +124,7 @@ pub(super) fn chat(fields: Fields, prompt: String, bounds: &Bounds, seed: u64) -
         return Err(ApiError::field("prompt", "is of /v1/completions, expected messages"));
     }
     let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
-    checked(fields, Asked { prompts: vec![Prompt::Text(prompt)], max_tokens, logprobs }, bounds, seed)
+    checked(fields, Asked { prompts: vec![Prompt::Chat(prompt)], max_tokens, logprobs }, bounds, seed)
 }
 
 /// The messages of a chat, at least one.

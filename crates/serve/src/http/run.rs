@@ -69,12 +69,14 @@ async fn tokenise(app: &App, prompts: Vec<Prompt>) -> Answer<Vec<Tokenised>> {
 fn tokenised(served: &Served, prompt: Prompt) -> Answer<Tokenised> {
     let tokenizer = &served.tokenizer;
     let wrong = |error: corpus::Error| ApiError::field("prompt", error);
+    let is_chat = matches!(prompt, Prompt::Chat(_));
     let (ids, text) = match prompt {
-        Prompt::Text(text) => {
+        Prompt::Text(text) | Prompt::Chat(text) => {
             // Tokens of a text take some hundred times its memory: one that must be too long is not divided.
             let least = tokenizer.longest().map_or(0, |longest| text.len() / longest.max(1));
             check_length(least, "at least ", &served.bounds)?;
-            (tokenizer.encode(&text).map_err(wrong)?, text)
+            let ids = if is_chat { tokenizer.encode_marked(&text) } else { tokenizer.encode(&text) };
+            (ids.map_err(wrong)?, text)
         }
         Prompt::Ids(ids) => {
             let text = tokenizer.decode(&ids).map_err(wrong)?;
@@ -82,10 +84,14 @@ fn tokenised(served: &Served, prompt: Prompt) -> Answer<Tokenised> {
         }
     };
     check_length(ids.len(), "", &served.bounds)?;
-    let n_added = usize::from(ids.first() != Some(&tokenizer.eot()));
+    let begins = |first: &u32| {
+        // Where no token begins all texts, a turn's own token begins a chat.
+        *first == tokenizer.begin() || is_chat && tokenizer.bos().is_none() && tokenizer.is_special(*first)
+    };
+    let n_added = usize::from(!ids.first().is_some_and(begins));
     let tokens = match n_added {
         0 => ids,
-        _ => std::iter::once(tokenizer.eot()).chain(ids).collect(),
+        _ => std::iter::once(tokenizer.begin()).chain(ids).collect(),
     };
     Ok(Tokenised { tokens, n_added, text })
 }
@@ -99,8 +105,8 @@ pub(super) async fn prepare(
     let tokenised = tokenise(app, std::mem::take(&mut asked.prompts)).await?;
     let mut texts = asked.memory_texts.take().unwrap_or_default().into_iter();
     let prepared = tokenised.into_iter().map(|Tokenised { tokens, n_added, text }| {
-        let eot = app.served().tokenizer.eot();
-        let begins = n_added == 0 && tokens.first() == Some(&eot);
+        let begin = app.served().tokenizer.begin();
+        let begins = n_added == 0 && tokens.first() == Some(&begin);
         let routed = texts.next().unwrap_or_else(|| routed_text(app, &tokens, begins, &text));
         let ask = ask(asked, caller, routed);
         async move {
@@ -111,7 +117,7 @@ pub(super) async fn prepare(
     try_join_all(prepared).await
 }
 
-/// The text of a prompt without the end-of-text token that it begins with.
+/// The text of a prompt without the token that it begins with.
 fn routed_text(app: &App, tokens: &[u32], begins: bool, text: &str) -> String {
     match begins {
         // What could be decoded with it can be without.

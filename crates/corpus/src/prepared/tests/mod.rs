@@ -18,7 +18,7 @@ use super::tokenise::{Job, TokeniseOptions, TokeniseProgress, TokeniseSummary, i
 use super::tokens::{TokenStore, is_validation};
 use crate::source::{SourceOptions, TxtSplit};
 use crate::tokenizer::Tokenizer;
-use crate::{Error, Result};
+use crate::{Batch, Error, Result};
 
 const N_DOCUMENTS: usize = 300;
 const BRANCHING: [usize; 2] = [3, 4];
@@ -224,6 +224,49 @@ fn pieces_are_marked_with_their_documents() {
         }
     }
     assert!(n_begin > 100 && n_continued > 100);
+}
+
+#[test]
+fn windows_and_sequences_begin_as_the_tokenizer_begins_texts() {
+    let (_files, source) = source(&[(0, N_DOCUMENTS)]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokenizer.json");
+    tokenizer().save(&path).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let token = serde_json::json!({"SpecialToken": {"id": "!", "type_id": 0}});
+    let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+    json["post_processor"] = serde_json::json!({
+        "type": "TemplateProcessing", "single": [token, text], "pair": [token, text, text],
+        "special_tokens": {"!": {"id": "!", "ids": [1], "tokens": ["!"]}},
+    });
+    fs::write(&path, json.to_string()).unwrap();
+    let tokenizer = Tokenizer::load(&path).unwrap();
+    assert_eq!((tokenizer.bos(), tokenizer.eot()), (Some(1), 0));
+    let out = dir.path().join("prepared");
+    let made = tokenise(&source, &tokenizer, &out, &TOKENISE, &mut quiet).unwrap();
+    let store = TokenStore::open(&out).unwrap();
+    pack(&out, &leaves(&store), &BRANCHING, &pack_options()).unwrap();
+    let corpus = Corpus::open(&out).unwrap();
+    let mut n_pieces = 0;
+    let mut targets = 0;
+    for index in 0..corpus.n_sequences() {
+        let sequence = corpus.sequence(1, index).unwrap();
+        for (i, &start) in sequence.doc_starts.iter().enumerate() {
+            assert_eq!(sequence.tokens[start as usize], 1, "sequence {index}, piece {i}");
+            n_pieces += 1;
+        }
+        assert!(!sequence.tokens.contains(&corpus.eot()));
+        let batch = Batch::new(vec![sequence], corpus.eot());
+        // What begins a text is not predicted by what stands before it.
+        assert!(!batch.targets.contains(&1));
+        targets += batch.n_scored();
+    }
+    assert!(n_pieces > 300, "{n_pieces}");
+    let held_out: usize = (0..corpus.n_validation())
+        .map(|index| Batch::new(vec![corpus.validation(index).unwrap()], corpus.eot()).n_scored())
+        .sum();
+    // Behind a beginning every token of every window is a target once.
+    assert_eq!((targets + held_out) as u64, made.n_tokens);
 }
 
 #[test]
