@@ -135,6 +135,12 @@ fn a_checkpoint_has_its_sizes_tokenizer_and_weights() {
     work.ok(&["train", "added.toml"]);
     let same = |a: &str, b: &str| fs::read(work.path(a)).unwrap() == fs::read(work.path(b)).unwrap();
     assert!(same("added/tokenizer.json", "before/tokenizer.json"));
+    // A frozen anchor is one file, whichever checkpoint it is read from.
+    let inode = |step: u64| {
+        let file = work.path(&format!("added/checkpoints/{step:08}/anchor.safetensors"));
+        std::os::unix::fs::MetadataExt::ino(&fs::metadata(file).unwrap())
+    };
+    assert_eq!(inode(3), inode(6));
     // What it was trained from is not needed any more.
     fs::rename(work.path("model"), work.path("moved")).unwrap();
     let config = fs::read_to_string(work.path("added/config.toml")).unwrap();

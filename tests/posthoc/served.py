@@ -45,6 +45,12 @@ def path_of(leaf, branching):
     return "/".join(str(leaf // n) for n in below)
 
 
+def begun(tokenizer, text, ends):
+    """The tokens of a text behind the one that begins texts, or where there is none behind the end of another."""
+    plain, marked = (tokenizer.encode(text, add_special_tokens=mark).ids for mark in (False, True))
+    return marked if marked != plain else [ends[0] if isinstance(ends, list) else ends, *plain]
+
+
 @contextlib.contextmanager
 def served(program, run):
     """The address of `run` while it is served."""
@@ -95,8 +101,7 @@ def main():
     apart, changes, n = 0.0, 0.0, 0
     with served(args.anchorage, args.run) as address, torch.inference_mode():
         for text in TEXTS:
-            # Every text begins behind the end of another, token 0.
-            ids = torch.tensor([[0, *tokenizer.encode(text, add_special_tokens=False).ids]])
+            ids = torch.tensor([begun(tokenizer, text, model.config.eos_token_id)])
             of_next = lambda: torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[1:, 0]
             plain = of_next()
             for path in paths:

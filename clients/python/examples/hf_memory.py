@@ -23,9 +23,10 @@ from anchorage.torch import attach
 def fetched(args: argparse.Namespace) -> list[Retrieved]:
     """The memory of each text, or of the path that was given for all."""
     if args.bank:
-        if not args.path:
-            sys.exit("error: --bank: expected --path too, as there is nothing to embed texts with")
-        return [BankFile(args.bank).retrieve(path=args.path)] * len(args.texts)
+        bank = BankFile(args.bank)
+        if args.path:
+            return [bank.retrieve(path=args.path)] * len(args.texts)
+        return list(bank.retrieve_each(args.texts))
     with Client(args.server, token=args.token) as client:
         if args.path:
             return [client.retrieve(path=args.path)] * len(args.texts)

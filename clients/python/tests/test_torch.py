@@ -146,6 +146,21 @@ def test_half_precision_stays_what_it_is(model: Model) -> None:
     np.testing.assert_allclose(y.float().numpy(), exact, rtol=0.1, atol=0.1)
 
 
+def test_a_compiled_model_sees_memory_come_change_and_go(model: Model) -> None:
+    x = np.random.default_rng(4).standard_normal((1, 5, D)).astype(np.float32)
+    compiled: Any = torch.compile(model, backend="eager")
+    plain = run(compiled, x)
+    attached = attach(model, retrieved(0))
+    for seed in (0, 1):
+        attached.set(retrieved(seed))
+        found = run(compiled, x)
+        wanted = expected(model, x, [blocks(seed)])
+        assert np.allclose(found, wanted, rtol=1e-3)
+        assert not np.allclose(found, plain, rtol=1e-2)
+    attached.remove()
+    assert (run(compiled, x) == plain).all()
+
+
 def test_memory_of_another_model_is_refused(model: Model) -> None:
     with pytest.raises(ValueError, match="row 1: expected 3 layers, as many as modules of the model, found 2"):
         attach(model, [blocks(1), blocks(2, n_layers=2)])

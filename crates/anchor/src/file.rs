@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -41,23 +41,14 @@ impl Anchor {
 
     /// What is saved, to `path`.
     fn file_bytes(&self, path: &Path) -> Result<Vec<u8>> {
-        let file_error = |problem: String| Error::File { path: path.into(), problem };
-        let mut values: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
-        for (name, parameter) in self.parameters() {
-            let flat = parameter.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
-            let bytes = flat.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect();
-            values.push((name.clone(), parameter.dims().to_vec(), bytes));
-        }
-        let views = values
-            .iter()
-            .map(|(name, shape, bytes)| {
-                Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
-            })
-            .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-            .map_err(|e| file_error(e.to_string()))?;
+        let tensor = |(name, parameter): (&String, &Tensor)| {
+            Ok((name.clone(), parameter.to_device(&Device::Cpu)?.to_dtype(DType::F32)?))
+        };
+        let tensors = self.parameters().iter().map(tensor).collect::<Result<Vec<_>>>()?;
         let header = serde_json::json!({ "format": FORMAT, "config": self.config() }).to_string();
         let metadata = HashMap::from([(KEY.into(), header)]);
-        safetensors::serialize(views, Some(metadata)).map_err(|e| file_error(e.to_string()))
+        safetensors::serialize(tensors, Some(metadata))
+            .map_err(|e| Error::File { path: path.into(), problem: e.to_string() })
     }
 
     /// Reads what [`Anchor::save`] wrote.

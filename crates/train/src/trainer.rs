@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
+use std::fs;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -424,9 +426,13 @@ impl<S: BlockStore> Trainer<S> {
         self.reach()?;
         self.workers.mesh.at_work(|| {
             let dir = self.attempt.begin_save(step)?;
-            self.anchor.save(&dir.join("anchor.safetensors"))?;
-            if let Some(optimizer) = &self.optimizer {
-                optimizer.save(&dir.join("optimizer.safetensors"))?;
+            let path = dir.join("anchor.safetensors");
+            match &self.optimizer {
+                None => save_frozen(&self.anchor, self.attempt.run_dir(), &path)?,
+                Some(optimizer) => {
+                    self.anchor.save(&path)?;
+                    optimizer.save(&dir.join("optimizer.safetensors"))?;
+                }
             }
             Ok::<_, Error>(())
         })?;
@@ -437,6 +443,16 @@ impl<S: BlockStore> Trainer<S> {
         }
         self.attempt.write_state(&self.state)?;
         self.workers.mesh.at_work(|| self.attempt.publish(step, self.config.keep))
+    }
+}
+
+/// Writes an anchor that is not trained to `path`: the file of the checkpoint before, where a file can have two names.
+fn save_frozen(anchor: &Anchor, run_dir: &Path, path: &Path) -> Result<()> {
+    let checkpoints = Checkpoints::of(run_dir);
+    let before = checkpoints.latest()?.map(|step| checkpoints.dir(step).join("anchor.safetensors"));
+    match before {
+        Some(before) if fs::hard_link(&before, path).is_ok() => Ok(()),
+        _ => Ok(anchor.save(path)?),
     }
 }
 

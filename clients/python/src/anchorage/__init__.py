@@ -18,6 +18,7 @@ from .errors import (
     Unauthenticated,
     Unavailable,
 )
+from .hashed import Hashed
 from .types import (
     GENERIC,
     Bank,
@@ -48,6 +49,7 @@ __all__ = [
     "Error",
     "Example",
     "Explained",
+    "Hashed",
     "Info",
     "InvalidArgument",
     "NotFound",

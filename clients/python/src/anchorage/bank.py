@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._tensors import TensorFile
 from .errors import InvalidArgument, NotFound
+from .hashed import Hashed
 from .types import GENERIC, Block, Path, Retrieved, Route, Spec, format_path, parse_path
 
 __all__ = ["BankFile", "Embed", "Tree"]
@@ -25,49 +27,12 @@ Embed = Callable[[Sequence[str]], ArrayLike]
 _DTYPES = {"F32": ("f32", 4), "BF16": ("bf16", 2)}
 
 
-class _TensorFile:
-    """A safetensors file whose tensors stay on disk until they are read."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            if not 2 <= n_header <= size - 8:
-                raise InvalidArgument(f"{path}: expected a safetensors file, found a header of {n_header} bytes")
-            try:
-                header = json.loads(file.read(n_header))
-            except ValueError:
-                raise InvalidArgument(f"{path}: expected a safetensors file, found no header of JSON") from None
-        self._begin = 8 + n_header
-        self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
-        self.tensors: Mapping[str, Any] = header
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        if self._begin + max(ends, default=0) != size:
-            expected = self._begin + max(ends, default=0)
-            raise InvalidArgument(f"{path}: expected {expected} bytes, as its header says, found {size}")
-
-    def bytes(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes of a tensor."""
-        with self.path.open("rb") as file:
-            file.seek(self._begin + int(self.tensors[name]["data_offsets"][0]) + begin)
-            return file.read(end - begin)
-
-    def array(self, name: str, dtype: str, numpy_dtype: str) -> NDArray[Any]:
-        """All of a tensor. Fails on one that is missing or of another dtype."""
-        found = self.tensors.get(name, {}).get("dtype", "nothing")
-        if found != dtype:
-            raise InvalidArgument(f"{self.path}: expected the tensor {name} of {dtype}, found {found}")
-        begin, end = self.tensors[name]["data_offsets"]
-        return np.frombuffer(self.bytes(name, 0, end - begin), numpy_dtype).reshape(self.tensors[name]["shape"])
-
-
 class Tree:
     """A cluster tree, as a run keeps it in tree.safetensors."""
 
     def __init__(self, path: str | pathlib.Path) -> None:
         """Reads all centroids."""
-        file = _TensorFile(pathlib.Path(path))
+        file = TensorFile(pathlib.Path(path))
         if file.metadata.get("format") != "anchorage.tree.v1":
             raise InvalidArgument(f"{path}: expected a tree (anchorage.tree.v1), found {file.metadata.get('format')}")
         #: By level, coarse to fine.
@@ -121,20 +86,22 @@ class BankFile:
         embed: Embed | None = None,
         beam: int = 4,
     ) -> None:
-        """`path` is the file, or a folder with `bank.safetensors` and what else there is of `spec.json` and
-        `tree.safetensors`.
+        """`path` is the file, or a folder with `bank.safetensors` and what else there is of `spec.json`,
+        `tree.safetensors` and `embedder.safetensors`.
 
         The spec is that of the file's metadata, of `spec.json`, or of a checkpoint's manifest that is named; without
-        all of them, that of FFN or KV memory in all layers, by the shapes. `embed` is what the tree was made with;
-        texts are routed by it and the tree, by a beam of so many clusters a level.
+        all of them, that of FFN or KV memory in all layers, by the shapes. `embed` is what the tree was made with, by
+        default the `Hashed` of the folder; texts are routed by it and the tree, by a beam of so many clusters a level.
         """
         file = pathlib.Path(path)
         if file.is_dir():
             beside, file = file, file / "bank.safetensors"
             tree = beside / "tree.safetensors" if tree is None and (beside / "tree.safetensors").exists() else tree
+            if embed is None and (beside / "embedder.safetensors").exists():
+                embed = Hashed(beside / "embedder.safetensors")
         else:
             beside = file.parent
-        self._file = _TensorFile(file)
+        self._file = TensorFile(file)
         if spec is None and "spec" not in self._file.metadata and (beside / "spec.json").exists():
             spec = beside / "spec.json"
         self.spec = spec if isinstance(spec, Spec) else self._spec_of(spec)

@@ -7,6 +7,7 @@ Shapes: B rows of a batch, T positions, R memory width of all levels together, U
 from __future__ import annotations
 
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -103,6 +104,7 @@ class Attached:
         """Leaves the model as it was."""
         for handle in self._handles:
             handle.remove()
+        _forget_compiled()
         self._handles, self._places, self._cache = [], [], {}
 
     def __enter__(self) -> Attached:
@@ -140,6 +142,7 @@ class Attached:
         self._places = places
         for index, part in enumerate(places):
             self._handles += part.install(self._add(index))
+        _forget_compiled()
 
     def _joined(
         self, row: int, blocks: Sequence[Block], places: Sequence[Part], width: Sequence[int]
@@ -230,9 +233,9 @@ def attach(
     """Adds memory to a model: one memory for each row of its batches, or one for all rows.
 
     `memories` are those, or where the memory of `texts` or `paths`, one a row, comes from: a client, a `BankFile`, or
-    the path of one, whose texts are embedded by `embed`. `kind` is that of blocks which come without a spec; FFN
-    memory without it. FFNs are the modules whose last name `pattern` matches, one a layer, in order, with inputs
-    [B, T, D] as a decoder's; `activation` is used instead of theirs.
+    the path of one, which is opened with `embed`. `kind` is that of blocks which come without a spec; FFN memory
+    without it. FFNs are the modules whose last name `pattern` matches, one a layer, in order, with inputs [B, T, D] as
+    a decoder's; `activation` is used instead of theirs.
 
     Fails with both numbers when memory and model have different numbers of layers or other widths, and when a batch
     is of other rows.
@@ -269,6 +272,13 @@ def _key(memory: Memory, blocks: Sequence[Block]) -> tuple[object, ...]:
         ids = tuple((block.level, block.index) for block in blocks)
         return (memory.bank, memory.step, memory.dtype, tuple(sorted(memory.hashes.items())), ids)
     return tuple(id(block.data) for block in blocks)
+
+
+def _forget_compiled() -> None:
+    """Has compiled models compiled again: torch does not look whether hooks came or went."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 def _cut(numbers: NDArray[np.float32], widths: Sequence[Sequence[int]], r: int) -> list[_Arrays]:
