@@ -116,7 +116,9 @@ pub fn generate<S: BlockStore>(
         let input = Input { tokens: &tokens, starts: &starts, batch: prompts.len(), len };
         let hidden = model.anchor.hidden(input, &memory, Some(&mut cache))?;
         let logits = model.anchor.logits(&hidden.narrow(1, len - 1, 1)?.contiguous()?)?;
-        tokens = next_tokens(&logits, &mut running, options)?;
+        // Some models have rows that no token of their tokenizer has.
+        let n_spelled = logits.dim(2)?.min(tokenizer.vocab_size());
+        tokens = next_tokens(&logits.narrow(2, 0, n_spelled)?, &mut running, options)?;
         for running in running.iter_mut().filter(|running| !running.done) {
             running.done = ended(tokenizer, &running.tokens, &options.stop)?;
         }

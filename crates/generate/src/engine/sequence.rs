@@ -191,7 +191,9 @@ impl Sequence {
 
     /// Chooses the next token by the scores `row` [V].
     fn generate(&mut self, tokenizer: &Tokenizer, row: &[f32]) -> Result<Option<Ended>> {
-        let token = choose(row, &self.request.sampling, &self.seen, &mut self.random)?;
+        // Some models have rows that no token of their tokenizer has.
+        let spelled = &row[..row.len().min(tokenizer.vocab_size())];
+        let token = choose(spelled, &self.request.sampling, &self.seen, &mut self.random)?;
         let score = match self.request.logprobs {
             Some(n_top) => Distribution::new(row)?.score(token, n_top),
             None => TokenScore { token, logprob: None, top: vec![] },

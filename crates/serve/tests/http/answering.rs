@@ -127,6 +127,12 @@ async fn a_stream_says_what_a_whole_answer_says() {
         (&json!("chat.completion"), &json!("assistant"))
     );
     assert!(whole["anchorage"]["path"].as_str().unwrap().starts_with("1/"), "what was said is routed");
+    // In a chat what spells a token of the tokenizer's own is that token, not a dozen of its letters.
+    let mut marked = chat.clone();
+    marked["messages"][0]["content"] = json!("b<|endoftext|>");
+    let marked = server.post("/v1/chat/completions", &marked.to_string()).await.json();
+    let n = |reply: &Value| reply["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert!((1..=2).contains(&(n(&marked) - n(&whole))), "{marked}");
     let mut streamed = chat.clone();
     streamed["stream"] = json!(true);
     let events = server.post("/v1/chat/completions", &streamed.to_string()).await.events();
