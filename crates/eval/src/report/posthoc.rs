@@ -167,6 +167,7 @@ fn plane(study: &Posthoc) -> Option<String> {
         svg.text("t mid", (width / 2.0, height - 4.0), "gain: nats a token below before");
         svg.line("axis", (46.0, y.at(0.0)), (width - 92.0, y.at(0.0)));
         svg.line("axis", (x.at(0.0), height - 40.0), (x.at(0.0), 26.0));
+        let mut labels: Vec<(f64, f64)> = vec![];
         for (row, reading) in &rows {
             let (look, at) = (look(&row.method), (x.at(reading.gain), y.at(reading.damage)));
             let [low, high] = interval(row.learned.change, -1.0).map(|v| x.at(v));
@@ -175,7 +176,13 @@ fn plane(study: &Posthoc) -> Option<String> {
             svg.line("interval", (low, at.1), (high, at.1));
             svg.line("interval", (at.0, bottom), (at.0, top));
             svg.mark(look.mark, at, Some(look.meaning));
-            svg.text("t name", (at.0 + 9.0, at.1 - 6.0), look.short);
+            let mut label = (at.0 + 9.0, at.1 - 6.0);
+            // Below those it would lie over.
+            while labels.iter().any(|l| (l.0 - label.0).abs() < 70.0 && (l.1 - label.1).abs() < 13.0) {
+                label.1 += 13.0;
+            }
+            svg.text("t name", label, look.short);
+            labels.push(label);
             svg.close_group();
         }
         svg.finish("chart", "gain on what was learned against damage to what was not, by method")
