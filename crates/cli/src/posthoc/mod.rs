@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use corpus::Tokenizer;
 use eval::MemoryMode;
 use launch::Ranks;
 use memory_bank::MemoryLayers;
@@ -62,7 +63,7 @@ pub(crate) fn posthoc(args: &PosthocArgs) -> Result<()> {
         }
     }
     let first = dir(&config, Method::Memory, seeds[0]);
-    let asked = Asked::open(&config, section, &corpora, &Run::open(&first)?.tokenizer)?;
+    let asked = Asked::open(&config, section, &corpora, &Tokenizer::load(&first.join("tokenizer.json"))?)?;
     // One run at a time is held.
     let before = asked.measure("the checkpoint as it was", &Run::open(&first)?, MemoryMode::None)?;
     let mut measured: Vec<Seed> = vec![];
